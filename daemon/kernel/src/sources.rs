@@ -3,8 +3,8 @@
 //! packet comes from an endpoint of that host. `nft` writes the rules once, and netlink changes the elements.
 //!
 //! The rules are in the input hook, not in prerouting, so that they do not see packets that are forwarded to a pod
-//! which uses the same UDP port. They drop every frame that they cannot parse: fragments without the inner headers,
-//! VLAN tags, and protocols other than ARP and IP.
+//! which uses the same UDP port. They drop every frame that they cannot parse, such as fragments without the inner
+//! headers. Of protocols other than ARP and IP they check the MAC address alone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
@@ -234,74 +234,89 @@ pub(super) fn fuzz(bytes: &[u8]) {
 /// EtherType, 240 the payload of the frame. A rule does not match a packet that ends before the named bits, so
 /// rules accept what matches, and the end of each chain drops.
 ///
+/// Receivers ignore a tag of VLAN 0, so the packet behind one tag is checked like one without, by the same chains with
+/// all offsets 32 bits further. A second tag is refused. Frames that are neither IP nor ARP claim no address.
+fn rules(port: u16) -> Skeleton {
+    let input = Chain {
+        hook: Some("type filter hook input priority raw; policy accept;".to_owned()),
+        ..chain("input", [format!("iifname \"ovt-*\" udp dport {port} goto check_vxlan")])
+    };
+    let check_vxlan =
+        ["ip6 saddr . @th,96,24 . @th,176,48 @hosts goto check_frame", "goto refuse"].map(str::to_owned);
+    let mut chains = vec![chain("refuse", ["counter name refused drop".to_owned()])];
+    chains.extend(frame_chains("_tagged", 32));
+    chains.extend(frame_chains("", 0));
+    chains.extend([chain("check_vxlan", check_vxlan), input]);
+    Skeleton {
+        sets: vec![HOSTS, V4, V6],
+        objects: vec![Object { kind: "counter", name: "refused".to_owned(), body: String::new() }],
+        chains,
+    }
+}
+
+/// The chains that check a frame whose EtherType is `shift` bits behind its MAC addresses. `suffix` ends their names.
+///
 /// Router advertisements and redirects are refused: an endpoint is no router.
 ///
 /// An ARP message and a neighbour advertisement are about an address that is not the source of the packet: it is
 /// looked up too. Extension headers that could hide an advertisement are dropped, except the hop-by-hop options of
 /// multicast listener reports.
-fn rules(port: u16) -> Skeleton {
-    let chain = |name: &str, rules: &str| Chain {
-        name: name.to_owned(),
-        hook: None,
-        rules: rules.lines().map(|line| line.trim().to_owned()).collect(),
-    };
-    let input = Chain {
-        hook: Some("type filter hook input priority raw; policy accept;".to_owned()),
-        ..chain("input", &format!("iifname \"ovt-*\" udp dport {port} goto check_vxlan"))
-    };
-    Skeleton {
-        sets: vec![HOSTS, V4, V6],
-        objects: vec![Object { kind: "counter", name: "refused".to_owned(), body: String::new() }],
-        chains: vec![
-            chain("refuse", "counter name refused drop"),
-            chain(
-                "options",
-                "@th,560,16 0x3a00 @th,624,8 { 130, 131, 132, 143 } return
-                 goto refuse",
-            ),
-            chain(
-                "advertisement",
-                "@th,560,8 { 134, 137 } goto refuse
-                 @th,560,8 != 136 return
-                 @th,96,24 . @th,176,48 . @th,624,128 @v6 return
-                 @th,624,10 0x3fa return
-                 goto refuse",
-            ),
-            chain(
-                "check_ipv6",
-                "@th,288,8 58 jump advertisement
-                 @th,288,8 0 jump options
-                 @th,288,8 { 43, 60 } goto refuse
-                 @th,96,24 . @th,176,48 . @th,304,128 @v6 accept
-                 @th,304,10 0x3fa accept
-                 @th,304,128 0 accept
-                 goto refuse",
-            ),
-            chain(
-                "check_ipv4",
-                "@th,96,24 . @th,176,48 . @th,336,32 @v4 accept
-                 @th,336,32 0 accept
-                 goto refuse",
-            ),
-            chain(
-                "check_arp",
-                "@th,352,32 0 accept
-                 @th,96,24 . @th,176,48 . @th,352,32 @v4 @th,96,24 . @th,304,48 . @th,352,32 @v4 accept
-                 goto refuse",
-            ),
-            chain(
-                "check_frame",
-                "@th,224,16 0x0800 goto check_ipv4
-                 @th,224,16 0x86dd goto check_ipv6
-                 @th,224,16 0x0806 goto check_arp
-                 goto refuse",
-            ),
-            chain(
-                "check_vxlan",
-                "ip6 saddr . @th,96,24 . @th,176,48 @hosts goto check_frame
-                 goto refuse",
-            ),
-            input,
-        ],
+fn frame_chains(suffix: &str, shift: u16) -> Vec<Chain> {
+    let th = |bit: u16, length: u16| format!("@th,{},{length}", bit + shift);
+    let kind = th(224, 16);
+    let (next, after) = (th(288, 8), th(560, 8));
+    // Looks up the MAC address of the frame with an address in it.
+    let own = |address: &str, set: &str| format!("@th,96,24 . @th,176,48 . {address} @{set}");
+    let (source4, source6) = (th(336, 32), th(304, 128));
+    let (sender, target) = (th(352, 32), th(624, 128));
+    let options = [
+        format!("{} 0x3a00 {} {{ 130, 131, 132, 143 }} return", th(560, 16), th(624, 8)),
+        "goto refuse".to_owned(),
+    ];
+    let advertisement = [
+        format!("{after} {{ 134, 137 }} goto refuse"),
+        format!("{after} != 136 return"),
+        format!("{} return", own(&target, "v6")),
+        format!("{} 0x3fa return", th(624, 10)),
+        "goto refuse".to_owned(),
+    ];
+    let check_ipv6 = [
+        format!("{next} 58 jump advertisement{suffix}"),
+        format!("{next} 0 jump options{suffix}"),
+        format!("{next} {{ 43, 60 }} goto refuse"),
+        format!("{} accept", own(&source6, "v6")),
+        format!("{} 0x3fa accept", th(304, 10)),
+        format!("{source6} 0 accept"),
+        "goto refuse".to_owned(),
+    ];
+    let check_ipv4 =
+        [format!("{} accept", own(&source4, "v4")), format!("{source4} 0 accept"), "goto refuse".to_owned()];
+    let check_arp = [
+        format!("{sender} 0 accept"),
+        format!("{} @th,96,24 . {} . {sender} @v4 accept", own(&sender, "v4"), th(304, 48)),
+        "goto refuse".to_owned(),
+    ];
+    let mut check_frame = vec![
+        format!("{kind} 0x0800 goto check_ipv4{suffix}"),
+        format!("{kind} 0x86dd goto check_ipv6{suffix}"),
+        format!("{kind} 0x0806 goto check_arp{suffix}"),
+    ];
+    if shift == 0 {
+        check_frame.push(format!("{kind} {{ 0x8100, 0x88a8 }} goto check_frame_tagged"));
     }
+    check_frame.push(format!("{kind} != {{ 0x8100, 0x88a8 }} accept"));
+    check_frame.push("goto refuse".to_owned());
+    let named = |name: &str, rules: Vec<String>| chain(&format!("{name}{suffix}"), rules);
+    vec![
+        named("options", options.to_vec()),
+        named("advertisement", advertisement.to_vec()),
+        named("check_ipv6", check_ipv6.to_vec()),
+        named("check_ipv4", check_ipv4.to_vec()),
+        named("check_arp", check_arp.to_vec()),
+        named("check_frame", check_frame),
+    ]
+}
+
+fn chain(name: &str, rules: impl IntoIterator<Item = String>) -> Chain {
+    Chain { name: name.to_owned(), hook: None, rules: rules.into_iter().collect() }
 }

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use crate::checksum;
 use crate::packet::{
-    ETHERNET_HEADER, Gso, Ip, TCP, UDP, VnetHeader, pseudo_header_sum, put, put_vxlan_length, u16_at, u32_at,
+    Gso, Ip, TCP, UDP, VnetHeader, ethernet_header, pseudo_header_sum, put, put_vxlan_length, u16_at, u32_at,
 };
 
 /// Room for the headers of a segment, in bytes: VXLAN, Ethernet, IPv6 with extensions, TCP with all options.
@@ -59,7 +59,8 @@ pub(crate) fn cut(
         return Ok(());
     }
 
-    let network = given + if is_frame { ETHERNET_HEADER } else { 0 };
+    let frame = buffer.get(given..end).ok_or(Malformed)?;
+    let network = given + if is_frame { ethernet_header(frame) } else { 0 };
     let ip = Ip::parse(buffer.get(network..end).ok_or(Malformed)?).ok_or(Malformed)?;
     let protocol = if vnet.gso == Gso::Udp { UDP } else { TCP };
     let header_end = transport

@@ -6,7 +6,7 @@ use std::net::Ipv6Addr;
 
 use crate::cut::{UncutPacket, cut};
 use crate::join::{Joiner, Output};
-use crate::packet::{Ip, VnetHeader, VxlanFrame, macs, sender};
+use crate::packet::{Ip, VnetHeader, VxlanFrame, claim, macs};
 use crate::sys::VNET_HEADER;
 
 /// Counts the written bytes.
@@ -37,7 +37,7 @@ pub fn packet(bytes: &[u8]) {
             assert!(inner.start < inner.end && inner.end <= packet.len());
         }
     }
-    let _ = (macs(&packet), sender(&packet));
+    let _ = (macs(&packet), claim(&packet));
 
     // Joined with itself, joined or not: no payload byte is lost or added.
     let (mut joiner, count) = (Joiner::default(), Count(Cell::new(0)));

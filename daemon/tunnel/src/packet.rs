@@ -15,6 +15,8 @@ const NEIGHBOR_ADVERTISEMENT: u8 = 136;
 const FROM_ROUTERS: [u8; 2] = [134, 137];
 /// The types of ICMPv6 multicast listener messages (RFC 2710, RFC 3810).
 const MULTICAST_LISTENER: [u8; 4] = [130, 131, 132, 143];
+/// The EtherTypes of VLAN tags (IEEE 802.1Q).
+const VLAN_TAGS: [u16; 2] = [0x8100, 0x88a8];
 /// The length of an Ethernet header without VLAN tag, in bytes.
 pub(crate) const ETHERNET_HEADER: usize = 14;
 /// The length of the IPv6, UDP and VXLAN headers around a frame in the tunnel, in bytes.
@@ -233,38 +235,61 @@ pub(crate) fn macs(frame: &[u8]) -> Option<(Mac, Mac)> {
     Some((*frame.first_chunk()?, *frame.get(6..)?.first_chunk()?))
 }
 
-/// Finds the IP address that a frame claims for its source MAC address: the source of an IP packet, the
-/// sender of an ARP message, or the target of a neighbor advertisement (RFC 4861, section 4.4).
+/// What a frame says about its source MAC address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Claim {
+    /// It has this IP address: the source of an IP packet, the sender of an ARP message, or the target of a neighbor
+    /// advertisement (RFC 4861, section 4.4).
+    Address(IpAddr),
+    /// Nothing: the frame is neither IP nor ARP.
+    Nothing,
+}
+
+/// Returns the length of the Ethernet header of a frame, with one VLAN tag if it has any, in bytes.
+#[inline]
+pub(crate) fn ethernet_header(frame: &[u8]) -> usize {
+    match u16_at(frame, 12) {
+        Some(kind) if VLAN_TAGS.contains(&kind) => ETHERNET_HEADER + 4,
+        Some(_) | None => ETHERNET_HEADER,
+    }
+}
+
+/// Finds what a frame says about its source MAC address. Receivers ignore a tag of VLAN 0, so a packet behind one tag
+/// is looked at like one without.
 ///
-/// `None` if the frame is none of these, if only a router sends it, if the sender's MAC address in an ARP message is not that of the
-/// frame, or if extension headers hide what the packet is.
-pub(crate) fn sender(frame: &[u8]) -> Option<IpAddr> {
-    let v4 = |at| u32_at(frame, at).map(|bits| IpAddr::from(Ipv4Addr::from_bits(bits)));
-    let v6 = |at: usize| Some(IpAddr::from(Ipv6Addr::from(*frame.get(at..)?.first_chunk::<16>()?)));
-    match u16_at(frame, 12)? {
-        0x0800 => v4(ETHERNET_HEADER + 12),
+/// `None` if the frame is too short, if only a router sends it, if the sender's MAC address in an ARP message is not
+/// that of the frame, if extension headers hide what the packet is, or if it has two VLAN tags.
+pub(crate) fn claim(frame: &[u8]) -> Option<Claim> {
+    let header = ethernet_header(frame);
+    let payload = frame.get(header..)?;
+    let v4 = |at| u32_at(payload, at).map(|bits| IpAddr::from(Ipv4Addr::from_bits(bits)));
+    let v6 = |at: usize| Some(IpAddr::from(Ipv6Addr::from(*payload.get(at..)?.first_chunk::<16>()?)));
+    let address = match u16_at(frame, header - 2)? {
+        0x0800 => v4(12),
         0x0806 => {
-            let is_own = frame.get(ETHERNET_HEADER + 8..ETHERNET_HEADER + 14) == frame.get(6..12);
-            v4(ETHERNET_HEADER + 14).filter(|_| is_own)
+            let is_own = payload.get(8..14) == frame.get(6..12);
+            v4(14).filter(|_| is_own)
         }
         0x86dd => {
-            let after = *frame.get(ETHERNET_HEADER + 40)?;
-            match *frame.get(ETHERNET_HEADER + 6)? {
+            let after = *payload.get(40)?;
+            match *payload.get(6)? {
                 ICMPV6 if FROM_ROUTERS.contains(&after) => None,
-                ICMPV6 if after == NEIGHBOR_ADVERTISEMENT => v6(ETHERNET_HEADER + 48),
+                ICMPV6 if after == NEIGHBOR_ADVERTISEMENT => v6(48),
                 // Hop-by-hop options: only multicast listener messages have them (RFC 3810, section 5).
                 0 if after == ICMPV6 => {
-                    let length = 8 + 8 * usize::from(*frame.get(ETHERNET_HEADER + 41)?);
-                    let kind = frame.get(ETHERNET_HEADER + 40 + length)?;
-                    v6(ETHERNET_HEADER + 8).filter(|_| MULTICAST_LISTENER.contains(kind))
+                    let length = 8 + 8 * usize::from(*payload.get(41)?);
+                    let kind = payload.get(40 + length)?;
+                    v6(8).filter(|_| MULTICAST_LISTENER.contains(kind))
                 }
                 // Hop-by-hop options, routing, and destination options.
                 0 | 43 | 60 => None,
-                _ => v6(ETHERNET_HEADER + 8),
+                _ => v6(8),
             }
         }
-        _ => None,
-    }
+        kind if VLAN_TAGS.contains(&kind) => None,
+        _ => return Some(Claim::Nothing),
+    };
+    address.map(Claim::Address)
 }
 
 #[cfg(test)]

@@ -124,16 +124,30 @@ impl SuperPacket {
 
     /// Returns the segments without VXLAN headers, which are checked here.
     fn cut(&self) -> Vec<Vec<u8>> {
-        let bytes = self.bytes(false);
+        self.cut_as(&self.bytes(false), self.vnet())
+    }
+
+    /// The same with a VLAN tag in the frame.
+    fn cut_tagged(&self) -> Vec<Vec<u8>> {
+        let vnet = self.vnet();
+        let shifted = VnetHeader {
+            header_length: vnet.header_length + 4,
+            checksum_start: vnet.checksum_start + 4,
+            ..vnet
+        };
+        self.cut_as(&tagged(&self.bytes(false)), shifted)
+    }
+
+    fn cut_as(&self, bytes: &[u8], vnet: VnetHeader) -> Vec<Vec<u8>> {
         let mut buffer = vec![0; HEAD];
-        buffer.extend_from_slice(&bytes);
+        buffer.extend_from_slice(bytes);
         let end = buffer.len();
         let (a, b) = (Ipv6Addr::from_bits(1), Ipv6Addr::from_bits(2));
         if self.is_frame {
             put_vxlan(&mut buffer[HEAD - VXLAN_HEADERS..], a, b, (1, 9), 7, bytes.len());
         }
         let start = if self.is_frame { HEAD - VXLAN_HEADERS } else { HEAD };
-        let whole = UncutPacket { start, given: HEAD, end, is_frame: self.is_frame, vnet: self.vnet() };
+        let whole = UncutPacket { start, given: HEAD, end, is_frame: self.is_frame, vnet };
         let mut parts = Vec::new();
         cut(&mut buffer, &whole, |buffer, at| {
             let part = &buffer[at];
@@ -149,6 +163,11 @@ impl SuperPacket {
         .unwrap();
         parts
     }
+}
+
+/// Puts a VLAN tag (802.1Q) into a frame.
+fn tagged(frame: &[u8]) -> Vec<u8> {
+    [&frame[..12], &[0x81, 0, 0, 7], &frame[12..]].concat()
 }
 
 /// Returns whether all checksums and lengths are valid.
@@ -222,6 +241,13 @@ proptest! {
             payload.extend_from_slice(&part[it.headers()..]);
         }
         prop_assert_eq!(payload, it.payload);
+    }
+
+    #[test]
+    fn segments_of_a_tagged_frame_are_those_without_a_tag(it in super_packet()) {
+        let it = SuperPacket { is_frame: true, ..it };
+        let plain: Vec<Vec<u8>> = it.cut().iter().map(|part| tagged(part)).collect();
+        prop_assert_eq!(it.cut_tagged(), plain);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Wea
 use crate::api::{Drops, FrameSource, Mac};
 use crate::backend::{Backend, Device};
 use crate::join::Output;
-use crate::packet::{macs, sender};
+use crate::packet::{Claim, claim, macs};
 use crate::stop::StopSignal;
 
 /// The state that all threads of an engine share. A path is an interface that leads to an address.
@@ -175,7 +175,11 @@ impl ForwardingTable {
         let Some(known) = self.sources.get(&source).filter(|known| known.from.contains(&host)) else {
             return false;
         };
-        sender(frame).is_some_and(|address| is_unassigned(address) || known.addresses.contains(&address))
+        match claim(frame) {
+            Some(Claim::Address(address)) => is_unassigned(address) || known.addresses.contains(&address),
+            Some(Claim::Nothing) => true,
+            None => false,
+        }
     }
 }
 
@@ -248,7 +252,7 @@ mod tests {
             router[54] = kind;
             assert!(!table.is_allowed(&router, host(1)));
         }
-        // Hidden behind options, in an unknown protocol, or with a VLAN tag.
+        // Hidden behind options.
         let mut hidden = advertisement("fd00::2");
         (hidden[20], hidden[54]) = (60, 58);
         assert!(!table.is_allowed(&hidden, host(1)));
@@ -256,7 +260,20 @@ mod tests {
         assert!(!table.is_allowed(&hidden, host(1)));
         hidden[62] = 143;
         assert!(table.is_allowed(&hidden, host(1)));
-        assert!(!table.is_allowed(&frame(MAC, 0x8100, 26, &[10, 0, 0, 1]), host(1)));
+        // Behind one VLAN tag, or two.
+        let tagged = |tags: usize, frame: &[u8]| {
+            [&frame[..12], &[0x81, 0, 0, 5].repeat(tags)[..], &frame[12..]].concat()
+        };
+        assert!(table.is_allowed(&tagged(1, &good), host(1)));
+        assert!(!table.is_allowed(&tagged(2, &good), host(1)));
+        for bad in [frame(MAC, 0x0800, 26, &[10, 0, 0, 2]), arp(MAC, [10, 0, 0, 2]), advertisement("fd00::2")]
+        {
+            assert!(!table.is_allowed(&tagged(1, &bad), host(1)));
+        }
+        // Other protocols have no address to check.
+        let lldp = frame(MAC, 0x88cc, 26, &[]);
+        assert!(table.is_allowed(&lldp, host(1)) && table.is_allowed(&tagged(1, &lldp), host(1)));
+        assert!(!table.is_allowed(&lldp, host(2)));
         assert!(!table.is_allowed(&good[..20], host(1)));
         assert!(!table.is_allowed(&good[..7], host(1)));
     }

@@ -94,6 +94,11 @@ fn frame(from: Mac, kind: u16, payload: &[u8]) -> Vec<u8> {
     [&[0xff; 6][..], &from.0, &kind.to_be_bytes(), payload].concat()
 }
 
+/// Puts VLAN tags (802.1Q) into a frame.
+fn tagged(tags: usize, frame: &[u8]) -> Vec<u8> {
+    [&frame[..12], &[0x81, 0, 0, 5].repeat(tags)[..], &frame[12..]].concat()
+}
+
 fn arp(from: Mac, sender: Mac, address: [u8; 4]) -> Vec<u8> {
     let fixed = [0, 1, 8, 0, 6, 4, 0, 2];
     frame(from, 0x0806, &[&fixed[..], &sender.0, &address, &[0; 10]].concat())
@@ -166,8 +171,24 @@ fn only_frames_of_allowed_sources_pass_and_others_are_counted() {
             ("the same, link-local", 0, VNI, ipv6(own, "fe80::2", 58, &advertisement("fd10::3")), false),
             ("the same behind options", 0, VNI, ipv6(own, "fd10::2", 0, &hidden), false),
             ("the same behind others", 0, VNI, ipv6(own, "fd10::2", 60, &hidden), false),
-            ("a tag", 0, VNI, frame(own, 0x8100, &[0; 60]), false),
-            ("another protocol", 0, VNI, frame(own, 0x88cc, &[0; 60]), false),
+            ("one tag", 0, VNI, tagged(1, &ipv4(own, [10, 1, 0, 2])), true),
+            ("one tag before IPv6", 0, VNI, tagged(1, &ipv6(own, "fd10::2", 17, &[0; 8])), true),
+            ("one tag before ARP", 0, VNI, tagged(1, &arp(own, own, [10, 1, 0, 2])), true),
+            ("a wrong address behind a tag", 0, VNI, tagged(1, &ipv4(own, [10, 1, 0, 3])), false),
+            ("a wrong IPv6 address behind it", 0, VNI, tagged(1, &ipv6(own, "fd10::3", 17, &[0; 8])), false),
+            ("a wrong address in ARP behind it", 0, VNI, tagged(1, &arp(own, own, [10, 1, 0, 3])), false),
+            (
+                "another's advertisement behind it",
+                0,
+                VNI,
+                tagged(1, &ipv6(own, "fd10::2", 58, &advertisement("fd10::3"))),
+                false,
+            ),
+            ("two tags", 0, VNI, tagged(2, &ipv4(own, [10, 1, 0, 2])), false),
+            ("another protocol", 0, VNI, frame(own, 0x88cc, &[0; 60]), true),
+            ("another protocol behind a tag", 0, VNI, tagged(1, &frame(own, 0x88cc, &[0; 60])), true),
+            ("another protocol, wrong MAC", 0, VNI, frame(other, 0x88cc, &[0; 60]), false),
+            ("a frame without its EtherType", 0, VNI, frame(own, 0x88cc, &[])[..13].to_vec(), false),
             ("a frame that is cut", 0, VNI, ipv4(own, [10, 1, 0, 2])[..28].to_vec(), false),
             ("no frame", 0, VNI, Vec::new(), false),
         ];
