@@ -428,7 +428,7 @@ fn segment_beyond_the_window_does_not_reset_a_connection() -> Result<()> {
         for host in [h1, h2] {
             let client = attach(host, &format!("client-{}", host.name()), "blue", &[])?;
             let mut near = wait_until(SOON, "a connection", || {
-                Ok(Some(client.workload.run(|| TcpStream::connect_timeout(&to, SOON))??))
+                anyhow::Ok(Some(client.workload.run(|| TcpStream::connect_timeout(&to, SOON))??))
             })?;
             let (mut far, _) = listener.accept()?;
             for stream in [&near, &far] {
@@ -510,7 +510,7 @@ fn affinity_tells_backends_at_one_address_apart() -> Result<()> {
     // The probability that 16 clients are all sent to one of two backends is 1 in 32,768.
     for n in 0..16 {
         let client = attach(h1, &format!("client-{n}"), "blue", &[])?;
-        let first = wait_until(SOON, "an answer", || Ok(Some(ask(&client.workload, to)?.name)))?;
+        let first = wait_until(SOON, "an answer", || anyhow::Ok(Some(ask(&client.workload, to)?.name)))?;
         for _ in 0..3 {
             let now = ask(&client.workload, to)?.name;
             ensure!(now == first, "{} moved from {first} to {now}", client.name);
