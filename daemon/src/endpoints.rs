@@ -74,6 +74,8 @@ pub(crate) struct LocalEndpoints {
     macs: BTreeSet<(NetworkId, Mac)>,
     /// Devices that are being created. No full pass may delete them.
     devices: BTreeSet<Device>,
+    /// Devices whose peer interfaces changed and are about to be looked at.
+    looked_at: BTreeSet<Device>,
 }
 
 impl LocalEndpoints {
@@ -85,7 +87,18 @@ impl LocalEndpoints {
             names: BTreeSet::new(),
             macs: BTreeSet::new(),
             devices: BTreeSet::new(),
+            looked_at: BTreeSet::new(),
         }
+    }
+
+    /// Notes that the peer interface of a device is about to be looked at. Returns false if it is noted already.
+    pub(crate) fn begin_look(&mut self, device: Device) -> bool {
+        self.looked_at.insert(device)
+    }
+
+    /// Ends what [`Self::begin_look`] began.
+    pub(crate) fn end_look(&mut self, device: Device) {
+        self.looked_at.remove(&device);
     }
 
     /// Returns the state of an endpoint. `None` if this host has none with this id.

@@ -69,6 +69,8 @@ pub(crate) enum Code {
     NoBlock,
     /// An endpoint is isolated: its address belongs to another host.
     EndpointIsolated,
+    /// The interface of an endpoint has another MAC address than its entry.
+    OtherMac,
     /// A network is not built here, because it covers addresses that this host needs.
     NetworkRange,
     /// This host has no tunnel.
@@ -112,7 +114,7 @@ pub(crate) enum Code {
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    const ALL: [Self; 49] = [
+    const ALL: [Self; 50] = [
         Self::Address,
         Self::StateFile,
         Self::DamagedFile,
@@ -144,6 +146,7 @@ impl Code {
         Self::NoBlock,
         Self::EndpointIsolated,
         Self::NetworkRange,
+        Self::OtherMac,
         Self::NoTunnel,
         Self::PeerWithoutTunnel,
         Self::TunnelKeyCopied,
@@ -200,6 +203,7 @@ impl Code {
             Self::NoBlock => "OVL-E042",
             Self::EndpointIsolated => "OVL-E043",
             Self::NetworkRange => "OVL-E044",
+            Self::OtherMac => "OVL-E045",
             Self::NoTunnel => "OVL-E050",
             Self::PeerWithoutTunnel => "OVL-E051",
             Self::TunnelKeyCopied => "OVL-E052",
@@ -247,6 +251,7 @@ impl Code {
             | Self::NoBlock
             | Self::EndpointIsolated
             | Self::NetworkRange
+            | Self::OtherMac
             | Self::NoTunnel
             | Self::PeerWithoutTunnel
             | Self::TunnelKeyCopied

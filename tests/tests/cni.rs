@@ -302,6 +302,24 @@ fn each_error_has_its_code_and_leaves_no_state() {
 }
 
 #[test]
+fn del_succeeds_whatever_version_the_configuration_names() {
+    let lab = lab(1);
+    let host = &lab["h1"];
+    for (number, version) in ["0.2.0", "2.0.0", ""].into_iter().enumerate() {
+        let workload = host.workload(&format!("w{number}")).unwrap();
+        let container = Container::for_workload(&workload);
+        let list = Conflist::new(host, "pods");
+        list.add(host, &container).unwrap();
+        let other = list.with_version(version);
+        assert!(other.call_ovl(host, "ADD", &container).unwrap().error().is_ok(), "{version:?}");
+        let printed = other.call_ovl(host, "DEL", &container).unwrap().result().unwrap();
+        assert!(printed.is_null(), "{version:?}: {printed}");
+        assert_eq!(interfaces(&workload).unwrap(), BTreeSet::new(), "{version:?}");
+    }
+    wait_nothing_left(host).unwrap();
+}
+
+#[test]
 fn check_reports_what_changed() {
     let lab = lab(1);
     let host = &lab["h1"];

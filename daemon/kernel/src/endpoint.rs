@@ -17,13 +17,13 @@ use super::dump::has_default_route;
 use super::error::{KernelError, Result};
 use super::link::LinkView;
 use super::message::{self, Outer, Target};
-use super::netns::{self, NetnsWorker};
+use super::netns::{self, Netns, NetnsWorker};
 use super::resolver::{self, Resolver};
 use super::socket::{Batch, Refusal, Route};
 use super::sweep::Sweeper;
 use super::sys::LOOPBACK;
 use super::sysctl;
-use super::{CreatedEndpoint, EndpointSpec, HostEnd};
+use super::{CreatedEndpoint, EndpointSpec, HostEnd, Mended, PeerSpec};
 
 /// An interface name that the kernel completes with the first free number.
 const ANY_NAME: &str = "eth%d";
@@ -209,10 +209,19 @@ fn configure(route: &mut Route, index: u32, inside: Inside) -> Result<(String, V
         resolver::add_routes(route, index, &ifname, resolver, &inside.addresses, shared_segment)?;
     }
     if let HostEnd::Routed { mac, routes } = inside.host_end {
-        reach_gateways(route, index, &ifname, mac, &routes)?;
+        let results = reach_gateways(route, index, mac, &routes)?;
+        results.into_iter().collect::<std::result::Result<(), _>>().map_err(|refusal| {
+            refusal.into_error(format!("cannot set the routes of {ifname} in the namespace"))
+        })?;
     }
-    let mut gateways = Vec::new();
-    for gateway in inside.gateways {
+    let gateways = add_default_routes(route, index, inside.gateways)?;
+    Ok((ifname, gateways))
+}
+
+/// Adds default routes of the address families that have none. Returns the gateways of those that it added.
+fn add_default_routes(route: &mut Route, index: u32, gateways: Vec<IpAddr>) -> Result<Vec<IpAddr>> {
+    let mut added = Vec::new();
+    for gateway in gateways {
         if has_default_route(route, message::family(gateway))? {
             continue;
         }
@@ -221,20 +230,94 @@ fn configure(route: &mut Route, index: u32, inside: Inside) -> Result<(String, V
                 refusal.into_error(format!("cannot set the default route via {gateway} in the namespace"))
             },
         )?;
-        gateways.push(gateway);
+        added.push(gateway);
     }
-    Ok((ifname, gateways))
+    Ok(added)
+}
+
+/// Puts back what peer interfaces in one namespace have lost, in the order in which they were created. An interface that
+/// is down, or in another namespace, is left as it is.
+pub(super) fn mend(
+    route: &mut Route,
+    netns_worker: &mut NetnsWorker,
+    netns: Netns,
+    specs: Vec<PeerSpec>,
+) -> Result<Vec<Mended>> {
+    let mut devices = Devices::default();
+    devices.find(route, specs.iter().map(|spec| spec.device))?;
+    let id = netns::id_of(route, &netns)?;
+    let mut peers: Vec<(u32, PeerSpec)> = specs
+        .into_iter()
+        .filter_map(|spec| {
+            let located = devices.get(route, spec.device).ok()?;
+            located.peer.filter(|_| located.peer_netns == id).map(|index| (index, spec))
+        })
+        .collect();
+    peers.sort_by_key(|(index, _)| *index);
+    if peers.is_empty() {
+        return Ok(Vec::new());
+    }
+    netns_worker.run_in(netns.fd, move |route| {
+        let mended = peers.into_iter().map(|(index, spec)| mend_one(route, index, spec));
+        mended.filter_map(Result::transpose).collect()
+    })
+}
+
+/// Puts back what one peer interface has lost. `route` is a socket in its namespace. `None` if there is no such interface.
+fn mend_one(route: &mut Route, index: u32, spec: PeerSpec) -> Result<Option<Mended>> {
+    let PeerSpec { device, addresses, gateways, host_end, resolver } = spec;
+    let mut batch = Batch::default();
+    batch.push(message::get_link_at(index), 0);
+    let (_, answers) = route.execute(batch)?;
+    let Some(view) = answers.first().and_then(|answer| LinkView::parse(&answer.payload)) else {
+        return Ok(None);
+    };
+    let mut mended = Mended { device, mac: view.mac, changed: false };
+    if !view.up {
+        return Ok(Some(mended));
+    }
+    let ifname = view.name.to_owned();
+    let mut batch = Batch::default();
+    for net in &addresses {
+        batch.push(message::new_address(index, *net), NLM_F_CREATE | NLM_F_EXCL);
+    }
+    let (results, _) = route.execute(batch)?;
+    for (net, result) in addresses.iter().zip(results) {
+        match result {
+            Err(Refusal { errno: EEXIST, .. }) => continue,
+            Err(refusal) => add_again(route, index, &ifname, *net, refusal)?,
+            Ok(_) => {}
+        }
+        mended.changed = true;
+    }
+    if let Some(resolver) = &resolver {
+        let shared_segment = matches!(host_end, HostEnd::Port(..));
+        resolver::add_routes(route, index, &ifname, resolver, &addresses, shared_segment)?;
+    }
+    if let HostEnd::Routed { mac, routes } = host_end {
+        for result in reach_gateways(route, index, mac, &routes)? {
+            match result {
+                Err(refusal) if refusal.errno != EEXIST => {
+                    return Err(
+                        refusal.into_error(format!("cannot set the routes of {ifname} in the namespace"))
+                    );
+                }
+                Ok(()) | Err(_) => {}
+            }
+        }
+    }
+    mended.changed |= !add_default_routes(route, index, gateways)?.is_empty();
+    Ok(Some(mended))
 }
 
 /// Adds the routes of a routed endpoint: the gateways resolve to the MAC address of the host's interface, and the
-/// prefixes are routed through them.
+/// prefixes are routed through them. Returns the result of each request.
 fn reach_gateways(
     route: &mut Route,
     index: u32,
-    ifname: &str,
     mac: Mac,
     routes: &[(IpAddr, IpNet)],
-) -> Result<()> {
+) -> Result<Vec<std::result::Result<(), Refusal>>> {
     let mut batch = Batch::default();
     for (gateway, behind) in routes {
         // The interface may have entries of another network.
@@ -243,11 +326,7 @@ fn reach_gateways(
         batch.push(message::inner_route(index, IpNet::from(*gateway), None), NLM_F_CREATE | NLM_F_EXCL);
         batch.push(message::inner_route(index, *behind, Some(*gateway)), NLM_F_CREATE | NLM_F_EXCL);
     }
-    let (results, _) = route.execute(batch)?;
-    let refused = results.into_iter().find_map(Result::err);
-    refused.map_or(Ok(()), |refusal| {
-        Err(refusal.into_error(format!("cannot set the routes of {ifname} in the namespace")))
-    })
+    Ok(route.execute(batch)?.0)
 }
 
 /// Turns IPv6 on for the interface and adds the address again. Container runtimes turn IPv6 off in namespaces

@@ -1,13 +1,14 @@
 //! The model of what the kernel holds. It follows operations and notifications, and detects notifications of changes
 //! that ovld did not make.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 use ovl_dataplane::device::{Device, Role};
 use ovl_dataplane::op::{LinkOp, Op};
 use ovl_dataplane::state::{Dataplane, Link};
+use ovl_proto::id::Mac;
 
 use nix::libc::{
     RTM_DELADDR, RTM_DELLINK, RTM_DELNEIGH, RTM_DELROUTE, RTM_NEWADDR, RTM_NEWLINK, RTM_NEWNEIGH,
@@ -28,6 +29,8 @@ pub(super) struct Changes {
     pub(super) underlay: bool,
     /// Endpoints whose host interfaces were deleted.
     pub(super) gone: Vec<Device>,
+    /// Endpoints whose peer interfaces came up, or have another MAC address than before.
+    pub(super) peers: BTreeSet<Device>,
 }
 
 /// The last dump, updated by the operations and notifications since.
@@ -38,6 +41,8 @@ pub(super) struct KernelModel {
     changes: Changes,
     /// The last notification about each device of ovl, by index, since the last call of [`Self::changes`].
     notices: HashMap<u32, LinkNotice>,
+    /// Whether the peer interface of each endpoint is up, and its MAC address, as far as it was reported.
+    peers: HashMap<Device, (bool, Option<Mac>)>,
 }
 
 #[derive(Debug, Default)]
@@ -64,6 +69,7 @@ impl KernelModel {
         self.kernel = kernel;
         self.names = names;
         self.notices.clear();
+        self.peers.retain(|device, _| self.kernel.links.contains_key(device));
     }
 
     /// The data plane that the kernel is believed to hold.
@@ -90,8 +96,33 @@ impl KernelModel {
         }
     }
 
+    /// Sets the state of the peer interface of an endpoint: whether it is up, and its MAC address.
+    pub(super) fn peer_is(&mut self, device: Device, up: bool, mac: Mac) {
+        self.peers.insert(device, (up, Some(mac)));
+    }
+
+    /// Updates the model by a notification of another namespace about a link there.
+    pub(super) fn note_peer(&mut self, message: &Message<'_>) {
+        if message.kind != RTM_NEWLINK {
+            return;
+        }
+        let view = LinkView::parse(message.payload).filter(|view| !view.is_port_message && view.is_veth());
+        let Some(view) = view else { return };
+        // Two other namespaces may share a pair whose index is, by chance, that of an endpoint: then nothing is found
+        // to put back.
+        let Some(device) = view.peer.and_then(|index| self.names.ours.get(&index)) else { return };
+        if !matches!(device.role(), Some(Role::Endpoint(_))) {
+            return;
+        }
+        let now = (view.up, view.mac);
+        if self.peers.insert(*device, now) != Some(now) && view.up {
+            self.changes.peers.insert(*device);
+        }
+    }
+
     /// Removes a device that ovld deleted.
     pub(super) fn deleted(&mut self, device: Device) {
+        self.peers.remove(&device);
         self.kernel.forget_device(device);
         self.names.ours.retain(|_, name| *name != device);
     }

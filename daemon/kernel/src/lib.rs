@@ -96,6 +96,8 @@ pub enum KernelEvent {
     Overrun,
     /// Another program changed an nftables table of ovl.
     FilterChanged,
+    /// The peer interface of an endpoint came up again, or has another MAC address.
+    PeerChanged(Device),
 }
 
 /// The veth pair of an endpoint to be created.
@@ -151,6 +153,32 @@ pub struct CreatedEndpoint {
     pub mtu: u16,
     /// The gateways of the default routes that were added.
     pub gateways: Vec<IpAddr>,
+}
+
+/// What ovl gave the peer interface of an endpoint, to be put back by [`KernelHandle::mend`].
+#[derive(Debug)]
+pub struct PeerSpec {
+    /// The host's interface.
+    pub device: Device,
+    /// See [`EndpointSpec::addresses`].
+    pub addresses: Vec<IpNet>,
+    /// See [`EndpointSpec::gateways`].
+    pub gateways: Vec<IpAddr>,
+    /// See [`EndpointSpec::host_end`].
+    pub host_end: HostEnd,
+    /// See [`EndpointSpec::resolver`].
+    pub resolver: Option<Resolver>,
+}
+
+/// What [`KernelHandle::mend`] found at a peer interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mended {
+    /// The host's interface.
+    pub device: Device,
+    /// The MAC address of the peer interface. `None` if it is unknown.
+    pub mac: Option<Mac>,
+    /// Whether an address or a default route was missing, and was put back.
+    pub changed: bool,
 }
 
 /// An endpoint to be removed.
@@ -334,6 +362,13 @@ impl KernelHandle {
     /// Reads the state of an interface in a namespace. `None` if there is no such interface.
     pub async fn inspect(&self, netns: Netns, ifname: String) -> Result<Option<Inside>> {
         self.ask(|reply| Request::Inspect(netns, ifname, reply)).await?
+    }
+
+    /// Puts back what peer interfaces in one namespace have lost: addresses, and routes that belong to them. Default
+    /// routes are only added where the namespace has none of that address family. An interface that is down is left as it
+    /// is, and so is everything that ovl did not put there.
+    pub async fn mend(&self, netns: Netns, specs: Vec<PeerSpec>) -> Result<Vec<Mended>> {
+        self.ask(|reply| Request::Mend(netns, specs, reply)).await?
     }
 
     /// Disconnects endpoints, then applies operations. When this returns, no traffic passes and the names of

@@ -133,6 +133,11 @@ impl<'a> LinkView<'a> {
         self.loopback || self.kind == "dummy"
     }
 
+    /// Whether it is one of the two interfaces of a veth pair.
+    pub(super) fn is_veth(&self) -> bool {
+        self.kind == "veth"
+    }
+
     /// The name of the device, which need not be a device of ovl.
     pub(super) fn device(&self) -> Option<Device> {
         Device::new(self.name)

@@ -1,7 +1,7 @@
 //! Notifications of changes of links, neighbours, addresses, routes and forwarding (rtnetlink groups).
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
@@ -11,6 +11,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use super::attribute::messages;
 use super::error::{KernelError, Result};
 use super::known::KernelModel;
+use super::sys;
 
 const GROUPS: [u32; 8] = [
     libc::RTNLGRP_LINK,
@@ -26,6 +27,67 @@ const GROUPS: [u32; 8] = [
 /// The receive buffer, in bytes: enough for the notifications of a device that is deleted with ten thousand
 /// entries. The kernel counts about 1.3 KiB for each, and uses the memory only while they wait.
 const RECEIVE_BUFFER: usize = 32 << 20;
+
+/// The receive buffer for notifications about links of workloads, in bytes: enough for those of a thousand attaches.
+const PEER_BUFFER: usize = 8 << 20;
+
+/// The length of the largest notification about a link that is read whole, in bytes.
+const LARGEST: usize = 64 * 1024;
+
+/// A socket that receives notifications about links in other namespaces: those that have an id in the namespace of the
+/// socket, as the namespace of each endpoint has.
+#[derive(Debug)]
+pub(super) struct PeerMonitor {
+    /// `None` if the kernel refuses it.
+    socket: Option<Socket>,
+    buffer: Vec<u8>,
+}
+
+impl PeerMonitor {
+    /// Opens the socket in the network namespace of the calling thread. Without `CAP_NET_BROADCAST` it receives nothing.
+    pub(super) fn open() -> Self {
+        let open = || -> io::Result<Socket> {
+            let mut socket = Socket::new(NETLINK_ROUTE)?;
+            socket.bind(&SocketAddr::new(0, 0))?;
+            socket.set_listen_all_namespaces(true)?;
+            let _ = setsockopt(&socket, sockopt::RcvBufForce, &PEER_BUFFER);
+            socket.add_membership(libc::RTNLGRP_LINK)?;
+            Ok(socket)
+        };
+        let socket = match open() {
+            Ok(socket) => Some(socket),
+            Err(error) => {
+                tracing::warn!(%error, "cannot watch the interfaces of workloads");
+                None
+            }
+        };
+        Self { socket, buffer: vec![0; LARGEST] }
+    }
+
+    /// The descriptor of the socket, to be polled. `None` if there is none.
+    pub(super) fn descriptor(&self) -> Option<RawFd> {
+        self.socket.as_ref().map(AsRawFd::as_raw_fd)
+    }
+
+    /// Reads all waiting notifications of other namespaces into `known`. If some were lost, an interface stays as its
+    /// workload left it until it is set up again.
+    pub(super) fn drain(&mut self, known: &mut KernelModel) {
+        let Some(socket) = &self.socket else { return };
+        loop {
+            match sys::receive_with_namespace(socket.as_fd(), &mut self.buffer) {
+                Ok((length, Some(_))) => {
+                    messages(self.buffer.get(..length).unwrap_or_default())
+                        .for_each(|message| known.note_peer(&message));
+                }
+                // Of the own namespace: `Monitor` receives the same.
+                Ok((_, None)) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
+                Err(_) => return,
+            }
+        }
+    }
+}
 
 /// A socket that receives the notifications.
 #[derive(Debug)]

@@ -144,6 +144,7 @@ impl Held {
                 retired.into_iter().for_each(|one| self.dataplane.forget_device(one.device));
                 drop(reply.send((self.carry_out(ops), Ok(()))));
             }
+            Request::Mend(_, _, reply) => drop(reply.send(Ok(Vec::new()))),
             Request::Sweep(reply) => drop(reply.send(Ok(()))),
             Request::Counts(_, sets, reply) => {
                 drop(reply.send(Ok(sets.iter().map(|_| Vec::new()).collect())));

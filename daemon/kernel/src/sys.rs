@@ -60,6 +60,39 @@ pub(super) fn poll<const N: usize>(
     }
 }
 
+/// Receives a datagram from a netlink socket that listens to all namespaces, without waiting for one. Returns its length,
+/// and the id of the namespace that it is about; `None` for the namespace of the socket.
+pub(super) fn receive_with_namespace(
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+) -> io::Result<(usize, Option<i32>)> {
+    let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    // Room for two control messages, aligned as their headers are.
+    let mut control = [0u64; 8];
+    // SAFETY: all zeros are a valid header.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_iov = &raw mut part;
+    header.msg_iovlen = 1;
+    header.msg_control = control.as_mut_ptr().cast();
+    header.msg_controllen = size_of_val(&control) as _;
+    // SAFETY: the header describes a buffer and room for control messages that outlive the call.
+    let length = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, libc::MSG_DONTWAIT) };
+    let Ok(length) = usize::try_from(length) else { return Err(io::Error::last_os_error()) };
+    let mut namespace = None;
+    // SAFETY: the kernel has written valid control messages into the room, and its length into the header.
+    let mut next = unsafe { libc::CMSG_FIRSTHDR(&raw const header) };
+    // SAFETY: a pointer from CMSG_FIRSTHDR or CMSG_NXTHDR is null or to a whole header in the room.
+    while let Some(message) = unsafe { next.as_ref() } {
+        if (message.cmsg_level, message.cmsg_type) == (libc::SOL_NETLINK, libc::NETLINK_LISTEN_ALL_NSID) {
+            // SAFETY: this message has an `int`, which need not be aligned.
+            namespace = Some(unsafe { libc::CMSG_DATA(next).cast::<i32>().read_unaligned() });
+        }
+        // SAFETY: both pointers are valid, as above.
+        next = unsafe { libc::CMSG_NXTHDR(&raw const header, next) };
+    }
+    Ok((length.min(buffer.len()), namespace))
+}
+
 /// Sends an Ethernet frame through a device, with a packet socket.
 pub(super) fn send_frame(socket: BorrowedFd<'_>, index: u32, frame: &[u8]) -> io::Result<()> {
     // SAFETY: all zeros are a valid address.

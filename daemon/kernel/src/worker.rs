@@ -24,7 +24,7 @@ use super::error::{KernelError, Result};
 use super::event_queue::EventQueue;
 use super::filter::Filter;
 use super::known::KernelModel;
-use super::monitor::Monitor;
+use super::monitor::{Monitor, PeerMonitor};
 use super::netns::{self, Netns, NetnsWorker};
 use super::socket::Route;
 use super::sweep::{self, Sweeper};
@@ -32,8 +32,8 @@ use super::tables::Tables;
 use super::tunnel::{self, TunnelStatus, Tunnels};
 use super::watch::Watch;
 use super::{
-    CountedElement, CreatedEndpoint, EndpointSpec, Goal, HostConnections, HostEnd, KernelEvent, Outcome,
-    Pass, RetiredEndpoint, Underlay,
+    CountedElement, CreatedEndpoint, EndpointSpec, Goal, HostConnections, HostEnd, KernelEvent, Mended,
+    Outcome, Pass, PeerSpec, RetiredEndpoint, Underlay,
 };
 use super::{conntrack, dump, endpoint, inspect, localnet, sysctl};
 
@@ -56,6 +56,7 @@ pub(super) enum Request {
     HostConnections(oneshot::Sender<Result<HostConnections>>),
     RemoveFilter(oneshot::Sender<Result<()>>),
     Retire(Vec<RetiredEndpoint>, Vec<Op>, oneshot::Sender<(Vec<Outcome>, Result<()>)>),
+    Mend(Netns, Vec<PeerSpec>, oneshot::Sender<Result<Vec<Mended>>>),
     Sweep(oneshot::Sender<Result<()>>),
     Counts(Table, Vec<String>, oneshot::Sender<Result<Vec<Vec<CountedElement>>>>),
     HasWireguard(oneshot::Sender<bool>),
@@ -67,6 +68,7 @@ pub(super) enum Request {
 pub(super) struct Worker {
     route: Route,
     monitor: Monitor,
+    peer_monitor: PeerMonitor,
     watch: Watch,
     filter: Filter,
     tables: Tables,
@@ -83,6 +85,7 @@ impl Worker {
     pub(super) fn new(event_queue: EventQueue, tunnels: Tunnels) -> Result<Self> {
         // Subscribe before the dump, so that no change is missed between them.
         let monitor = Monitor::open()?;
+        let peer_monitor = PeerMonitor::open();
         let tables = Tables::open()?;
         let watch = Watch::new(vec![tables.port()]);
         let filter = Filter::default();
@@ -95,6 +98,7 @@ impl Worker {
         Ok(Self {
             route,
             monitor,
+            peer_monitor,
             watch,
             filter,
             tables,
@@ -112,8 +116,13 @@ impl Worker {
         let mut waiting = None;
         loop {
             let again = self.event_queue.flush();
-            let fds = [Some(wake.as_raw_fd()), Some(self.monitor.descriptor()), self.watch.descriptor()];
-            let Ok([_, changes, nftables]) = super::sys::poll(fds, again) else { return };
+            let fds = [
+                Some(wake.as_raw_fd()),
+                Some(self.monitor.descriptor()),
+                self.watch.descriptor(),
+                self.peer_monitor.descriptor(),
+            ];
+            let Ok([_, changes, nftables, peers]) = super::sys::poll(fds, again) else { return };
             let mut bytes = [0; 64];
             while wake.read(&mut bytes).is_ok_and(|length| length == bytes.len()) {}
             loop {
@@ -123,7 +132,7 @@ impl Worker {
                     Err(TryRecvError::Disconnected) => return,
                 }
             }
-            if changes {
+            if changes || peers {
                 self.listen();
             }
             if nftables {
@@ -175,6 +184,10 @@ impl Worker {
                 let _ = reply.send(self.retire(retired, ops));
                 self.listen();
             }
+            Request::Mend(netns, specs, reply) => {
+                let mended = endpoint::mend(&mut self.route, &mut self.netns_worker, netns, specs);
+                let _ = reply.send(mended);
+            }
             Request::Sweep(reply) => self.sweeper.sweep_all(reply),
             Request::Counts(table, sets, reply) => {
                 let _ = reply.send(self.tables.counts(table, &sets));
@@ -201,6 +214,7 @@ impl Worker {
         if self.monitor.drain(&mut self.known) {
             self.event_queue.add(KernelEvent::Overrun);
         }
+        self.peer_monitor.drain(&mut self.known);
         let changes = self.known.changes();
         self.event_queue.add_gone(changes.gone);
         if changes.changed {
@@ -209,6 +223,7 @@ impl Worker {
         if changes.underlay {
             self.event_queue.add(KernelEvent::Underlay);
         }
+        changes.peers.into_iter().for_each(|device| self.event_queue.add(KernelEvent::PeerChanged(device)));
     }
 
     /// Reads nftables notifications, and queues an event for changes by other programs. Notifications of changes by
@@ -407,7 +422,7 @@ impl Worker {
     }
 
     fn create(&mut self, ops: Vec<Op>, spec: EndpointSpec) -> (Vec<Outcome>, Result<CreatedEndpoint>) {
-        let device = spec.device;
+        let (device, mac) = (spec.device, spec.mac);
         let (after, before): (Vec<Op>, Vec<Op>) =
             ops.into_iter().partition(|op| op.device() == Some(device) || publishes(op));
         let mut devices = Devices::default();
@@ -422,7 +437,10 @@ impl Worker {
             endpoint::create(&mut self.route, &mut devices, &mut self.netns_worker, &self.sweeper, spec);
         let result = match created {
             Ok(created) => {
+                // What the creation itself did in the namespace is no news.
+                self.peer_monitor.drain(&mut self.known);
                 self.known.created(created.index, device, created.link);
+                self.known.peer_is(device, true, mac);
                 outcomes.extend(self.carry_out(after, &mut devices));
                 Ok(created.made)
             }

@@ -42,7 +42,7 @@ pub(super) struct Place<'a> {
 }
 
 /// The reservation of a MAC address for an attach in flight, released when dropped.
-struct TakenMac<'a> {
+pub(super) struct TakenMac<'a> {
     node: &'a Node,
     network: NetworkId,
     mac: Mac,
@@ -135,9 +135,7 @@ impl Node {
             pod: self.identify(&request, local.cni.as_ref()),
             unknown: Unknown::default().played(),
         };
-        let addresses = endpoint.addresses.iter().map(IpNet::addr);
-        let gateways = addresses.filter(|_| !network.internal).filter_map(|at| ipam::gateway_on(network, at));
-        let gateways: Vec<IpAddr> = gateways.collect();
+        let gateways = gateways(network, &endpoint);
         // Held until the endpoint is in the table or the attach has failed.
         let _policed = self.police_attach(&endpoint);
         if local.docker.is_some() {
@@ -325,7 +323,12 @@ impl Node {
     ///
     /// On an internal network, there is no default route, so the endpoint gets routes to the addresses of the cluster
     /// DNS.
-    fn ways_to_resolver(&self, network: &Network, endpoint: &Endpoint, loopback: bool) -> Option<Resolver> {
+    pub(super) fn ways_to_resolver(
+        &self,
+        network: &Network,
+        endpoint: &Endpoint,
+        loopback: bool,
+    ) -> Option<Resolver> {
         let has = |v4| endpoint.addresses.iter().any(|net| net.addr().is_ipv4() == v4);
         let all = self.config.ranges.dns_addresses().filter(|address| has(address.is_ipv4()));
         let cluster: Vec<IpAddr> = all.filter(|_| network.internal).collect();
@@ -400,7 +403,7 @@ impl Node {
     }
 
     /// Reserves a MAC address that no endpoint of the network has.
-    fn take_mac(&self, network: NetworkId, mac: Mac) -> Result<TakenMac<'_>, Failed> {
+    pub(super) fn take_mac(&self, network: NetworkId, mac: Mac) -> Result<TakenMac<'_>, Failed> {
         if !mac.is_unicast() {
             return Err(Failed::invalid(format!("{mac} is not the address of one interface")));
         }
@@ -502,6 +505,7 @@ impl Node {
     /// Deletes endpoints from the owner table and from the kernel.
     pub(super) async fn take_away(&self, ids: &[EndpointId]) -> Result<(), Failed> {
         let (retired, networks) = self.retired(ids);
+        let namespaces = self.namespaces(ids);
         self.withdraw(ids, "detached")?;
         let ops = {
             let mut state = self.state.borrow_mut();
@@ -519,7 +523,16 @@ impl Node {
             self.state.borrow_mut().reconcile.ask_full();
             self.work.notify_one();
             Failed::from(error)
-        })
+        })?;
+        self.hand_default_routes_on(namespaces).await;
+        Ok(())
+    }
+
+    /// Returns the inodes of the namespaces in which ovl configured these endpoints.
+    fn namespaces(&self, ids: &[EndpointId]) -> BTreeSet<u64> {
+        let state = self.state.borrow();
+        let all = ids.iter().filter_map(|id| state.endpoints.get(*id));
+        all.filter(|local| local.docker.is_none()).map(|local| local.inode).collect()
     }
 
     /// Returns what the kernel worker needs to delete these endpoints, and the networks that they are on.
@@ -549,6 +562,7 @@ impl Node {
                 state.local.attaches.forget_engine(*id);
                 state.local.isolation.forget(*id);
                 state.problems.set(Code::EndpointIsolated, id.to_string(), None);
+                state.problems.set(Code::OtherMac, id.to_string(), None);
                 self.published.release(*id);
             }
         }
@@ -760,8 +774,14 @@ fn netns_path(netns: &NetnsRef) -> PathBuf {
     }
 }
 
+/// Returns the gateways of an endpoint's default routes: one for each address family, none on an internal network.
+pub(super) fn gateways(network: &Network, endpoint: &Endpoint) -> Vec<IpAddr> {
+    let addresses = endpoint.addresses.iter().map(IpNet::addr);
+    addresses.filter(|_| !network.internal).filter_map(|at| ipam::gateway_on(network, at)).collect()
+}
+
 /// Returns the configuration of the host interface: a bridge port, or routed with the subnets behind each gateway.
-fn host_end(view: &View, network: &Network, endpoint: &Endpoint) -> HostEnd {
+pub(super) fn host_end(view: &View, network: &Network, endpoint: &Endpoint) -> HostEnd {
     if network.mode == Mode::L2 {
         return HostEnd::Port(Device::bridge(network.id), hairpin::is_needed(view, network, endpoint));
     }

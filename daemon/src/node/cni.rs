@@ -123,6 +123,11 @@ impl Node {
             endpoint.clone()
         };
         let inside = self.inside(&check.netns, &check.attachment.ifname).await?;
+        // A later plugin of the chain may have set another MAC address a moment ago.
+        if let Some(inside) = &inside {
+            self.follow_mac(endpoint.id, inside.mac);
+        }
+        let endpoint = self.state.borrow().own_endpoint(endpoint.id).cloned().unwrap_or(endpoint);
         cni::check(check, &endpoint, inside.as_ref())
     }
 

@@ -14,6 +14,7 @@ mod docker;
 mod firewall;
 mod guard;
 mod ingress;
+mod inside;
 mod keys;
 mod lifecycle;
 mod limits;

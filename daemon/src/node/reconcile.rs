@@ -184,6 +184,7 @@ impl Node {
     pub(super) fn on_kernel(self: &Rc<Self>, event: KernelEvent) {
         match event {
             KernelEvent::EndpointGone(device) => self.lost([device]),
+            KernelEvent::PeerChanged(device) => self.look_inside(device),
             KernelEvent::Changed | KernelEvent::FilterChanged => self.look_soon(),
             KernelEvent::Overrun => {
                 self.ranges.notify_one();

@@ -6,7 +6,7 @@ use ovl_dataplane::op::{FdbOp, LinkOp, NeighbourOp, Op};
 use ovl_dataplane::state::Link;
 
 use super::lab::{Container, Lab, add_endpoint, bridge, desired, endpoint, in_namespace, ip, mac, net, run};
-use crate::{Goal, HostEnd, KernelEvent, open_netns};
+use crate::{EndpointSpec, Goal, HostEnd, KernelEvent, Mended, PeerSpec, open_netns};
 
 async fn network(lab: &Lab) -> ovl_dataplane::state::Dataplane {
     let wanted = desired(ip("192.0.2.1"), 3);
@@ -97,6 +97,33 @@ fn ipv6_is_turned_on_for_the_interface_if_disabled() {
         container.run("sysctl -qw net.ipv6.conf.default.disable_ipv6=1");
         lab.create(container.spec(30)).await.expect("endpoint");
         container.run("ping -c1 -W1 fd00:1::1");
+    });
+}
+
+#[test]
+fn peer_that_is_set_up_again_is_reported_and_gets_back_what_it_lost() {
+    in_namespace(async || {
+        let mut lab = Lab::start();
+        network(&lab).await;
+        let container = Container::new();
+        lab.create(container.spec(30)).await.expect("endpoint");
+        let changed = KernelEvent::PeerChanged(endpoint(30));
+        assert!(!lab.events().await.contains(&changed), "the creation itself is no change");
+        container.run("ip link set eth0 down && ip link set eth0 up");
+        assert!(lab.events().await.contains(&changed));
+        let mend = async || {
+            let EndpointSpec { device, addresses, gateways, host_end, resolver, .. } = container.spec(30);
+            let spec = PeerSpec { device, addresses, gateways, host_end, resolver };
+            lab.kernel.mend(container.open(), vec![spec]).await.expect("mended")
+        };
+        let found = |changed| Mended { device: endpoint(30), mac: Some(mac(30)), changed };
+        assert_eq!(mend().await, [found(true)]);
+        container.run("ping -c1 -W1 fd00:1::1 && ip route get 192.0.2.1 && ip -6 route get 2001:db8::1");
+        assert_eq!(mend().await, [found(false)]);
+        container.run("ip link set eth0 down");
+        assert_eq!(mend().await, [found(false)], "what is down stays as it is");
+        container.run("ip link set eth0 address 02:00:00:00:00:99 && ip link set eth0 up");
+        assert!(lab.events().await.contains(&changed));
     });
 }
 

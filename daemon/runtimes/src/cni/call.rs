@@ -111,13 +111,15 @@ pub fn parse(call: &CniCall) -> Result<Call, CniError> {
     let Value::Object(config) = &call.config else {
         return Err(error(code::DECODE, "the network configuration is not a JSON object", ""));
     };
+    // Deletions validate only what they need: they must succeed even if the configuration has become invalid. A DEL
+    // prints no result, so even its version does not matter.
+    if call.command == CniCommand::Del {
+        return Ok(Call::Del(attachment(call, name(config)?)?));
+    }
     let version = version(config, call.command)?;
     let name = name(config)?;
-    // Deletions validate only what they need: they must succeed even if the configuration has become invalid.
-    match call.command {
-        CniCommand::Del => return Ok(Call::Del(attachment(call, name)?)),
-        CniCommand::Gc => return gc(config, name),
-        CniCommand::Add | CniCommand::Check | CniCommand::Status => {}
+    if call.command == CniCommand::Gc {
+        return gc(config, name);
     }
     let network = network(config, name)?;
     refuse_ipam(config)?;

@@ -269,6 +269,13 @@ fn del_succeeds_with_an_invalid_configuration() {
         json!({ "ipam": { "type": "x" }, "network": 7, "runtimeConfig": 1, "prevResult": 1, "dns": 1 });
     let del = CniCall { args: "nonsense".into(), ..call(CniCommand::Del, config(more)) };
     assert!(matches!(parse(&del), Ok(Call::Del(_))));
+    for version in [json!("0.2.0"), json!("2.0.0"), json!(""), json!(7), Value::Null] {
+        let del = call(CniCommand::Del, config(json!({ "cniVersion": version })));
+        assert!(matches!(parse(&del), Ok(Call::Del(_))), "{version}");
+    }
+    let mut none = call(CniCommand::Del, config(json!({})));
+    none.config.as_object_mut().unwrap().remove("cniVersion");
+    assert!(matches!(parse(&none), Ok(Call::Del(_))));
 }
 
 fn inside() -> Inside {
