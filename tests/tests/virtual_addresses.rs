@@ -288,7 +288,7 @@ fn keepalived_fails_over_to_another_host() {
         return;
     }
     for options in [&[][..], &["--encrypted"]] {
-        let Group { lab, routers, clients } = group(options);
+        let Group { lab: _lab, routers, clients } = group(options);
         let mut running: Vec<_> = routers
             .iter()
             .zip([150, 100])

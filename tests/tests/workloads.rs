@@ -40,12 +40,15 @@ fn down_and_up(endpoint: &Attached) {
     }
 }
 
+fn args(subnets: &[String; 2]) -> Vec<&str> {
+    subnets.iter().map(String::as_str).collect()
+}
+
 #[test]
 fn interface_that_was_set_down_and_up_gets_back_what_ovl_put_there() {
     let lab = start_lab(2).unwrap();
     let (h1, h2) = (&lab["h1"], &lab["h2"]);
     let subnets = |number: u8| [format!("--subnet=10.{number}.0.0/16"), format!("--subnet=fd0{number}::/64")];
-    let args = |subnets: &[String; 2]| subnets.each_ref().map(String::as_str).to_vec();
     create_network(&lab, "flat", &args(&subnets(1))).unwrap();
     create_network(&lab, "sealed", &[&args(&subnets(2))[..], &["--encrypted"]].concat()).unwrap();
     create_network(&lab, "inner", &[&args(&subnets(3))[..], &["--internal"]].concat()).unwrap();
