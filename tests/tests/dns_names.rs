@@ -67,14 +67,14 @@ fn endpoint_that_is_called_like_a_full_name_is_reported_and_does_not_take_its_pl
     let client = attach(h1, "client", "red", &[]).unwrap();
     let client = attach_workload(client.workload.clone(), "blue", &[]).unwrap();
     wait_name(&client.workload, "web.blue", &[web.address()]).unwrap();
-    let thief = attach(h2, "web.blue", "red", &[]).unwrap();
+    let thief = attach(h2, "thief", "red", &["--alias", "web.blue"]).unwrap();
     wait_name(&client.workload, "web.blue.red", &[thief.address()]).unwrap();
     assert_eq!(dig(&client.workload, AT, &["web.blue"]).unwrap(), [web.address()]);
     assert_eq!(dig(&client.workload, AT, &["web.blue.ovl.internal"]).unwrap(), [web.address()]);
     for host in [h1, h2] {
         let parts = [
             "web.blue has two meanings",
-            "web.blue on network red (host h2)",
+            "endpoint thief on network red (host h2)",
             "web on network blue (host h1)",
         ];
         wait_problem(host, &parts, SOON).unwrap();
