@@ -362,7 +362,7 @@ fn set(wish: &mut NetworkWish, key: &str, value: &str) -> Result<(), String> {
         }
         "ovl.vni" => wish.vni = Some(value.parse().map_err(|_| wrong("a number"))?),
         "ovl.mtu" | DRIVER_MTU => wish.mtu = Some(value.parse().map_err(|_| wrong("a number of bytes"))?),
-        _ if key.starts_with("com.docker.") => foreign::set(wish, key, value)?,
+        _ if key.starts_with("com.docker.") => foreign::set(&mut wish.vni, key, value)?,
         _ => {
             return Err(format!(
                 "unknown option -o {key}: ovl has ovl.network, ovl.encrypted, ovl.mode, ovl.backend, ovl.vni, \

@@ -3,18 +3,16 @@
 //!
 //! The module owns no state. Begin to read at [`set`].
 
-use super::NetworkWish;
-
 const BRIDGE: &str = "com.docker.network.bridge.";
 const OVERLAY: &str = "com.docker.network.driver.overlay.";
 const NETWORK: &str = "com.docker.network.";
 
-/// Applies one `-o KEY=VALUE` whose key begins with `com.docker.`.
+/// Applies one `-o KEY=VALUE` whose key begins with `com.docker.`. `vni` is what the options before say of the VNI.
 ///
 /// # Errors
 ///
 /// A message for the user if ovl does not do what the option promises, or if the value is not valid.
-pub(super) fn set(wish: &mut NetworkWish, key: &str, value: &str) -> Result<(), String> {
+pub(super) fn set(vni: &mut Option<u32>, key: &str, value: &str) -> Result<(), String> {
     let refuse = |advice: &str| Err(format!("-o {key}={value} is not supported: {advice}"));
     // As the bridge driver parses it.
     let is_on = || match value {
@@ -59,13 +57,13 @@ pub(super) fn set(wish: &mut NetworkWish, key: &str, value: &str) -> Result<(), 
     if let Some(option) = key.strip_prefix(OVERLAY) {
         return match option {
             "vxlanid_list" => {
-                let vni = value.trim().parse().map_err(|_| {
+                let given = value.trim().parse().map_err(|_| {
                     format!("-o {key}={value}: expected one number, because a network of ovl has one VNI")
                 })?;
-                if wish.vni.is_some_and(|other| other != vni) {
+                if vni.is_some_and(|other| other != given) {
                     return refuse("ovl.vni gives another VNI");
                 }
-                wish.vni = Some(vni);
+                *vni = Some(given);
                 Ok(())
             }
             _ => refuse(
