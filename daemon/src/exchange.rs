@@ -115,7 +115,12 @@ impl Exchanges {
         if self.running.as_ref().is_some_and(|running| now < running.deadline) {
             return None;
         }
-        self.running = None;
+        if let Some(Running { peer, missing: None, .. }) = self.running.take()
+            && let Some(announced) = self.peers.get_mut(&peer)
+        {
+            // Nothing was answered, so it has its turn again after the others.
+            announced.asked = None;
+        }
         let peers = &self.peers;
         let settled = self.own.is_settled(now);
         let due = |peer: &NodeId| {
@@ -251,7 +256,7 @@ mod tests {
         // Each is silent, so the next one has to wait until its time is up.
         assert_eq!(asked, [node(7), node(2), node(4)]);
         assert_eq!(exchanges.begin(6_999, OWN, |_| true), None, "the last one may still answer");
-        assert_eq!(exchanges.begin(7_000, OWN, |_| true), Some(node(7)), "five seconds after the first time");
+        assert_eq!(exchanges.begin(7_000, OWN, |_| true), Some(node(7)), "its turn again");
     }
 
     #[test]

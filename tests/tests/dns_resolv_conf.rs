@@ -103,7 +103,8 @@ fn server_on_a_device_that_comes_later_or_is_made_anew_is_queried() {
     file.write(b"nameserver fe80::53%wlan9\n").unwrap();
     wait_problem(host, &["has no device wlan9 at present"], SOON).unwrap();
     for round in 0..2 {
-        host.exec_ok(["ip", "link", "add", "wlan9", "type", "dummy"]).unwrap();
+        host.exec_ok(["ip", "link", "add", "wlan9", "type", "veth", "peer", "name", "air9"]).unwrap();
+        host.exec_ok(["ip", "link", "set", "air9", "up"]).unwrap();
         host.exec_ok(["ip", "link", "set", "wlan9", "up"]).unwrap();
         host.exec_ok(["ip", "addr", "add", "fe80::53/64", "dev", "wlan9", "nodad"]).unwrap();
         let listen = ["dnsmasq", "-k", "--no-resolv", "--no-hosts", "--pid-file=", "--conf-file=/dev/null"];

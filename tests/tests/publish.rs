@@ -578,10 +578,10 @@ fn published_port_is_refused_at_once_at_link_local_addresses() {
         // In upper case as Kubernetes writes it.
         let (_web, _server) = serve(host, "web", "net", &["8005:80/TCP", "8006:80/UDP"]);
         let outside = outsider(&lab).unwrap();
-        let link = host.exec_ok(["ip", "-6", "-o", "addr", "show", "dev", "u0", "scope", "link"]).unwrap();
+        let link = host.exec_ok(["ip", "-6", "-o", "addr", "show", "dev", "eth0", "scope", "link"]).unwrap();
         let link_local = link.split_whitespace().find(|word| word.starts_with("fe80::")).unwrap();
         let address: std::net::Ipv6Addr = link_local.split('/').next().unwrap().parse().unwrap();
-        for (from, device) in [(&outside, "br0"), (&**host, "u0")] {
+        for (from, device) in [(&outside, "br0"), (&**host, "eth0")] {
             let found = from.run(move || {
                 let device = nix::net::if_::if_nametoindex(device)?;
                 let to = std::net::SocketAddrV6::new(address, 8005, 0, device);

@@ -85,8 +85,10 @@ impl Node {
     fn report_waiting(&self) {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
-        let waiting = allocation::waiting(&state.view.resources, &self.config.ranges)
-            .map(|(name, families)| (format!("Service {name}"), waits(&families)));
+        let waiting =
+            allocation::waiting(&state.view.resources, &self.config.ranges).map(|(name, families)| {
+                (format!("Service {name}"), format!("Service {name} {}", waits(&families)))
+            });
         let waiting: Vec<(String, String)> = waiting.collect();
         state.problems.replace(Code::PoolUsedUp, waiting);
     }

@@ -98,8 +98,9 @@ pub fn overlapped(view: &View, load_balancers: &[IpNet], external: &[IpNet]) -> 
             |(subnet, (name, range))| {
                 networks::overlaps(*range, subnet).then(|| {
                     format!(
-                        "its subnet {subnet} overlaps the {name} {range}: a Service that gets an address of one of its \
-                         endpoints takes their connections. Choose another {name} in ovld.toml on all hosts"
+                        "network {}: its subnet {subnet} overlaps the {name} {range}: a Service that gets an address of one of its \
+                         endpoints takes their connections. Choose another {name} in ovld.toml on all hosts",
+                        network.name
                     )
                 })
             },

@@ -52,7 +52,15 @@ pub(crate) fn check_switched(
     }
     let held = kernel.remotes.iter().filter(|((device, _), _)| *device == vxlan);
     let held: BTreeMap<Mac, IpAddr> = held.map(|((_, mac), remote)| (*mac, remote.vtep)).collect();
-    ensure!(held == remotes, "FDB entries {held:?} in place of {remotes:?}");
+    let (of_endpoints, of_hosts): (BTreeMap<_, _>, BTreeMap<_, _>) =
+        held.into_iter().partition(|(mac, _)| remotes.contains_key(mac));
+    ensure!(of_endpoints == remotes, "FDB entries {of_endpoints:?} in place of {remotes:?}");
+    // One for the VXLAN device of each other host, to which path probes go.
+    let hosts: BTreeSet<IpAddr> = of_hosts.values().copied().collect();
+    ensure!(
+        hosts == floods && of_hosts.len() == floods.len(),
+        "FDB entries {of_hosts:?} for hosts {floods:?}"
+    );
     let held = kernel.floods.iter().filter(|(device, _)| *device == vxlan);
     let held: BTreeSet<IpAddr> = held.map(|(_, remote)| remote.vtep).collect();
     ensure!(held == floods, "flood entries {held:?} in place of {floods:?}");
