@@ -42,6 +42,8 @@ pub(crate) struct Exchanges {
     /// Peers to which a stream was opened since they were asked: they may have been away.
     greeted: BTreeSet<NodeId>,
     running: Option<Running>,
+    /// Peers of which this host has once had everything, as far as it accepts it.
+    level: BTreeSet<NodeId>,
     /// The peer that was asked last, at first this host. The next one follows it by id, so that hosts ask different peers.
     last: NodeId,
 }
@@ -80,6 +82,7 @@ impl Exchanges {
             peers: BTreeMap::new(),
             greeted: BTreeSet::new(),
             running: None,
+            level: BTreeSet::new(),
             last: me,
         }
     }
@@ -100,7 +103,13 @@ impl Exchanges {
     pub(crate) fn forget(&mut self, peer: NodeId) {
         self.peers.remove(&peer);
         self.greeted.remove(&peer);
+        self.level.remove(&peer);
         self.running.take_if(|running| running.peer == peer);
+    }
+
+    /// Whether this host has once had everything that a peer had, as far as it accepts it.
+    pub(crate) fn is_level(&self, peer: &NodeId) -> bool {
+        self.level.contains(peer)
     }
 
     /// Begins an exchange if one is due, and returns the peer to send the parts to. `own` is the digest of this host.
@@ -112,6 +121,8 @@ impl Exchanges {
         is_alive: impl Fn(&NodeId) -> bool,
     ) -> Option<NodeId> {
         self.own.note(own, now);
+        let same = self.peers.iter().filter(|(_, peer)| peer.digest.digest == own);
+        self.level.extend(same.map(|(peer, _)| *peer));
         if self.running.as_ref().is_some_and(|running| now < running.deadline) {
             return None;
         }
@@ -169,7 +180,7 @@ impl Exchanges {
         missing.retain(|key, stamp| lacks(key, *stamp));
         if missing.len() == before {
             // The peer has nothing more that this host accepts.
-            self.running = None;
+            self.end();
             return Vec::new();
         }
         self.want()
@@ -181,9 +192,16 @@ impl Exchanges {
         let keys: Vec<ObjectKey> =
             missing.into_iter().flatten().map(|(key, _)| key.clone()).take(WANT).collect();
         if keys.is_empty() {
-            self.running = None;
+            self.end();
         }
         keys
+    }
+
+    /// Ends the exchange in progress: nothing is missing.
+    fn end(&mut self) {
+        if let Some(Running { peer, .. }) = self.running.take() {
+            self.level.insert(peer);
+        }
     }
 }
 
@@ -314,6 +332,19 @@ mod tests {
         }
         assert_eq!((fetched, stored.len()), (1_100, 1_200));
         assert_eq!(exchanges.begin(now + 1, OTHER, |_| true), None);
+    }
+
+    #[test]
+    fn host_is_level_with_a_peer_after_an_exchange_or_with_the_same_digest() {
+        let mut exchanges = exchanges(&[7, 8], OTHER);
+        exchanges.announce(node(9), OWN, 0);
+        assert_eq!(exchanges.begin(1_000, OWN, |_| true), Some(node(7)));
+        let level = |exchanges: &Exchanges| [7, 8, 9].map(|peer| exchanges.is_level(&node(peer)));
+        assert_eq!(level(&exchanges), [false, false, true]);
+        assert_eq!(exchanges.on_index(node(7), Vec::new(), |_, _| true, 1_000), Some(Vec::new()));
+        assert_eq!(level(&exchanges), [true, false, true]);
+        exchanges.begin(1_001, OTHER, |_| true);
+        assert_eq!(level(&exchanges), [true, true, true]);
     }
 
     #[test]

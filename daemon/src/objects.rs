@@ -40,8 +40,6 @@ pub(crate) struct ObjectStore {
     clock: Clock,
     /// Digest of the stamps of all objects, for the hints.
     digest: [u8; 32],
-    /// Whether any peer has sent its objects.
-    seen: bool,
 }
 
 /// The present.
@@ -77,7 +75,7 @@ pub(crate) enum Rejected {
 impl ObjectStore {
     /// Creates an empty store. `clock` is that of the last run.
     pub(crate) fn new(clock: Clock) -> Self {
-        Self { objects: Objects::default(), clock, digest: [0; 32], seen: false }
+        Self { objects: Objects::default(), clock, digest: [0; 32] }
     }
 
     /// Returns the objects.
@@ -103,16 +101,6 @@ impl ObjectStore {
     /// Returns the object with this key, and what this release does not know of it. `None` if it is understood or absent.
     pub(crate) fn not_understood<'a>(&'a self, key: &'a ObjectKey) -> Option<(&'a ObjectKey, &'a str)> {
         Some((key, self.objects.get(key)?.opaque.as_deref()?))
-    }
-
-    /// Whether any peer has sent its objects.
-    pub(crate) fn is_seen(&self) -> bool {
-        self.seen
-    }
-
-    /// Notes that a peer has no object that this host lacks.
-    pub(crate) fn note_seen(&mut self) {
-        self.seen = true;
     }
 
     /// Returns the stamp of a write of the host `writer`: the present, or one step after the stored write of the object if
@@ -194,7 +182,6 @@ impl ObjectStore {
         resources: &mut Resources,
         mut refused: impl FnMut(Rejected),
     ) -> Option<Vec<ResourceKey>> {
-        self.seen = true;
         let (mut is_new, mut changed) = (false, Vec::new());
         for signed in objects {
             match self.receive_one(signed, moment, resources) {
@@ -456,7 +443,6 @@ mod tests {
     fn later_write_wins_and_is_taken_once() {
         let mut writer = Writer::new();
         let mut store = ObjectStore::new(Clock::default());
-        assert!(!store.is_seen());
         let first = writer.write(AT.wall_ms, false, |_| {});
         let second = writer.write(AT.wall_ms, false, |network| network.name = "green".to_owned());
         assert_eq!(receive(&mut store, &first), (true, None));
@@ -464,7 +450,7 @@ mod tests {
         assert_eq!(receive(&mut store, &first), (false, None));
         assert_eq!(receive(&mut store, &second), (true, None));
         assert_eq!(receive(&mut store, &first), (false, None));
-        assert!(store.digest() != digest && store.is_seen());
+        assert!(store.digest() != digest);
         assert_eq!(store.signed().count(), 1);
     }
 

@@ -279,7 +279,7 @@ fn pool_over_an_existing_network_is_reported() {
     wait_problem(host, &parts, SOON).unwrap();
     assert_contains(&host.ctl_ok(&["status"]).unwrap(), &["OVL-E065", "blue"]);
     // The network works as before, and another one cannot be created over a range.
-    assert_eq!(endpoints(host).unwrap(), ["web"]);
+    assert_eq!(endpoints(host).unwrap(), ["web on h1 is ready"]);
     for (subnet, name) in [("10.60.9.0/24", "load_balancer_pool"), ("10.61.0.0/16", "external_ranges")] {
         let refused = ctl_error(host, &["network", "create", "red", "--subnet", subnet]).unwrap();
         assert!(refused.contains(name) || refused.contains("blue"), "{refused}");

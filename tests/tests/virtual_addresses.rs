@@ -80,7 +80,7 @@ fn announce(router: &Attached) {
 fn answered_after(client: &Attached, address: &str) -> Duration {
     let start = Instant::now();
     wait_until(SOON, &format!("{} to reach {address}", client.name), || {
-        client.workload.exec_ok(["ping", "-c1", "-W1", "-i0.2", address]).map(drop)
+        client.workload.exec_ok(["ping", "-c1", "-W0.2", address]).map(drop)
     })
     .unwrap();
     start.elapsed()

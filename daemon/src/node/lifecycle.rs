@@ -274,6 +274,7 @@ impl Node {
                 PeerState::Alive => {
                     peer.hints.table != ovl_proto::table::Revision::default()
                         && node.table.revision() >= peer.hints.table
+                        && state.exchanges.is_level(&node.record.id)
                         // This host may have been forgotten while it was down, and its blocks may belong to
                         // other hosts.
                         && state.view.alloc.version >= peer.hints.alloc
@@ -285,17 +286,7 @@ impl Node {
             _ => false,
         });
         let alone = !others.iter().any(|(node, _)| node.is_some_and(|node| node.state == PeerState::Alive));
-        // A peer that announces the same digest has no other objects than this host.
-        let own = state.objects.digest();
-        let is_same = others.iter().any(|(node, peer)| {
-            node.is_some_and(|node| node.state == PeerState::Alive)
-                && peer.is_some_and(|peer| {
-                    peer.hints.table != ovl_proto::table::Revision::default() && peer.hints.objects == own
-                })
-        });
-        let done = settled
-            && (state.objects.is_seen() || is_same || alone)
-            && (!alone || others.is_empty() || state.now() > 5_000);
+        let done = settled && (!alone || others.is_empty() || state.now() > 5_000);
         if done || state.now() > CATCH_UP_MS {
             tracing::info!(complete = done, "gossip has caught up");
             state.caught_up = true;

@@ -168,9 +168,6 @@ impl Node {
             let now = state.now();
             let lacks = |key: &ObjectKey, stamp| state.objects.all().lacks(key, stamp);
             let Some(want) = state.exchanges.on_index(from, index, lacks, now) else { return };
-            if want.is_empty() {
-                state.objects.note_seen();
-            }
             want
         };
         self.want_objects(from, want);

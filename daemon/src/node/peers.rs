@@ -317,7 +317,10 @@ impl Node {
             let Some(peer) = state.peers.get_mut(&id) else { return };
             peer.hints = hints;
             let now = state.now();
-            state.exchanges.announce(id, hints.objects, now);
+            // Before its first hints, it has announced nothing.
+            if hints.table != ovl_proto::table::Revision::default() {
+                state.exchanges.announce(id, hints.objects, now);
+            }
             hints.alloc > state.view.alloc.version
         };
         self.ask_missing_objects();
