@@ -470,11 +470,14 @@ fn what_no_service_has_in_the_service_range_is_refused() -> Result<()> {
             for (address, port) in used.iter().map(|address| (*address, 81)).chain(unused.map(|at| (at, 80)))
             {
                 refused_at(from, SocketAddr::new(address, port)).with_context(|| mode.to_owned())?;
-                // A program of the host learns it when it sends.
-                let asked = UdpClient::open(from, SocketAddr::new(address, port))?.ask();
-                let refused = [io::ErrorKind::ConnectionRefused, io::ErrorKind::PermissionDenied];
-                let is_refused = asked.as_ref().is_err_and(|error| refused.contains(&error.kind()));
-                ensure!(is_refused, "{mode}: UDP to {address}: {asked:?}");
+                // A program of the host learns it when it sends. The kernel limits the rate of ICMP messages.
+                wait_until(SOON, "UDP to be refused", || {
+                    let asked = UdpClient::open(from, SocketAddr::new(address, port))?.ask();
+                    let refused = [io::ErrorKind::ConnectionRefused, io::ErrorKind::PermissionDenied];
+                    let is_refused = asked.as_ref().is_err_and(|error| refused.contains(&error.kind()));
+                    ensure!(is_refused, "{mode}: UDP from {from:?} to {address}: {asked:?}");
+                    Ok(())
+                })?;
             }
         }
         // So are the addresses of a Service that is deleted.
