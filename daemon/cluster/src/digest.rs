@@ -40,7 +40,7 @@ impl Digest {
 
     /// Returns the first eight bytes of the hash of each part, to compare with those of another digest.
     pub fn parts(&self) -> Vec<u64> {
-        self.parts.iter().map(|hash| short(hash)).collect()
+        self.parts.iter().map(short).collect()
     }
 
     /// Returns the numbers of the parts that differ from [`Self::parts`] of another digest.

@@ -34,7 +34,7 @@ enum Phase {
     Accept {
         map: AllocMap,
         /// The difference to the known map. `None` if only the whole map expresses it.
-        step: Option<MapStep>,
+        step: Option<Box<MapStep>>,
         /// What an acceptor of the map signs.
         statement: Statement,
         /// The verified votes.
@@ -134,7 +134,7 @@ impl Replica {
         }
         let signatures = &*self.signatures;
         let statement = statement(signatures, attempt.ballot, &map);
-        let step = learned.step_to(&map, statement.map);
+        let step = learned.step_to(&map, statement.map).map(Box::new);
         out.persist |= self.durable.accept(attempt.ballot, &map);
         let votes = BTreeMap::from([(self.me, signatures.sign(&statement))]);
         attempt.phase = Phase::Accept { map, step, statement, votes, results };
@@ -179,7 +179,7 @@ impl Replica {
         for node in recipients.into_iter().filter(|node| *node != self.me) {
             // A host that joins may lack the map before this one.
             let message = match step.as_ref().filter(|_| old.contains(&node)) {
-                Some(step) => AllocMessage::Decided { step: step.clone(), proof: decision.proof.clone() },
+                Some(step) => AllocMessage::Decided { step: MapStep::clone(step), proof: decision.proof.clone() },
                 None => AllocMessage::Learn(Box::new(decision.clone())),
             };
             out.send(node, message);
@@ -261,7 +261,7 @@ impl Replica {
             // A host that joins and lacks the map before this one asks for it.
             Phase::Accept { map, step, votes, .. } => {
                 let message = match step {
-                    Some(step) => AllocMessage::AcceptStep { ballot, step: step.clone() },
+                    Some(step) => AllocMessage::AcceptStep { ballot, step: MapStep::clone(step) },
                     None => AllocMessage::Accept { ballot, map: map.clone() },
                 };
                 for to in learned.members.union(&map.members).filter(|to| !votes.contains_key(to)) {
