@@ -179,7 +179,9 @@ impl Replica {
         for node in recipients.into_iter().filter(|node| *node != self.me) {
             // A host that joins may lack the map before this one.
             let message = match step.as_ref().filter(|_| old.contains(&node)) {
-                Some(step) => AllocMessage::Decided { step: MapStep::clone(step), proof: decision.proof.clone() },
+                Some(step) => {
+                    AllocMessage::Decided { step: MapStep::clone(step), proof: decision.proof.clone() }
+                }
                 None => AllocMessage::Learn(Box::new(decision.clone())),
             };
             out.send(node, message);

@@ -71,7 +71,11 @@ pub fn datagram(bytes: &[u8]) {
         (Arc::new(Keyring::new(key, Vec::new())), sealed)
     });
     let mut opener = Opener::new(NODE, Arc::clone(keyring));
-    assert!(opener.open(&mut bytes.to_vec()).is_err() || bytes == sealed.as_slice());
+    // Only this target seals with the key. An input may be what it sealed in an earlier run.
+    let mut input = bytes.to_vec();
+    if let Ok((_, text)) = opener.open(&mut input) {
+        assert_eq!(text, b"text");
+    }
     let mut changed = sealed.clone();
     changed.iter_mut().zip(bytes).for_each(|(to, from)| *to ^= from);
     changed.extend_from_slice(bytes.get(sealed.len()..).unwrap_or_default());
