@@ -146,12 +146,14 @@ pub fn counted(at: &Netns, name: &str) -> Result<u64> {
         .context("the counter has no packet count")
 }
 
-/// nftables rules for the switch: `inside` counts VXLAN packets, `plain` counts unencapsulated overlay packets.
+/// nftables rules for the switch: `inside` counts VXLAN packets other than path probes, `plain` counts unencapsulated
+/// overlay packets.
 pub const WATCH: &str = "table bridge watch {
     counter inside {}
     counter plain {}
     chain forward {
         type filter hook forward priority -10; policy accept;
+        udp dport 4789 @th,224,16 0x88b6 accept
         udp dport 4789 counter name inside accept
         ip saddr 10.60.0.0/16 ip daddr 10.60.0.0/16 counter name plain
         ip6 saddr fd60::/48 ip6 daddr fd60::/48 counter name plain
