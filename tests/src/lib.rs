@@ -270,6 +270,15 @@ pub fn wait_problem(host: &Host, parts: &[&str], timeout: Duration) -> Result<St
     })
 }
 
+/// Waits until a host reports no problem.
+pub fn wait_no_problem(host: &Host, timeout: Duration) -> Result<()> {
+    wait_until(timeout, &format!("no problem on {}", host.name()), || {
+        let all = problems(host)?;
+        ensure!(all.is_empty(), "{all:?}");
+        Ok(())
+    })
+}
+
 /// The text of a JSON string; empty if the value is not a string.
 pub fn text(value: &Value) -> String {
     value.as_str().unwrap_or_default().to_owned()

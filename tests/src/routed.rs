@@ -16,6 +16,15 @@ pub fn create_routed_network(lab: &Lab, name: &str, more: &[&str]) -> Result<()>
     wait_routed(lab, name)
 }
 
+/// Creates a switched (`l2`) or a routed (`l3`) network with these arguments, and waits until it is known or complete on all
+/// hosts.
+pub fn create_network_of_mode(lab: &Lab, mode: &str, name: &str, more: &[&str]) -> Result<()> {
+    match mode {
+        "l2" => create_network(lab, name, more),
+        _ => create_routed_network(lab, name, more),
+    }
+}
+
 /// Waits until each running host has a block of each subnet, all running hosts know these blocks, and `verify` finds
 /// no difference.
 pub fn wait_routed(lab: &Lab, name: &str) -> Result<()> {

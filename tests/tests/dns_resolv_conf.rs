@@ -4,11 +4,11 @@
 
 use std::net::Ipv4Addr;
 
-use anyhow::{Result, ensure};
-use netns_lab::{Host, Lab, wait_until};
+use anyhow::ensure;
+use netns_lab::{Lab, wait_until};
 use ovl_tests::resolver::{Behaviour, FakeResolver, ResolvConf, config, dig, dnsmasq, status};
 use ovl_tests::{
-    Attached, SOON, assert_contains, attach, create_network, problems, start_lab_with, wait_problem,
+    Attached, SOON, assert_contains, attach, create_network, start_lab_with, wait_no_problem, wait_problem,
 };
 
 const AT: &str = "127.0.0.11";
@@ -35,13 +35,6 @@ fn wait_answer(asker: &Attached, what: &str) {
     .unwrap();
 }
 
-fn wait_no_problem(host: &Host) -> Result<()> {
-    wait_until(SOON, "no problem", || {
-        ensure!(problems(host)?.is_empty(), "{:?}", problems(host)?);
-        Ok(())
-    })
-}
-
 #[test]
 fn resolv_conf_is_read_as_the_c_library_reads_it() {
     let (lab, file, asker) = lab();
@@ -66,7 +59,7 @@ fn resolv_conf_is_read_as_the_c_library_reads_it() {
             Ok(())
         })
         .unwrap();
-        wait_no_problem(host).unwrap();
+        wait_no_problem(host, SOON).unwrap();
     }
     let before = localhost.udp_queries();
     file.write(b"nameserver 127.0.0.9\n").unwrap();
@@ -85,7 +78,7 @@ fn status_names_lines_that_are_not_used_and_that_no_resolver_is_known() {
     wait_problem(host, &["line 3 of", "without a blank before it"], SOON).unwrap();
     wait_answer(&asker, "the rest");
     file.write(b"nameserver 127.0.0.2\n").unwrap();
-    wait_no_problem(host).unwrap();
+    wait_no_problem(host, SOON).unwrap();
     drop(good);
     // Nobody has asked for anything yet.
     file.write(b"options ndots:1\n").unwrap();
@@ -93,7 +86,7 @@ fn status_names_lines_that_are_not_used_and_that_no_resolver_is_known() {
     assert_eq!(status(&asker.workload, AT, &["example.org"]).unwrap(), "SERVFAIL");
     let _localhost = FakeResolver::start(host, LOCALHOST, Behaviour::Answers).unwrap();
     wait_answer(&asker, "localhost");
-    wait_no_problem(host).unwrap();
+    wait_no_problem(host, SOON).unwrap();
 }
 
 #[test]
@@ -111,7 +104,7 @@ fn server_on_a_device_that_comes_later_or_is_made_anew_is_queried() {
         let more = ["--interface=wlan9", "--bind-interfaces", "--address=/example.org/192.0.2.7"];
         let server = host.spawn([&listen[..], &more].concat()).unwrap();
         wait_answer(&asker, &format!("device {round}"));
-        wait_no_problem(host).unwrap();
+        wait_no_problem(host, SOON).unwrap();
         drop(server);
         host.exec_ok(["ip", "link", "del", "wlan9"]).unwrap();
     }

@@ -9,7 +9,8 @@ use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, Netns, Spawned, wait_until};
 use ovl_tests::ports::{create_bridge_network, outsider, seen_client, start_address_server};
 use ovl_tests::{
-    Attached, SOON, assert_contains, attach, problems, resolver, start_lab, strings, wait_clean, wait_problem,
+    Attached, SOON, assert_contains, attach, problems, resolver, start_lab, strings, wait_clean,
+    wait_no_problem, wait_problem,
 };
 
 /// A host with a bridge network and one endpoint, whose port 80 is published.
@@ -60,12 +61,7 @@ impl FirewallLab {
     }
 
     fn wait_no_problem(&self) {
-        wait_until(SOON, "no problem", || {
-            let problems = problems(self.host())?;
-            ensure!(problems.is_empty(), "{problems:?}");
-            Ok(())
-        })
-        .unwrap();
+        wait_no_problem(self.host(), SOON).unwrap();
     }
 
     /// Commands in backquotes in the problem that contains these parts.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Netns, Underlay, wait_until};
 use ovl_tests::ports::outsider;
-use ovl_tests::routed::create_routed_network;
+use ovl_tests::routed::{create_network_of_mode, create_routed_network};
 use ovl_tests::service::{Connection, NamedServer, UdpClient, apply, ask, wait_answers};
 use ovl_tests::{
     Attached, SOON, attach, create_network, problems, start_lab_with, strings, text, wait_clean, wait_problem,
@@ -260,10 +260,7 @@ fn external_traffic_policy_local_leaves_all_backends_to_what_comes_from_this_hos
     for mode in ["l2", "l3"] {
         let lab = lab(2)?;
         let [h1, h2] = lab.hosts() else { unreachable!() };
-        match mode {
-            "l2" => create_network(&lab, "blue", &SUBNETS)?,
-            _ => create_routed_network(&lab, "blue", &SUBNETS)?,
-        }
+        create_network_of_mode(&lab, mode, "blue", &SUBNETS)?;
         let service = web(",\"externalTrafficPolicy\":\"Local\"");
         apply(&lab, h1, &service.replace("8080}", "8080,\"nodePort\":30080}"))?;
         let (_two, _server) = backend(h2, "two")?;

@@ -12,9 +12,9 @@ use nix::libc;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, sendto, socket,
 };
-use ovl_tests::routed::create_routed_network;
+use ovl_tests::routed::create_network_of_mode;
 use ovl_tests::service::{Connection, NamedServer, UdpClient, apply, ask, wait_answers};
-use ovl_tests::{Attached, SOON, attach, create_network, start_lab, text, wait_clean};
+use ovl_tests::{Attached, SOON, attach, start_lab, text, wait_clean};
 use serde_json::json;
 
 const MODES: [&str; 2] = ["l2", "l3"];
@@ -22,10 +22,7 @@ const MODES: [&str; 2] = ["l2", "l3"];
 /// Creates a dual-stack network in a mode.
 fn network(lab: &Lab, mode: &str) -> Result<()> {
     let subnets = ["--subnet", "10.60.0.0/16", "--subnet", "fd60::/64"];
-    match mode {
-        "l2" => create_network(lab, "blue", &subnets),
-        _ => create_routed_network(lab, "blue", &subnets),
-    }
+    create_network_of_mode(lab, mode, "blue", &subnets)
 }
 
 /// A Service `web` with TCP port 80 and UDP port 53, and these additional fields in its spec.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Netns, wait_until};
 use ovl_tests::ports::outsider;
-use ovl_tests::routed::create_routed_network;
+use ovl_tests::routed::{create_network_of_mode, create_routed_network};
 use ovl_tests::service::{Connection, NamedServer, UdpClient, apply, ask, wait_answers};
 use ovl_tests::{
     Attached, SOON, attach, create_network, sctp, start_lab, start_lab_with, strings, text, wait_clean,
@@ -115,10 +115,7 @@ fn internal_traffic_policy_local_uses_only_local_backends() -> Result<()> {
     for mode in ["l2", "l3"] {
         let lab = start_lab(3)?;
         let [h1, h2, h3] = lab.hosts() else { unreachable!() };
-        match mode {
-            "l2" => create_network(&lab, "blue", &SUBNETS)?,
-            _ => create_routed_network(&lab, "blue", &SUBNETS)?,
-        }
+        create_network_of_mode(&lab, mode, "blue", &SUBNETS)?;
         apply(&lab, h1, &service("web", "web", ",\"internalTrafficPolicy\":\"Local\""))?;
         let at = SocketAddr::new(cluster_address(h1, "web")?, 80);
         let (_one, _first) = backend(h1, "one", "web")?;
@@ -143,10 +140,7 @@ fn sctp_is_translated_in_both_directions() -> Result<()> {
     for mode in ["l2", "l3"] {
         let lab = start_lab(2)?;
         let [h1, h2] = lab.hosts() else { unreachable!() };
-        match mode {
-            "l2" => create_network(&lab, "blue", &SUBNETS)?,
-            _ => create_routed_network(&lab, "blue", &SUBNETS)?,
-        }
+        create_network_of_mode(&lab, mode, "blue", &SUBNETS)?;
         let manifest = service("web", "web", ",\"ipFamilyPolicy\":\"PreferDualStack\"")
             .replace("\"targetPort\":8080", "\"targetPort\":9000,\"protocol\":\"SCTP\"");
         apply(&lab, h1, &manifest)?;

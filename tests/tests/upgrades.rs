@@ -16,7 +16,7 @@ use ovl_proto::wire;
 use ovl_proto::wire::fields::{PLAYED_FIELD, Reader, Unknown};
 use ovl_tests::{
     Attached, Flow, SOON, attach, create_network, ctl_error, ping_all_pairs, problems, start_lab_with,
-    wait_clean, wait_endpoints, wait_network, wait_problem,
+    wait_clean, wait_endpoints, wait_network, wait_no_problem, wait_problem,
 };
 
 /// The part of the replica's state that is of interest here.
@@ -250,11 +250,6 @@ fn hosts_without_a_common_wire_version_name_each_other() {
     lab["h2"].wait_ready(SOON).unwrap();
     lab.wait_all_alive(SOON).unwrap();
     for host in lab.hosts() {
-        wait_until(SOON, &format!("no problem on {}", host.name()), || {
-            let all = problems(host)?;
-            ensure!(all.is_empty(), "{all:?}");
-            Ok(())
-        })
-        .unwrap();
+        wait_no_problem(host, SOON).unwrap();
     }
 }
