@@ -29,7 +29,7 @@ const NEXT_AFTER: Duration = Duration::from_millis(400);
 const GIVE_UP_AFTER: Duration = Duration::from_millis(4500);
 /// How often resolv.conf is checked for changes.
 const RESOLV_CONF_INTERVAL: Duration = Duration::from_secs(1);
-/// How often a server that nobody configured is queried until it answers.
+/// How often the default server is queried until it answers.
 const PROBE_INTERVAL: Duration = Duration::from_secs(10);
 /// The limits of questions in flight, and of clients that wait for one question.
 const MAX_QUESTIONS: usize = 2_000;
@@ -135,7 +135,7 @@ impl Forwarder {
         self.shared.upstreams.store(Some(Arc::new(upstreams)));
     }
 
-    /// Queries the server that nobody configured, until it has answered. So users learn before the first client asks
+    /// Queries the default server until it has answered. So users learn before the first client asks
     /// that there is none.
     fn probe_default(self: &Rc<Self>) {
         let Some(server) = self.servers.borrow().unproved_default() else { return };

@@ -18,7 +18,7 @@ pub struct StubDomain {
     pub servers: Vec<SocketAddr>,
 }
 
-/// An upstream server whose last two or more queries failed, or one if nobody configured it.
+/// An upstream server whose last two or more queries failed, or one if it is the default.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FailingServer {
     /// The server.
@@ -81,7 +81,7 @@ impl Servers {
         Self { groups, is_default: false }
     }
 
-    /// Sets the servers for names under no stub domain. `is_default` says that nobody configured them. Returns whether
+    /// Sets the servers for names under no stub domain. `is_default` says that they are not configured. Returns whether
     /// anything changed.
     pub(crate) fn set_others(&mut self, servers: &[SocketAddr], is_default: bool) -> bool {
         let Some(others) = self.groups.last_mut() else { return false };
@@ -135,7 +135,7 @@ impl Servers {
         changed
     }
 
-    /// Returns the servers whose last two or more queries failed. For one that nobody configured, one query is enough.
+    /// Returns the servers whose last two or more queries failed. For the default one, one query is enough.
     pub(crate) fn failing(&self) -> Vec<FailingServer> {
         let of_group = |group: &Group| {
             let stub = (group.domain != Name::ROOT).then_some(group.domain);
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn one_failure_of_a_server_that_nobody_configured_is_reported() {
+    fn one_failure_of_the_default_server_is_reported() {
         let mut servers = servers();
         assert!(servers.set_others(&[at(9)], true));
         assert!(servers.record_outcome(&Name::ROOT, at(9), false));
