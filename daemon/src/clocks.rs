@@ -264,7 +264,7 @@ mod tests {
         assert!(!unset.is_set() && unset.is_agreed());
         assert_eq!((unset.now(), unset.stamping()), (NOW, Some(NOW)));
         assert_eq!(unset.refusing(), None);
-        // It has no vote, and nobody waits for it.
+        // It has no vote, and no host waits for it.
         let right = clocks(NOW, &[5000]);
         assert_eq!((right.refusing(), right.is_agreed()), (None, false));
         let alone = clocks(5000, &[]);

@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_is_asked_while_pushes_are_in_flight_unless_they_never_end() {
+    fn no_peer_is_asked_while_pushes_are_in_flight_unless_they_never_end() {
         let mut exchanges = exchanges(&[7], OTHER);
         assert_eq!(exchanges.begin(QUIET_MS - 1, OWN, |_| true), None);
         let (mut now, mut number) = (QUIET_MS, 3);
@@ -318,7 +318,7 @@ mod tests {
         let peer = exchanges.begin(1_000, OWN, |_| true).unwrap();
         let mut stored: BTreeSet<ObjectKey> = (0..100).map(key).collect();
         let index: Vec<_> = (0..1_200).map(|number| (key(number), stamp(1))).collect();
-        assert_eq!(exchanges.on_index(node(8), index.clone(), |_, _| true, 1_000), None, "nobody asked it");
+        assert_eq!(exchanges.on_index(node(8), index.clone(), |_, _| true, 1_000), None, "it was not asked");
         let (mut now, mut fetched) = (1_000, 0);
         let mut want = exchanges.on_index(peer, index, |key, _| !stored.contains(key), now).unwrap();
         while !want.is_empty() {

@@ -32,8 +32,9 @@ pub enum Message {
     ObjectParts(Vec<u64>),
     /// The key and stamp of each object of the sender in the parts that differ.
     ObjectIndex(Vec<(ObjectKey, Stamp)>),
-    /// A request for objects, each with the stamp of what the sender has, which is the default if it has none. The reply is [`Self::Objects`], in several messages, the last of which is empty. It may
-    /// leave out objects, which can be requested again.
+    /// A request for objects, each with the stamp of what the sender has, which is the default if it has none. The reply
+    /// is [`Self::Objects`], in several messages, the last of which is empty. It may leave out objects, which can be
+    /// requested again.
     ObjectWant(Vec<(ObjectKey, Stamp)>),
     /// A message of the consensus on the allocation map.
     Alloc(AllocMessage),

@@ -24,6 +24,9 @@ use super::message;
 use super::socket::{Batch, Dump, Route};
 use super::sysctl;
 
+/// The MTU of Ethernet in bytes.
+const ETHERNET_MTU: u16 = 1500;
+
 /// The devices of the host by index, as a dump found them.
 #[derive(Debug, Default)]
 pub(super) struct DeviceNames {
@@ -139,9 +142,6 @@ pub(super) fn announced(route: &mut Route) -> Result<BTreeSet<(u32, IpAddr)>> {
         .collect())
 }
 
-/// The MTU of Ethernet in bytes.
-const ETHERNET_MTU: u16 = 1500;
-
 /// Looks up the device that has an address, or by which these peers are reached from there.
 pub(super) fn underlay(route: &mut Route, vtep: IpAddr, peers: &[IpAddr]) -> Result<Underlay> {
     let dump = addresses(route)?;
@@ -159,9 +159,11 @@ pub(super) fn underlay(route: &mut Route, vtep: IpAddr, peers: &[IpAddr]) -> Res
     let mtu = |view: &LinkView<'_>| view.mtu.try_into().unwrap_or(u16::MAX);
     let by_peers = holder.only_holds_addresses();
     let mut ways = BTreeSet::new();
-    for peer in peers.iter().filter(|_| by_peers) {
-        // A peer without a route says nothing about the others.
-        ways.extend(output_interface(route, *peer).ok().flatten());
+    if by_peers {
+        for peer in peers {
+            // A peer without a route says nothing about the others.
+            ways.extend(output_interface(route, *peer).ok().flatten());
+        }
     }
     let way = views()
         .filter(|view| ways.contains(&view.index) && !view.only_holds_addresses())

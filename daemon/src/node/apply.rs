@@ -506,7 +506,7 @@ fn lost(claim: &Claim, other: &Name) -> String {
 
 fn backends(state: &State, ranges: &Ranges, name: &Name, service: &Service) -> ServiceBackends {
     let all = state.workloads.backends().of(name);
-    let waits = allocation::waiting(&state.view.resources, ranges).find(|(other, _)| *other == name);
+    let waits = allocation::families_waited_for(service, ranges);
     let of_port = |port: Option<usize>| {
         let each = all.iter().flat_map(|backend| {
             let number = port.and_then(|n| backend.ports.get(n).copied().flatten());
@@ -553,7 +553,7 @@ fn backends(state: &State, ranges: &Ranges, name: &Name, service: &Service) -> S
             .claims()
             .lost_externals(name, service)
             .map(|(claim, other)| lost(&claim, other))
-            .chain(waits.map(|(_, families)| super::ingress::waits(&families)))
+            .chain((!waits.is_empty()).then(|| super::ingress::waits(&waits)))
             .collect(),
     }
 }

@@ -40,7 +40,7 @@ impl Node {
     pub(super) fn check_refusing(&self, state: &State, clocks: &Clocks) -> Result<(), Failed> {
         let Some(refusing) = clocks.refusing() else { return Ok(()) };
         let by = in_words(refusing.by_ms);
-        let hosts = names(state, &refusing.hosts);
+        let hosts = state.names_of(&refusing.hosts);
         let which = if refusing.decided {
             "Set the clock of this host right (timedatectl, NTP)"
         } else {
@@ -58,8 +58,8 @@ impl Node {
         state.objects.stamp(&clocks, None, me)
     }
 
-    /// Notes that a peer refuses objects of this host, which cannot be stamped again because nobody knows whose clock is
-    /// right.
+    /// Notes that a peer refuses objects of this host, which cannot be stamped again because it is not known whose clock
+    /// is right.
     pub(super) fn note_future(&self, state: &mut State, clocks: &Clocks, wanted: &[WantedObject]) {
         if clocks.is_agreed() {
             return;
@@ -145,7 +145,7 @@ fn own_sentence(state: &State, clocks: &Clocks) -> Option<String> {
         ));
     }
     let Skew { by_ms, ahead } = clocks.own_skew()?;
-    let hosts = names(state, &clocks.agreeing());
+    let hosts = state.names_of(&clocks.agreeing());
     let effect =
         if ahead { ". Networks and Kubernetes objects cannot be changed here until it is right" } else { "" };
     Some(format!(
@@ -173,13 +173,4 @@ fn peer_sentence(name: &str, Skew { by_ms, ahead }: Skew, agreed: bool) -> Strin
              host where it is wrong (timedatectl, NTP). Until then, what is changed on the host that is ahead is refused"
         )
     }
-}
-
-/// Lists up to three hosts by name.
-fn names(state: &State, hosts: &[NodeId]) -> String {
-    let mut names: Vec<String> = hosts.iter().take(3).map(|id| state.view.name_of(*id)).collect();
-    if hosts.len() > names.len() {
-        names.push(format!("{} more", hosts.len().saturating_sub(names.len())));
-    }
-    names.join(", ")
 }

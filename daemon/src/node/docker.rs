@@ -33,6 +33,9 @@ use crate::endpoints::LocalEndpoint;
 
 /// How long a call waits for gossip to catch up. The Engine must get its response in time.
 const SETTLED: Duration = Duration::from_secs(2);
+/// The host's own network namespace, from which the Engine moves interfaces into containers.
+const HERE: &str = "/proc/thread-self/ns/net";
+
 /// Whether a call needs the agreement of the cluster.
 fn needs_member(call: &Call) -> bool {
     matches!(
@@ -43,9 +46,6 @@ fn needs_member(call: &Call) -> bool {
             | Call::CreateEndpoint(_)
     )
 }
-
-/// The host's own network namespace, from which the Engine moves interfaces into containers.
-const HERE: &str = "/proc/thread-self/ns/net";
 
 impl Node {
     /// Carries out a call of an Engine, and returns the response.

@@ -223,7 +223,6 @@ impl Node {
             self.check_caught_up();
             self.ask_missing_objects();
             self.judge_clocks();
-
             // Often: a table that is not cached when the daemon is killed is unknown after a start without
             // peers.
             if let Err(error) = self.cache_tables() {
@@ -261,32 +260,11 @@ impl Node {
         if state.caught_up || !state.is_member() {
             return;
         }
-        let others: Vec<_> = state
-            .view
-            .alloc
-            .members
-            .iter()
-            .filter(|id| **id != state.view.me)
-            .map(|id| (state.view.nodes.get(id), state.peers.get(id)))
-            .collect();
-        let settled = others.iter().all(|(node, peer)| match (node, peer) {
-            (Some(node), Some(peer)) => match node.state {
-                PeerState::Alive => {
-                    peer.hints.table != ovl_proto::table::Revision::default()
-                        && node.table.revision() >= peer.hints.table
-                        && state.exchanges.is_level(&node.record.id)
-                        // This host may have been forgotten while it was down, and its blocks may belong to
-                        // other hosts.
-                        && state.view.alloc.version >= peer.hints.alloc
-                }
-                // The peer is silent, so nothing newer than its cached table can arrive.
-                PeerState::Suspect => state.now() > 5_000,
-                PeerState::Dead | PeerState::Left => true,
-            },
-            _ => false,
-        });
-        let alone = !others.iter().any(|(node, _)| node.is_some_and(|node| node.state == PeerState::Alive));
-        let done = settled && (!alone || others.is_empty() || state.now() > 5_000);
+        let settled = state.other_members().all(|id| state.has_arrived(id));
+        let is_alive = |id| state.view.nodes.get(&id).is_some_and(|node| node.state == PeerState::Alive);
+        let alone = !state.other_members().any(is_alive);
+        let no_others = state.other_members().next().is_none();
+        let done = settled && (!alone || no_others || state.now() > 5_000);
         if done || state.now() > CATCH_UP_MS {
             tracing::info!(complete = done, "gossip has caught up");
             state.caught_up = true;

@@ -167,10 +167,9 @@ impl Node {
             let state = &mut *guard;
             let now = state.now();
             let lacks = |key: &ObjectKey, stamp| state.objects.all().lacks(key, stamp);
-            let Some(want) = state.exchanges.on_index(from, index, lacks, now) else { return };
-            want
+            state.exchanges.on_index(from, index, lacks, now)
         };
-        self.want_objects(from, want);
+        self.want_objects(from, want.unwrap_or_default());
     }
 
     fn want_objects(&self, from: NodeId, want: Vec<ObjectKey>) {
@@ -179,11 +178,11 @@ impl Node {
         }
         let want = {
             let state = self.state.borrow();
-            let stamp = |key: &ObjectKey| state.objects.all().get(key).map(|stored| stored.stamp);
-            want.into_iter()
-                .map(|key| (stamp(&key).unwrap_or_default(), key))
-                .map(|(has, key)| (key, has))
-                .collect()
+            let stamped = |key: ObjectKey| {
+                let has = state.objects.all().get(&key).map(|stored| stored.stamp);
+                (key, has.unwrap_or_default())
+            };
+            want.into_iter().map(stamped).collect()
         };
         self.links().send(from, &Message::ObjectWant(want));
     }

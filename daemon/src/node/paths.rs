@@ -41,13 +41,12 @@ impl Node {
             ticks.tick().await;
             if count.is_multiple_of(TICKS_OF_CHOICE) {
                 hops = self.path_hops();
-                let now = self.state.borrow().epoch.elapsed();
                 let state = self.state.borrow();
                 let candidates = hops.iter().filter_map(|(id, hop)| {
                     let run = state.view.nodes.get(id)?.record.generation;
                     Some((*id, Candidate { run, mtu: hop.mtu }))
                 });
-                self.paths.borrow_mut().follow(candidates.collect(), now);
+                self.paths.borrow_mut().follow(candidates.collect(), state.epoch.elapsed());
             }
             self.send_probes(socket, &hops);
         }

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use ovl_control::PeerState;
+use ovl_proto::id::NodeId;
 use ovl_proto::object::Driver;
 use tokio::time::{Instant, timeout_at};
 
@@ -79,27 +79,12 @@ impl Node {
         if state.caught_up {
             return None;
         }
-        let missing =
-            state.view.alloc.members.iter().filter(|id| **id != state.view.me && !arrived(state, **id));
-        let mut names: Vec<String> = missing.map(|id| state.view.name_of(*id)).collect();
-        let more = names.len().saturating_sub(3);
-        names.truncate(3);
-        if more > 0 {
-            names.push(format!("{more} more"));
-        }
-        let whom = if names.is_empty() { "the other hosts".to_owned() } else { names.join(", ") };
+        let missing: Vec<NodeId> = state.other_members().filter(|id| !state.has_arrived(*id)).collect();
+        let names = state.names_of(&missing);
+        let whom = if names.is_empty() { "the other hosts" } else { &names };
         Some(Waits::For(format!(
             "ovld has just started, and what {whom} announced has not arrived yet: the endpoints there, networks and \
              Kubernetes objects. Try again; `ovlctl peers` shows whom this host reaches"
         )))
     }
-}
-
-/// Whether what a live member announces has arrived.
-fn arrived(state: &State, id: ovl_proto::id::NodeId) -> bool {
-    let (Some(node), Some(peer)) = (state.view.nodes.get(&id), state.peers.get(&id)) else { return false };
-    node.state != PeerState::Alive
-        || (peer.hints.table != ovl_proto::table::Revision::default()
-            && node.table.revision() >= peer.hints.table
-            && state.view.alloc.version >= peer.hints.alloc)
 }

@@ -193,6 +193,41 @@ impl State {
         self.view.alloc.members.contains(&self.view.me)
     }
 
+    /// Returns the members other than this host.
+    pub(crate) fn other_members(&self) -> impl Iterator<Item = NodeId> {
+        self.view.alloc.members.iter().copied().filter(|id| *id != self.view.me)
+    }
+
+    /// Whether everything that a member announces has arrived here, as far as it can arrive.
+    pub(crate) fn has_arrived(&self, member: NodeId) -> bool {
+        use ovl_control::PeerState;
+        let (Some(node), Some(peer)) = (self.view.nodes.get(&member), self.peers.get(&member)) else {
+            return false;
+        };
+        match node.state {
+            PeerState::Alive => {
+                peer.hints.table != ovl_proto::table::Revision::default()
+                    && node.table.revision() >= peer.hints.table
+                    && self.exchanges.is_level(&member)
+                    // This host may have been forgotten while it was down, and its blocks may belong to other hosts.
+                    && self.view.alloc.version >= peer.hints.alloc
+            }
+            // The peer is silent, so nothing newer than its cached table can arrive.
+            PeerState::Suspect => self.now() > 5_000,
+            PeerState::Dead | PeerState::Left => true,
+        }
+    }
+
+    /// Lists up to three hosts by name, and the number of the others.
+    pub(crate) fn names_of(&self, hosts: &[NodeId]) -> String {
+        let mut names: Vec<String> = hosts.iter().take(3).map(|id| self.view.name_of(*id)).collect();
+        let more = hosts.len().saturating_sub(names.len());
+        if more > 0 {
+            names.push(format!("{more} more"));
+        }
+        names.join(", ")
+    }
+
     /// Checks that this host is a member.
     ///
     /// # Errors

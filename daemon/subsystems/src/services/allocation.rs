@@ -313,15 +313,21 @@ pub fn waiting<'a>(
     resources: &'a Resources,
     ranges: &'a Ranges,
 ) -> impl Iterator<Item = (&'a Name, Vec<IpFamily>)> {
+    let all = resources.claims().waiting().filter_map(|name| Some((name, resources.services().get(name)?)));
+    all.map(|(name, service)| (name, families_waited_for(service, ranges)))
+        .filter(|(_, families)| !families.is_empty())
+}
+
+/// Returns the address families of which a Service waits for an address of the pool; empty if it waits for none.
+pub fn families_waited_for(service: &Service, ranges: &Ranges) -> Vec<IpFamily> {
+    if service.spec.kind != ServiceType::LoadBalancer {
+        return Vec::new();
+    }
     let has_pool =
         |family: &IpFamily| ranges.load_balancers.iter().any(|pool| IpFamily::of(pool.addr()) == *family);
-    let all = resources.claims().waiting().filter_map(|name| Some((name, resources.services().get(name)?)));
-    let families = move |service: &Service| -> Vec<IpFamily> {
-        // One that asks for an address waits for that one alone.
-        let asked = service.spec.load_balancer_ip.map(IpFamily::of);
-        service.lacking_families().filter(has_pool).filter(|family| Some(*family) != asked).collect()
-    };
-    all.map(move |(name, service)| (name, families(service))).filter(|(_, families)| !families.is_empty())
+    // One that asks for an address waits for that one alone.
+    let asked = service.spec.load_balancer_ip.map(IpFamily::of);
+    service.lacking_families().filter(has_pool).filter(|family| Some(*family) != asked).collect()
 }
 
 /// Keeps allocated values of the current version where the manifest does not set them.
