@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use serde::{Deserialize, Serialize};
 
 use crate::fields;
-use crate::id::{ClusterKeyId, NodeId, TunnelKey};
+use crate::id::{ClusterKeyId, NetworkId, NodeId, TunnelKey};
 use crate::wire::fields::{Reader, Unknown};
 use crate::wire::{self, WireError};
 
@@ -101,6 +101,9 @@ pub struct Tunnel {
 /// The maximum number of cluster keys that a host opens with, other than the one that it seals with.
 pub const MAX_OTHER_KEYS: usize = 2;
 
+/// The maximum length of [`NodeRecord::not_built`].
+pub const MAX_NOT_BUILT: usize = 4;
+
 /// The cluster keys of a host.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct ClusterKeys {
@@ -183,6 +186,9 @@ pub struct NodeRecord {
     pub wire: WireVersions,
     /// The version of the path probes that it sends and answers; 0 if it does neither.
     pub probes: u8,
+    /// Networks in which it has endpoints and that it does not build, because they cover addresses that it needs: at most
+    /// [`MAX_NOT_BUILT`].
+    pub not_built: Vec<NetworkId>,
     /// Fields that this release does not know.
     pub unknown: Unknown,
 }
@@ -191,6 +197,7 @@ fields! {
     NodeRecord {
         1 id, 2 public_key, 3 name, 4 generation, 5 revision, 6 cluster, 7 address, 8 version, 9 wire, 10 vtep,
         11 vxlan_port, 12 link_mtu, 13 tunnel optional, 14 keys, 15 presence, 16 probes optional,
+        17 not_built optional,
         ..unknown
     }
 }
@@ -350,6 +357,7 @@ mod tests {
             version: "100.100.100".to_owned(),
             wire: WireVersions::own(),
             probes: u8::MAX,
+            not_built: vec![NetworkId([7; 5]); MAX_NOT_BUILT],
             unknown: Unknown::default(),
         };
         let signed =

@@ -59,6 +59,7 @@ impl Liar {
             version: "0".to_owned(),
             wire: WireVersions::own(),
             probes: 0,
+            not_built: Vec::new(),
             unknown: Unknown::default(),
         })?;
         let config = StreamsConfig {

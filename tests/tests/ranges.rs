@@ -116,6 +116,7 @@ fn write_unchecked(lab: &Lab, writer: &Host, to: &[&Host], networks: Vec<Network
         version: "0".to_owned(),
         wire: WireVersions::own(),
         probes: 0,
+        not_built: Vec::new(),
         unknown: Unknown::default(),
     })?;
     writer.run(|| -> Result<()> {
@@ -243,6 +244,15 @@ fn host_gives_up_a_network_that_its_lan_comes_to_cover() {
         assert_contains(&h2.exec_ok(["ip", "route", "get", there]).unwrap(), &["dev lan0"]);
         assert_eq!(endpoint(h2).unwrap(), "isolated");
         assert!(problems(h1).unwrap().is_empty());
+        // Nothing that passes through the network says anything of the path to the other host.
+        wait_until(SOON, "the path to be probed on the other network", || -> Result<()> {
+            let paths = peer(h1, "h2")?["paths"].clone();
+            let probed: Vec<String> =
+                paths.as_array().into_iter().flatten().map(|path| text(&path["network"])).collect();
+            ensure!(probed == ["blue"], "{paths}");
+            Ok(())
+        })
+        .unwrap();
         ping_all_pairs(&blue, SOON).unwrap();
         wait_clean(lab.hosts(), SOON).unwrap();
         h2.exec_ok(["ip", "addr", "del", address, "dev", "lan0"]).unwrap();

@@ -424,6 +424,7 @@ pub(crate) fn sample_record(identity: &Identity) -> NodeRecord {
         version: "0.1.0".to_owned(),
         wire: ovl_proto::record::WireVersions::own(),
         probes: 0,
+        not_built: Vec::new(),
         unknown: ovl_proto::wire::fields::Unknown::default(),
     }
 }

@@ -257,6 +257,7 @@ impl Node {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             wire: WireVersions::own(),
             probes: if path_socket.is_some() { crate::paths::frame::VERSION } else { 0 },
+            not_built: Vec::new(),
             unknown: Unknown::default().played(),
         };
         let signed = identity.sign_record(&record)?;

@@ -2,11 +2,14 @@
 //!
 //! [`ovl_subsystems::networks::ranges`] decides; this file observes how the host is connected and reports the result.
 
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 
 use ipnet::IpNet;
 use ovl_kernel::HostConnections;
+use ovl_proto::id::NetworkId;
+use ovl_proto::record::MAX_NOT_BUILT;
 use ovl_subsystems::Change;
 use ovl_subsystems::local::ranges::{Conflict, Needed};
 use ovl_subsystems::networks::ranges::{NeededRanges, overlapped, refused};
@@ -72,16 +75,25 @@ impl Node {
 
     /// Decides again which networks this host does not build, if that may have changed.
     pub(super) fn refuse_networks(&self) {
+        if let Some(not_built) = self.refuse_again() {
+            self.change_record(|record| record.not_built = not_built);
+        }
+    }
+
+    /// As [`Self::refuse_networks`]. Returns the networks of endpoints of this host that it does not build, as many as its
+    /// record may name. `None` if nothing can have changed.
+    fn refuse_again(&self) -> Option<Vec<NetworkId>> {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
         if !state.reconcile.take_ranges() {
-            return;
+            return None;
         }
         let changed = state.local.refused.replace(refused(&state.view, &self.needed_ranges(state)));
+        let used: BTreeSet<NetworkId> = state.own_endpoints().map(|endpoint| endpoint.network).collect();
         let sentences = state.local.refused.iter().filter_map(|(id, conflict)| {
             let network = &state.view.networks.get(&id)?.network;
-            let is_used = state.own_endpoints().any(|endpoint| endpoint.network == id);
-            let cut_off = if is_used { " Until then, its endpoints on this host are cut off" } else { "" };
+            let cut_off =
+                if used.contains(&id) { " Until then, its endpoints on this host are cut off" } else { "" };
             Some((network.name.clone(), format!("{}.{cut_off}", sentence(&network.name, conflict))))
         });
         let sentences: Vec<(String, String)> = sentences.collect();
@@ -103,6 +115,8 @@ impl Node {
             state.changed(Change::ThisHost);
             self.work.notify_one();
         }
+        let not_built = state.local.refused.iter().map(|(id, _)| id).filter(|id| used.contains(id));
+        Some(not_built.take(MAX_NOT_BUILT).collect())
     }
 
     /// Checks that a network may be built on this host. A network that is unknown passes.

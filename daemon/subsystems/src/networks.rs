@@ -74,9 +74,10 @@ pub struct VxlanHop {
 
 impl Networks {
     /// Returns how frames are sent to a remote host in unencrypted VXLAN, on the network with the smallest id that has
-    /// an FDB entry for the host itself. `None` if there is none.
+    /// an FDB entry for the host itself and is built there. `None` if there is none.
     pub fn vxlan_to(&self, view: &View, host: NodeId) -> Option<VxlanHop> {
-        self.sent.iter().find_map(|(id, sent)| {
+        let not_built = &view.nodes.get(&host)?.record.not_built;
+        self.sent.iter().filter(|(id, _)| !not_built.contains(id)).find_map(|(id, sent)| {
             let device = Device::vxlan(*id);
             let remote = *sent.remotes.get(&(device, addresses::mac_of_host(*id, host)))?;
             let Some(Link::Vxlan { mtu, sealed: false, .. }) = sent.links.get(&device) else { return None };

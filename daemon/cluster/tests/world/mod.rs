@@ -49,6 +49,7 @@ pub(crate) fn node(n: u8) -> Node {
             version: "0".to_owned(),
             wire: WireVersions::own(),
             probes: 0,
+            not_built: Vec::new(),
             unknown: Unknown::default(),
         },
         state: PeerState::Alive,

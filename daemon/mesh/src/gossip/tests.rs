@@ -41,6 +41,7 @@ fn record_at(identity: &Identity, address: SocketAddr, generation: u64) -> NodeR
         version: "0.1.0".to_owned(),
         wire: WireVersions::own(),
         probes: 0,
+        not_built: Vec::new(),
         unknown: Unknown::default(),
     }
 }
