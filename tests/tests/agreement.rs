@@ -292,3 +292,20 @@ fn forgotten_host_returns_after_it_is_admitted_again() {
     wait_until(SOON, "three members", || -> Result<bool> { Ok(h1.ctl_json(&["status"])?["members"] == 3) })
         .unwrap();
 }
+
+#[test]
+fn forgotten_host_can_be_admitted_by_name_before_it_is_heard_from() {
+    let lab = start_lab(3).unwrap();
+    let (h1, h3) = (&lab["h1"], &lab["h3"]);
+    h3.kill9().unwrap();
+    h3.link_down().unwrap();
+    wait_until(SOON, "h3 to be dead", || -> Result<bool> { Ok(peer(h1, "h3")?["state"] == "dead") }).unwrap();
+    h1.ctl_ok(&["peers", "forget", "h3"]).unwrap();
+    std::thread::scope(|scope| {
+        let admit = scope.spawn(|| h1.ctl_ok(&["peers", "admit", "h3"]).map(drop));
+        h3.link_up().unwrap();
+        h3.start().unwrap();
+        admit.join().unwrap().unwrap();
+    });
+    h3.wait_ready(SOON).unwrap();
+}

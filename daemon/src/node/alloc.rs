@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
+use ovl_cluster::view::View;
 use ovl_consensus::{Event, Output};
 use ovl_control::PeerState;
 use ovl_proto::alloc::{AllocMessage, Block, Change, Refusal};
@@ -14,6 +15,7 @@ use ovl_proto::table::Entry;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
+use super::ready::{READY_WITHIN, Waits};
 use super::state::{Durable, State};
 use super::{Failed, Node};
 use crate::addresses::block_of;
@@ -40,6 +42,8 @@ const RECORDS_WITHIN: Duration = Duration::from_secs(2);
 
 /// Time without a verified map after which a map that cannot be verified is reported, in milliseconds.
 const UNPROVED_MS: u64 = 10_000;
+/// How many ids of hosts an error lists.
+const SHOWN_IDS: usize = 5;
 
 /// Whether an address satisfies a lease request.
 fn fits(wish: LeaseWish, address: IpAddr) -> bool {
@@ -62,6 +66,29 @@ fn note_unproved(state: &mut State, now: u64) {
          forget` for it on another host, remove its state directory, and start it again"
     );
     state.problems.set(Code::MapNotVerified, "", Some(sentence));
+}
+
+/// Returns the host with this name or id that `ovlctl peers forget` took out. It may be known by its name later, if it
+/// was not heard from yet.
+fn banned_host(view: &View, host: &str) -> Result<NodeId, Waits> {
+    let banned = &view.alloc.banned;
+    let name = |id: &NodeId| view.nodes.get(id).map(|node| node.record.name.as_str());
+    let by_id = host.parse::<NodeId>().ok().filter(|id| banned.contains(id));
+    if let Some(id) = by_id.or_else(|| banned.iter().copied().find(|id| name(id) == Some(host))) {
+        return Ok(id);
+    }
+    let unheard: Vec<String> =
+        banned.iter().filter(|id| name(id).is_none()).take(SHOWN_IDS).map(ToString::to_string).collect();
+    if unheard.is_empty() {
+        return Err(Waits::InVain(Failed::not_found(format!(
+            "no host {host} was taken out with `ovlctl peers forget`"
+        ))));
+    }
+    Err(Waits::For(format!(
+        "no host {host} is heard from that was taken out with `ovlctl peers forget`. A host that does not run is known by \
+         its id only; not heard from: {}",
+        unheard.join(", ")
+    )))
 }
 
 impl Node {
@@ -595,20 +622,11 @@ impl Node {
     }
 
     /// Ends the ban of a host: `ovlctl peers admit`. The host then asks to be admitted by itself.
+    ///
+    /// A host that was just cut off or started again may have told its operator of the ban before this host hears its
+    /// name. So a name that may be that of a banned host is waited for.
     pub(super) async fn end_ban(&self, name: &str) -> Result<(), Failed> {
-        let node = {
-            let state = self.state.borrow();
-            let banned = &state.view.alloc.banned;
-            let named = |id: &NodeId| state.view.nodes.get(id).is_some_and(|node| node.record.name == name);
-            let id = name.parse::<NodeId>().ok().filter(|id| banned.contains(id));
-            let Some(node) = id.or_else(|| banned.iter().copied().find(named)) else {
-                return Err(Failed::not_found(format!(
-                    "no host {name} was taken out with `ovlctl peers forget`; a host that does not run now is known by \
-                     its id only"
-                )));
-            };
-            node
-        };
+        let node = self.wait_until(READY_WITHIN, |state| banned_host(&state.view, name)).await?;
         self.change(Change::Unban(node)).await?;
         self.event("peer", name, "may return, by request");
         Ok(())

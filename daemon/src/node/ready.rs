@@ -1,5 +1,5 @@
-//! Requests that come while the daemon starts: they wait until a majority has admitted this host and gossip has caught up,
-//! for a limited time.
+//! Requests that come too early wait for a limited time: while the daemon starts, until a majority has admitted this host
+//! and gossip has caught up.
 
 use std::time::Duration;
 
@@ -17,11 +17,11 @@ pub(super) const READY_WITHIN: Duration = Duration::from_secs(10);
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// What a request waits for.
-enum Waits {
+pub(super) enum Waits {
     /// Something that may come.
     For(String),
-    /// Something that an operator has to do first.
-    InVain(String),
+    /// Something that does not come by waiting: an operator has to do something first.
+    InVain(Failed),
 }
 
 impl Node {
@@ -31,6 +31,19 @@ impl Node {
     ///
     /// It is not so after this time, or it cannot become so by itself. The message says what is missing.
     pub(super) async fn ready(&self, within: Duration) -> Result<(), Failed> {
+        self.wait_until(within, |state| self.waits_for(state).map_or(Ok(()), Err)).await
+    }
+
+    /// Waits until what a request needs is found in the state, and returns it.
+    ///
+    /// # Errors
+    ///
+    /// It is not there after this time, or it cannot come by itself. The message says what is missing.
+    pub(super) async fn wait_until<T>(
+        &self,
+        within: Duration,
+        find: impl Fn(&State) -> Result<T, Waits>,
+    ) -> Result<T, Failed> {
         let until = Instant::now() + within;
         loop {
             let news = self.membership.notified();
@@ -41,10 +54,10 @@ impl Node {
                 if state.leaving {
                     return Err(Failed::unavailable("ovld is stopping"));
                 }
-                match self.waits_for(&state) {
-                    None => return Ok(()),
-                    Some(Waits::InVain(why)) => return Err(Failed::unavailable(why)),
-                    Some(Waits::For(what)) => what,
+                match find(&state) {
+                    Ok(found) => return Ok(found),
+                    Err(Waits::InVain(failed)) => return Err(failed),
+                    Err(Waits::For(what)) => what,
                 }
             };
             let now = Instant::now();
@@ -68,7 +81,7 @@ impl Node {
     fn waits_for(&self, state: &State) -> Option<Waits> {
         if !state.is_member() {
             if let Some(why) = self.not_admitted_because(state) {
-                return Some(Waits::InVain(why));
+                return Some(Waits::InVain(Failed::unavailable(why)));
             }
             let why = state.problems.get(Code::Admission, "").map(str::to_owned);
             return Some(Waits::For(why.unwrap_or_else(|| {
