@@ -36,6 +36,7 @@ mod state;
 mod tables;
 mod tunnel;
 mod underlay;
+mod verify;
 mod votes;
 
 use std::cell::{Cell, Ref, RefCell};

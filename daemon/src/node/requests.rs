@@ -7,7 +7,7 @@ use std::time::Duration;
 use ovl_cluster::addresses as ipam;
 use ovl_control::{
     DaemonState, Document, FdbRow, PeerInfo, PeerState, Problem, ReconcileStatus, Reply, Request, RouteRow,
-    Status, SubnetUse, Verify,
+    Status, SubnetUse,
 };
 use ovl_dataplane::device::Device;
 use ovl_dataplane::state::{Dataplane, Hop};
@@ -27,11 +27,6 @@ use crate::encryption;
 use crate::events::Events;
 use crate::metrics;
 use crate::problems::Code;
-
-/// Maximum time that `verify` waits for work in flight.
-const SETTLE_WITHIN: Duration = Duration::from_millis(500);
-/// Interval between two comparisons of `verify`.
-const SETTLE_STEP: Duration = Duration::from_millis(50);
 
 impl Answers for Node {
     async fn answer(self: &Rc<Self>, request: Request, staged: Vec<Document>) -> Reply {
@@ -468,59 +463,6 @@ impl Node {
             }
         });
         Ok(addresses.chain(routes).collect())
-    }
-
-    /// Compares what peers announce, the desired data plane and the kernel. Work in flight gets half a second
-    /// to settle.
-    async fn verify(&self) -> Result<Verify, Failed> {
-        let begun = tokio::time::Instant::now();
-        let mut differences = self.differences().await?;
-        while !differences.is_empty() && begun.elapsed() < SETTLE_WITHIN {
-            tokio::time::sleep(SETTLE_STEP).await;
-            differences = self.differences().await?;
-        }
-        let clean = differences.is_empty();
-        Ok(Verify { clean, settled_ms: clean.then(|| millis(begun.elapsed())), differences })
-    }
-
-    async fn differences(&self) -> Result<Vec<String>, Failed> {
-        let (ops, lost) = self.compare().await?;
-        let mut differences: Vec<String> = ops.iter().map(|op| format!("kernel: needs `{op}`")).collect();
-        differences.extend(lost.iter().map(|device| format!("kernel: endpoint device {device} is gone")));
-        let state = self.state.borrow();
-        for (id, peer) in &state.peers {
-            let Some(node) = state.view.nodes.get(id).filter(|node| node.state == PeerState::Alive) else {
-                continue;
-            };
-            let name = &node.record.name;
-            if node.table.revision() < peer.hints.table {
-                differences.push(format!(
-                    "gossip: the table of {name} is at {} and {} is announced",
-                    node.table.revision(),
-                    peer.hints.table
-                ));
-            }
-            if peer.hints.objects != state.objects.digest() {
-                differences.push(format!(
-                    "gossip: {name} has other cluster objects than this host, or other states of them"
-                ));
-            }
-            if peer.hints.alloc > state.view.alloc.version {
-                differences.push(format!(
-                    "gossip: {name} has version {} of the allocation map and this host {}",
-                    peer.hints.alloc, state.view.alloc.version
-                ));
-            }
-        }
-        for placed in state.view.all_endpoints().filter(|placed| state.view.counts(placed.node)) {
-            if let Some(address) = state.view.address_conflict(placed.node.record.id, placed.endpoint) {
-                differences.push(format!(
-                    "addresses: endpoint {} on {} uses {address}, which is in no block of that host",
-                    placed.endpoint.name, placed.node.record.name
-                ));
-            }
-        }
-        Ok(differences)
     }
 }
 
