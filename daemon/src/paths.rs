@@ -11,6 +11,8 @@
 
 mod choice;
 pub(crate) mod frame;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod search;
 
 use std::collections::{BTreeMap, VecDeque};
