@@ -213,8 +213,9 @@ fn apply(kernel: &mut Dataplane, op: &Op) -> Result<()> {
             {
                 present(master)?;
             }
+            // One that is there is taken as it is.
             if kernel.links.contains_key(device) {
-                return Err(KernelError::Other(format!("{op}: already exists")));
+                return Ok(());
             }
         }
         Op::Route(RouteOp::Set(_, hop)) => hop.device.iter().try_for_each(present)?,
