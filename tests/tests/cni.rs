@@ -4,11 +4,14 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::{self, Write as _};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::thread;
+use std::time::Instant;
 
 use anyhow::ensure;
-use netns_lab::{Lab, wait_until};
+use netns_lab::{Lab, Workload, wait_until};
 use ovl_tests::cni::{
     self, Conflist, Container, PluginOutput, addresses, assert_refused, interfaces, wait_nothing_left,
 };
@@ -250,10 +253,8 @@ fn each_error_has_its_code_and_leaves_no_state() {
         2,
         &["ipam"],
     );
-    let ports = list
-        .clone()
-        .with("runtimeConfig", json!({ "portMappings": [{ "hostPort": 1, "containerPort": 1 }] }));
-    assert_refused(add(&ports, &container), 2, &["portmap"]);
+    let ports = list.clone().with("runtimeConfig", json!({ "portMappings": [{ "hostPort": 1 }] }));
+    assert_refused(add(&ports, &container), 7, &["portMappings.containerPort"]);
     let gone = Container { netns: "/run/netns/never".into(), ..container.clone() };
     assert_refused(add(&list, &gone), 3, &["/run/netns/never"]);
     let file = Container { netns: "/etc/passwd".into(), ..container.clone() };
@@ -601,6 +602,111 @@ fn reference_plugins_can_be_chained() {
     list.del(h1, &container.without_netns(), None).unwrap();
     assert!(h2.tcp_roundtrip(address, 8080, b"through").is_err());
     wait_nothing_left(h1).unwrap();
+}
+
+#[test]
+fn plugin_publishes_ports_itself() {
+    for lab in [lab(2), routed_lab(2)] {
+        check_published_ports(&lab);
+    }
+}
+
+/// Publishes ports of a container on the first of two hosts, restarts the daemon there, and deletes the container.
+fn check_published_ports(lab: &Lab) {
+    let (h1, h2) = (&lab["h1"], &lab["h2"]);
+    let address = h1.address().unwrap();
+    let workload = h1.workload("a").unwrap();
+    let list = Conflist::new(h1, "pods")
+        .with_version("1.0.0")
+        .with("capabilities", json!({ "portMappings": true }))
+        .with_last(json!({ "type": "tuning", "sysctl": { "net.core.somaxconn": "500" } }));
+    let ports = json!([
+        { "hostPort": 8080, "containerPort": 80, "protocol": "tcp" },
+        { "hostPort": 8081, "containerPort": 81, "protocol": "TCP", "hostIP": "" },
+        { "hostPort": 8053, "containerPort": 53, "protocol": "udp", "hostIP": "0.0.0.0" },
+        { "hostPort": 0, "containerPort": 99, "protocol": "tcp" },
+    ]);
+    let container = Container::for_workload(&workload).capability("portMappings", ports);
+    let result = list.add(h1, &container).unwrap();
+    let row = &rows(h1, &["endpoints"]).unwrap()[0];
+    assert_eq!(row["publish"].as_array().map(Vec::len), Some(2), "{row}");
+    let _servers = [80, 81].map(|port| workload.tcp_echo(port).unwrap());
+    let answers = |port: u16| -> anyhow::Result<()> {
+        for (host, address) in [(h2, address), (h1, address), (h1, IpAddr::V4(Ipv4Addr::LOCALHOST))] {
+            ensure!(
+                host.tcp_roundtrip(address, port, b"through")? == b"through",
+                "{} {address}",
+                host.name()
+            );
+        }
+        Ok(())
+    };
+    wait_until(SOON, "the published ports", || [8080, 8081].into_iter().try_for_each(answers)).unwrap();
+    list.check(h1, &container, &result).unwrap();
+    // A port belongs to one container until its DEL.
+    let other = h1.workload("b").unwrap();
+    let ports = json!([{ "hostPort": 8081, "containerPort": 1 }]);
+    let rival = Container::for_workload(&other).capability("portMappings", ports);
+    assert_refused(list.call_ovl(h1, "ADD", &rival).unwrap(), 102, &["8081"]);
+    h1.kill9().unwrap();
+    answers(8080).unwrap();
+    h1.start().unwrap();
+    h1.wait_ready(SOON).unwrap();
+    answers(8081).unwrap();
+    ensure_settled(h1).unwrap();
+    list.del(h1, &container, Some(&result)).unwrap();
+    assert!(h2.tcp_roundtrip(address, 8080, b"through").is_err());
+    let result = list.add(h1, &rival).unwrap();
+    list.del(h1, &rival, Some(&result)).unwrap();
+    wait_nothing_left(h1).unwrap();
+}
+
+#[test]
+fn plugin_limits_bandwidth_itself() {
+    for lab in [lab(2), routed_lab(2)] {
+        let [h1, h2] = ["h1", "h2"].map(|name| &lab[name]);
+        let [limited, other] = [h1, h2].map(|host| host.workload("a").unwrap());
+        let list = Conflist::new(h1, "pods").with("capabilities", json!({ "bandwidth": true }));
+        // The bursts are a quarter of what is sent.
+        let bandwidth = json!({ "ingressRate": 16_000_000, "ingressBurst": 2_000_000,
+            "egressRate": 8_000_000, "egressBurst": 2_000_000 });
+        let container = Container::for_workload(&limited).capability("bandwidth", bandwidth);
+        let result = list.add(h1, &container).unwrap();
+        let far = Container::for_workload(&other);
+        let far_list = Conflist::new(h2, "pods");
+        let far_result = far_list.add(h2, &far).unwrap();
+        let [address, far_address] = [&result, &far_result].map(|result| addresses(result)[0].clone());
+        other.ping_until(&address, SOON).unwrap();
+        list.check(h1, &container, &result).unwrap();
+        ensure_settled(h1).unwrap();
+        for (from, to, at, rate) in
+            [(&other, &limited, &address, 2_000_000.0), (&limited, &other, &far_address, 1_000_000.0)]
+        {
+            let seconds = seconds_to_send(from, to, at, 1_000_000).unwrap();
+            // Without a limit it takes some milliseconds.
+            let least = 750_000.0 / rate;
+            assert!((0.9 * least..10.0 * least + 5.0).contains(&seconds), "{seconds} s at {rate} bytes/s");
+        }
+        list.del(h1, &container, Some(&result)).unwrap();
+        far_list.del(h2, &far, Some(&far_result)).unwrap();
+        wait_nothing_left(h1).unwrap();
+    }
+}
+
+/// Returns the time until a workload has received some bytes from another one by TCP.
+fn seconds_to_send(from: &Workload, to: &Workload, at: &str, bytes: usize) -> anyhow::Result<f64> {
+    let at: SocketAddr = SocketAddr::new(at.parse()?, 7000);
+    let listener = to.run(|| TcpListener::bind(at))??;
+    let mut sender = from.run(|| TcpStream::connect_timeout(&at, SOON))??;
+    let (mut receiver, _) = listener.accept()?;
+    let started = Instant::now();
+    thread::scope(|scope| {
+        let sent = scope.spawn(move || sender.write_all(&vec![7; bytes]));
+        let received = io::copy(&mut receiver, &mut io::sink())?;
+        sent.join().unwrap()?;
+        ensure!(received == bytes as u64, "{received} bytes arrived");
+        Ok(started.elapsed().as_secs_f64())
+    })
 }
 
 #[test]

@@ -13,7 +13,11 @@ fn pods_on_two_hosts_communicate_with_the_addresses_that_the_runtime_reports() {
     let lab = lab().unwrap();
     let (h1, h2) = (&lab["h1"], &lab["h2"]);
     let (one, two) = (Containerd::start(h1).unwrap(), Containerd::start(h2).unwrap());
-    let annotations = [("ovl.example/team", "blue"), ("note", "two words, \"quoted\"")];
+    let annotations = [
+        ("ovl.example/team", "blue"),
+        ("note", "two words, \"quoted\""),
+        ("kubernetes.io/ingress-bandwidth", "80M"),
+    ];
     let web = one.run("web", &PodOptions { annotations: &annotations, ..PodOptions::default() }).unwrap();
     let db = two.run("db", &PodOptions::default()).unwrap();
     ensure_reaches(&web, &db).unwrap();
@@ -40,6 +44,8 @@ fn pods_on_two_hosts_communicate_with_the_addresses_that_the_runtime_reports() {
     }
     let sent = &add.config["runtimeConfig"]["io.kubernetes.cri.pod-annotations"];
     assert_eq!(sent["ovl.example/team"], "blue", "{}", add.config);
+    let limits = h1.exec_ok(["tc", "qdisc", "show"]).unwrap();
+    assert!(limits.lines().any(|line| line.contains("tbf") && line.contains("rate 80Mbit")), "{limits}");
 }
 
 #[test]

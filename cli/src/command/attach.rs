@@ -7,7 +7,7 @@ use std::process;
 
 use clap::ArgGroup;
 use ipnet::IpNet;
-use ovl_control::{Attach, EndpointInfo, NetnsRef, Reply, Request};
+use ovl_control::{Attach, Bandwidth, EndpointInfo, NetnsRef, Reply, Request};
 use ovl_proto::id::Mac;
 use ovl_proto::publish::Publish;
 
@@ -68,7 +68,7 @@ pub(crate) struct Args {
 
 /// Attaches the endpoint and prints it.
 pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
-    let Reply::Endpoint(endpoint) = context.request(&Request::Attach(args.request()?))? else {
+    let Reply::Endpoint(endpoint) = context.request(&Request::Attach(Box::new(args.request()?)))? else {
         return Err(Error::unexpected_reply());
     };
     print_warnings(&endpoint.warnings);
@@ -99,6 +99,7 @@ impl Args {
             allowed: self.allowed,
             allowed_macs: self.allowed_macs,
             pod: None,
+            bandwidth: Bandwidth::default(),
         })
     }
 }
@@ -200,6 +201,7 @@ mod tests {
             allowed: vec!["10.1.0.200/32".parse().unwrap(), "fd00:9::/64".parse().unwrap()],
             allowed_macs: vec![Mac([0, 0, 0x5e, 0, 1, 7])],
             pod: None,
+            bandwidth: Bandwidth::default(),
         };
         assert_eq!(request(line), expected);
     }

@@ -58,7 +58,7 @@ struct Install {
     /// The plugin to install [default: the one next to ovlctl, or the package's]
     #[arg(long, value_name = "FILE")]
     binary: Option<PathBuf>,
-    /// Add the reference plugin portmap, which publishes ports, to the chain
+    /// Let the reference plugin portmap publish ports, later in the chain, and not ovl-cni
     #[arg(long)]
     portmap: bool,
 }
@@ -109,7 +109,15 @@ impl Install {
         let mut plugin = json!({
             "type": PLUGIN,
             "network": self.network,
-            "capabilities": { "dns": true, "io.kubernetes.cri.pod-annotations": true, "ips": true, "mac": true },
+            "capabilities": {
+                "bandwidth": true,
+                "dns": true,
+                "io.kubernetes.cri.pod-annotations": true,
+                "ips": true,
+                "mac": true,
+                // Published by one plugin of the chain.
+                "portMappings": !self.portmap,
+            },
         });
         if socket != Path::new(DEFAULT_SOCKET) {
             plugin["socket"] = socket.to_string_lossy().into();
@@ -245,13 +253,14 @@ mod tests {
         assert_eq!((&usual["cniVersion"], &usual["cniVersions"]), (&json!("1.0.0"), &json!(CNI_VERSIONS)));
         assert_eq!((&usual["name"], &usual["plugins"][0]["network"]), (&json!("pods"), &json!("pods")));
         assert_eq!(usual["plugins"][0]["socket"], Value::Null);
-        assert_eq!(usual["plugins"][1]["capabilities"], json!({ "portMappings": true }));
+        let publishes = |list: &Value, at: usize| list["plugins"][at]["capabilities"]["portMappings"].clone();
+        assert_eq!((publishes(&usual, 0), publishes(&usual, 1)), (json!(false), json!(true)));
         let other = Install { portmap: false, ..install() }.conflist("a", &["0.4.0"], Path::new("/tmp/s"));
         assert_eq!(
             (&other["cniVersion"], &other["plugins"][0]["socket"]),
             (&json!("0.4.0"), &json!("/tmp/s"))
         );
-        assert_eq!(other["plugins"].as_array().map(Vec::len), Some(1));
+        assert_eq!((other["plugins"].as_array().map(Vec::len), publishes(&other, 0)), (Some(1), json!(true)));
     }
 
     #[test]

@@ -23,7 +23,7 @@ use super::socket::{Batch, Refusal, Route};
 use super::sweep::Sweeper;
 use super::sys::LOOPBACK;
 use super::sysctl;
-use super::{CreatedEndpoint, EndpointSpec, HostEnd, Mended, PeerSpec};
+use super::{CreatedEndpoint, EndpointSpec, HostEnd, Mended, PeerSpec, SendRate, rate};
 
 /// An interface name that the kernel completes with the first free number.
 const ANY_NAME: &str = "eth%d";
@@ -44,8 +44,9 @@ pub(super) fn create(
     sweeper: &Sweeper,
     spec: EndpointSpec,
 ) -> Result<CreatedPair> {
-    let EndpointSpec { device, name, netns, ifname, mac, mtu, host_end, addresses, gateways, resolver } =
-        spec;
+    let EndpointSpec {
+        device, name, netns, ifname, mac, mtu, host_end, addresses, gateways, resolver, ..
+    } = spec;
     if let Some(name) = &ifname
         && !is_plain_name(name)
     {
@@ -103,9 +104,13 @@ pub(super) fn create(
     };
     let done = up.and_then(|answer| {
         let view = LinkView::parse(&answer).ok_or(KernelError::NoDevice(device))?;
+        if let Some(rate) = spec.ingress {
+            rate::limit(route, (view.index, device.as_str()), mtu, rate)?;
+        }
         match netns {
             Some(netns) => {
-                let inside = Inside { ifname, addresses, gateways, host_end, resolver };
+                let egress = spec.egress.map(|rate| (rate, mtu));
+                let inside = Inside { ifname, addresses, gateways, host_end, resolver, egress };
                 finish(view, inside, netns_worker, netns.fd)
             }
             None => Ok((located(&view), wanted, Vec::new())),
@@ -154,6 +159,8 @@ struct Inside {
     gateways: Vec<IpAddr>,
     host_end: HostEnd,
     resolver: Option<Resolver>,
+    /// The limit of what it sends, and its MTU in bytes.
+    egress: Option<(SendRate, u16)>,
 }
 
 fn finish(
@@ -199,6 +206,9 @@ fn configure(route: &mut Route, index: u32, inside: Inside) -> Result<(String, V
         result.map_err(|refusal| refusal.into_error(format!("cannot set {name} up in the namespace")))?;
     }
     results.next();
+    if let Some((rate, mtu)) = inside.egress {
+        rate::limit(route, (index, &ifname), mtu, rate)?;
+    }
     for (net, result) in inside.addresses.iter().zip(results) {
         if let Err(refusal) = result {
             add_again(route, index, &ifname, *net, refusal)?;

@@ -30,6 +30,7 @@ mod netns;
 mod nftables;
 mod path;
 mod probe;
+mod rate;
 mod resolver;
 mod sandbox;
 mod simulated;
@@ -127,6 +128,19 @@ pub struct EndpointSpec {
     pub gateways: Vec<IpAddr>,
     /// The routes to the resolver; `None` if the endpoint uses no resolver of ovl.
     pub resolver: Option<Resolver>,
+    /// The limit of what the endpoint receives. `None`: there is none.
+    pub ingress: Option<SendRate>,
+    /// The limit of what the endpoint sends. `None`: there is none.
+    pub egress: Option<SendRate>,
+}
+
+/// A limit of the rate at which a device sends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SendRate {
+    /// Bits in a second, with the Ethernet headers.
+    pub bits_per_second: u64,
+    /// The bits that may be sent at once after a pause.
+    pub burst_bits: u64,
 }
 
 /// How the host's interface of a veth pair is connected.

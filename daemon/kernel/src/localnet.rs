@@ -150,7 +150,7 @@ pub(super) fn is_filtered(route: &mut Route, index: u32) -> Result<bool> {
 }
 
 /// Returns a `struct tcmsg`.
-fn header(index: u32, handle: u32, parent: u32, info: u32) -> [u8; HEADER] {
+pub(super) fn header(index: u32, handle: u32, parent: u32, info: u32) -> [u8; HEADER] {
     let mut bytes = [0; HEADER];
     let fields = [0, index, handle, parent, info].into_iter().flat_map(u32::to_ne_bytes);
     bytes.iter_mut().zip(fields).for_each(|(at, byte)| *at = byte);

@@ -1,8 +1,10 @@
 //! Calls of container runtimes (CNI specification 1.1.0): parsing, results, and checks of attachments.
 
 mod args;
+mod bandwidth;
 mod call;
 mod check;
+mod ports;
 mod result;
 #[cfg(test)]
 mod tests;

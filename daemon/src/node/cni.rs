@@ -65,11 +65,12 @@ impl Node {
             aliases: Vec::new(),
             namespace: add.namespace.clone(),
             labels: add.labels.clone(),
-            publish: Vec::new(),
+            publish: add.publish.clone(),
             not_ready: false,
             allowed: add.allowed.clone(),
             allowed_macs: add.allowed_macs.clone(),
             pod: add.pod.clone(),
+            bandwidth: add.bandwidth,
         };
         let (endpoint, made) =
             self.attach_for(request, Some(add.attachment.clone())).await.map_err(explain)?;

@@ -15,7 +15,7 @@ use ipnet::IpNet;
 use nix::net::if_::if_nametoindex;
 use ovl_cluster::addresses as ipam;
 use ovl_cluster::view::NetworkState;
-use ovl_control::{Attach, DockerCall, DockerName, FailureKind, NetnsRef};
+use ovl_control::{Attach, Bandwidth, DockerCall, DockerName, FailureKind, NetnsRef};
 use ovl_dataplane::device::Device;
 use ovl_proto::id::{EndpointId, NetworkId};
 use ovl_proto::object::{Mode, Network};
@@ -303,6 +303,7 @@ impl Node {
             allowed,
             allowed_macs,
             pod: None,
+            bandwidth: Bandwidth::default(),
         };
         let network = self.check_attach(&request, docker::MAX_NAME)?;
         let place = self.take_place(&request, &network)?;

@@ -112,7 +112,7 @@ impl Node {
                 self.network_rm(&name).await?;
                 Reply::Done
             }
-            Request::Attach(attach) => Reply::Endpoint(Box::new(self.attach(attach).await?)),
+            Request::Attach(attach) => Reply::Endpoint(Box::new(self.attach(*attach).await?)),
             Request::Detach { name, network, namespace } => {
                 self.detach(&name, network.as_deref(), namespace.as_deref()).await?;
                 Reply::Done

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::PathBuf;
 
-use ovl_control::{Attach, EndpointInfo, NetnsRef, SandboxCreate, SandboxInfo};
+use ovl_control::{Attach, Bandwidth, EndpointInfo, NetnsRef, SandboxCreate, SandboxInfo};
 use ovl_dataplane::device::{Device, Role};
 use ovl_kernel::{self as kernel, MountPoint, NetnsHandle, Process};
 use ovl_proto::id::{EndpointId, NetworkId};
@@ -136,6 +136,7 @@ impl Node {
                     allowed: Vec::new(),
                     allowed_macs: Vec::new(),
                     pod: None,
+                    bandwidth: Bandwidth::default(),
                 };
                 let made = self.attach(attach).await?;
                 sandbox.endpoints.push(endpoint_id(&made)?);

@@ -6,6 +6,7 @@
 //!
 //! `ovlctl -o json` prints the types of this crate. Field names are stable, see `docs/cli.md`.
 
+mod bandwidth;
 mod client;
 mod cni;
 mod docker;
@@ -18,6 +19,7 @@ mod stored;
 
 pub use ovl_proto::record::PeerState;
 
+pub use bandwidth::{Bandwidth, Rate};
 pub use client::{Client, ClientError};
 pub use cni::{CNI_VERSIONS, CniDeleted};
 pub use docker::DockerDeleted;

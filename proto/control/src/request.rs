@@ -14,6 +14,8 @@ use ovl_proto::publish::Publish;
 use ovl_proto::resource::ResourceKey;
 use ovl_proto::secret::Secret;
 
+use crate::Bandwidth;
+
 /// A request. Each variant's documentation names its reply.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "kebab-case", deny_unknown_fields)]
@@ -95,7 +97,7 @@ pub enum Request {
         name: String,
     },
     /// Creates an endpoint: [`crate::Reply::Endpoint`] when the kernel is configured.
-    Attach(Attach),
+    Attach(Box<Attach>),
     /// Deletes endpoints; succeeds if there are none: [`crate::Reply::Done`].
     Detach {
         /// The endpoint's name.
@@ -363,6 +365,9 @@ pub struct Attach {
     /// The pod that it belongs to, in the same Kubernetes namespace. `None`: none is known.
     #[serde(default)]
     pub pod: Option<PodRef>,
+    /// The limits of its traffic.
+    #[serde(default)]
+    pub bandwidth: Bandwidth,
 }
 
 /// A pod, as a container runtime names it.

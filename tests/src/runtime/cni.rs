@@ -57,8 +57,8 @@ exit $status
 "#;
 
 impl Cni {
-    /// Installs the reference plugins, and the ovl plugin with `ovlctl cni install`.
-    pub(super) fn install(home: &RuntimeDir) -> Result<Self> {
+    /// Installs reference plugins, and the ovl plugin with `ovlctl cni install`. `more` are more options for that.
+    pub(super) fn install(home: &RuntimeDir, more: &[&str]) -> Result<Self> {
         let cni = Cni {
             conf_dir: home.dir.join("net.d"),
             bin_dir: home.dir.join("cni"),
@@ -71,7 +71,7 @@ impl Cni {
         }
         let (conf_dir, bin_dir) = (home.path("net.d"), home.path("cni"));
         let dirs = ["--conf-dir", &conf_dir, "--bin-dir", &bin_dir];
-        home.host.ctl_ok(&[&["cni", "install", "--network", NETWORK, "--portmap"], &dirs[..]].concat())?;
+        home.host.ctl_ok(&[&["cni", "install", "--network", NETWORK], &dirs[..], more].concat())?;
         cni.put_recorder(home)?;
         Ok(cni)
     }

@@ -52,7 +52,7 @@ impl Containerd {
             require_program(program, package)?;
         }
         let home = RuntimeDir::new(host, "containerd")?;
-        let cni = Cni::install(&home)?;
+        let cni = Cni::install(&home, &[])?;
         home.write("config.toml", &settings(&home, &cni))?;
         let archive = image::make(&home.dir)?;
         let mut containerd = Containerd { daemon: None, home, cni };

@@ -26,7 +26,7 @@ impl Podman {
             require_program(program, package)?;
         }
         let home = RuntimeDir::new(host, "podman")?;
-        let cni = Cni::install(&home)?;
+        let cni = Cni::install(&home, &["--portmap"])?;
         home.write("containers.conf", &settings(&cni))?;
         let archive = image::make(&home.dir)?;
         let podman = Podman { home, cni };

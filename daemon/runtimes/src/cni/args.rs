@@ -5,11 +5,12 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use ovl_control::CniError;
+use ovl_control::{Bandwidth, CniError};
 use ovl_proto::id::Mac;
+use ovl_proto::publish::Publish;
 use serde_json::{Map, Value};
 
-use super::{code, error};
+use super::{bandwidth, code, error, ports};
 
 /// The capability with the pod's annotations in containerd and CRI-O.
 const ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
@@ -33,6 +34,10 @@ pub(super) struct Wishes {
     pub(super) uid: String,
     pub(super) namespace: Option<String>,
     pub(super) labels: BTreeMap<String, String>,
+    /// The ports to publish.
+    pub(super) publish: Vec<Publish>,
+    /// The limits of the container's traffic.
+    pub(super) bandwidth: Bandwidth,
     /// Replaces the DNS configuration of the network configuration.
     pub(super) dns: Option<Map<String, Value>>,
 }
@@ -135,14 +140,8 @@ impl Wishes {
 
     fn read_runtime(&mut self, runtime: &Map<String, Value>) -> Result<(), CniError> {
         self.read_addresses("runtimeConfig", runtime)?;
-        if !list("runtimeConfig.portMappings", runtime.get("portMappings"))?.is_empty() {
-            return Err(error(
-                code::UNSUPPORTED,
-                "ovl-cni does not publish ports by itself",
-                "chain the reference plugin `portmap` after it, which takes the capability portMappings: \
-                 `ovlctl cni install --portmap` writes such a configuration",
-            ));
-        }
+        self.publish = ports::published(runtime.get("portMappings"))?;
+        self.bandwidth = bandwidth::limits(runtime.get("bandwidth"))?;
         self.dns = match runtime.get("dns") {
             None | Some(Value::Null) => None,
             Some(Value::Object(dns)) => Some(runtime_dns(dns)?),
@@ -260,6 +259,12 @@ pub(super) fn list<'a>(name: &str, value: Option<&'a Value>) -> Result<&'a [Valu
     }
 }
 
+/// Returns a member of an object. containerd writes the names of `portMappings` and `bandwidth` as `HostPort`: Go, in
+/// which the reference plugins are written, reads names in any case.
+pub(super) fn field<'a>(object: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
+    object.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value)
+}
+
 /// Creates the error for a configuration value of the wrong type.
 pub(super) fn wrong(name: &str, wanted: &str) -> CniError {
     error(code::CONFIG, "invalid network configuration", format!("{name} must be {wanted}"))
@@ -269,7 +274,8 @@ fn environment(details: String) -> CniError {
     error(code::ENVIRONMENT, "invalid environment variable", details)
 }
 
-fn invalid(place: &str, details: String) -> CniError {
+/// Creates the error for an invalid value.
+pub(super) fn invalid(place: &str, details: String) -> CniError {
     if place.starts_with("CNI_ARGS") {
         environment(details)
     } else {

@@ -5,8 +5,9 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use ipnet::IpNet;
-use ovl_control::{CNI_VERSIONS, CniCall, CniCommand, CniError, PodRef};
+use ovl_control::{Bandwidth, CNI_VERSIONS, CniCall, CniCommand, CniError, PodRef};
 use ovl_proto::id::{Mac, NodeId};
+use ovl_proto::publish::Publish;
 use ring::digest::{SHA256, digest};
 use serde_json::{Map, Value};
 
@@ -53,6 +54,10 @@ pub struct Add {
     pub allowed: Vec<IpNet>,
     /// MAC addresses that it may send from, beside its own.
     pub allowed_macs: Vec<Mac>,
+    /// The ports to publish.
+    pub publish: Vec<Publish>,
+    /// The limits of its traffic.
+    pub bandwidth: Bandwidth,
     /// The endpoint's labels.
     pub labels: BTreeMap<String, String>,
     /// The DNS configuration for the result.
@@ -165,6 +170,8 @@ pub fn parse(call: &CniCall) -> Result<Call, CniError> {
         mac: wishes.mac,
         allowed: wishes.allowed,
         allowed_macs: wishes.allowed_macs,
+        publish: wishes.publish,
+        bandwidth: wishes.bandwidth,
         labels: wishes.labels,
         dns,
         previous,

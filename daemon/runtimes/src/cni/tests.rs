@@ -1,8 +1,9 @@
-use ovl_control::{CniCall, CniCommand, PodRef};
+use ovl_control::{Bandwidth, CniCall, CniCommand, PodRef, Rate};
 use std::net::IpAddr;
 
 use ovl_dataplane::observed::Inside;
 use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
+use ovl_proto::publish::Publish;
 use ovl_proto::table::Endpoint;
 use ovl_proto::wire::fields::Unknown;
 use proptest::prelude::*;
@@ -144,6 +145,64 @@ fn capability_allows_more_addresses() {
 }
 
 #[test]
+fn ports_are_published_and_ranges_are_put_together_again() {
+    let one = |host: u16, container: u16, more: Value| {
+        let mut mapping = json!({ "hostPort": host, "containerPort": container, "protocol": "tcp" });
+        mapping.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        mapping
+    };
+    let published = |mappings: Value| {
+        let add = add("", json!({ "runtimeConfig": { "portMappings": mappings } })).unwrap();
+        let text = |wish: &Publish| {
+            let address = wish.address.map_or_else(String::new, |address| format!("{address} "));
+            format!("{address}{} {} {}", wish.host.unwrap(), wish.container, wish.transport)
+        };
+        add.publish.iter().map(text).collect::<Vec<_>>()
+    };
+    assert_eq!(published(json!(null)), Vec::<String>::new());
+    assert_eq!(published(json!([])), Vec::<String>::new());
+    // A port of the host that is 0 is none.
+    assert_eq!(published(json!([one(0, 80, json!({}))])), Vec::<String>::new());
+    let range = [80, 81, 82].map(|port| one(8000 + port, port, json!({})));
+    assert_eq!(published(json!(range)), ["8080-8082 80-82 tcp"]);
+    let apart = json!([
+        one(8080, 80, json!({})),
+        one(8081, 80, json!({})),
+        one(8082, 81, json!({ "protocol": "UDP" })),
+        one(8083, 82, json!({ "protocol": "udp", "hostIP": "127.0.0.1" })),
+        one(8084, 83, json!({ "protocol": null, "hostIP": "::" })),
+        // As containerd writes it.
+        { "HostPort": 65_535, "ContainerPort": 65_535, "Protocol": "tcp", "HostIP": "" },
+    ]);
+    let expected = [
+        "8080 80 tcp",
+        "8081 80 tcp",
+        "8082 81 udp",
+        "127.0.0.1 8083 82 udp",
+        ":: 8084 83 tcp",
+        "65535 65535 tcp",
+    ];
+    assert_eq!(published(apart), expected);
+}
+
+#[test]
+fn bandwidth_is_limited_in_each_direction_that_has_a_rate() {
+    let limits = |bandwidth: Value| {
+        let Bandwidth { ingress, egress } =
+            add("", json!({ "runtimeConfig": { "bandwidth": bandwidth } })).unwrap().bandwidth;
+        [ingress, egress].map(|limit| limit.map(|Rate { rate, burst }| (rate, burst)))
+    };
+    assert_eq!(limits(json!(null)), [None, None]);
+    assert_eq!(limits(json!({ "ingressRate": 0, "ingressBurst": 0 })), [None, None]);
+    let both = json!({ "ingressRate": 1, "ingressBurst": 2, "egressRate": 3, "egressBurst": 4 });
+    assert_eq!(limits(both), [Some((1, 2)), Some((3, 4))]);
+    // As containerd writes it for the annotation kubernetes.io/egress-bandwidth.
+    let egress =
+        json!({ "IngressRate": 0, "IngressBurst": 0, "EgressRate": 1_000_000, "EgressBurst": u32::MAX });
+    assert_eq!(limits(egress), [None, Some((1_000_000, u32::MAX.into()))]);
+}
+
+#[test]
 fn dns_is_passed_on_and_the_capability_takes_precedence() {
     let given =
         json!({ "nameservers": ["10.0.0.10"], "domain": "x", "search": ["a"], "options": ["ndots:5"] });
@@ -155,9 +214,6 @@ fn dns_is_passed_on_and_the_capability_takes_precedence() {
 
 #[test]
 fn each_error_has_its_code() {
-    let ports = json!({ "runtimeConfig": { "portMappings": [{ "hostPort": 80, "containerPort": 80 }] } });
-    assert_fails(add("", ports), code::UNSUPPORTED, "`portmap`");
-    assert!(add("", json!({ "runtimeConfig": { "portMappings": [] } })).is_ok());
     assert_fails(add("", json!({ "ipam": { "type": "host-local" } })), code::UNSUPPORTED, "ipam");
     assert!(add("", json!({ "ipam": {} })).is_ok());
     for version in ["0.2.0", "0.3.0", "2.0.0", ""] {
@@ -177,6 +233,27 @@ fn each_error_has_its_code() {
         (json!({ "runtimeConfig": { "mac": "01:00:00:00:00:01" } }), "runtimeConfig.mac"),
         (json!({ "runtimeConfig": { "dns": { "servers": [1] } } }), "servers"),
         (json!({ "runtimeConfig": { "portMappings": {} } }), "portMappings"),
+        (json!({ "runtimeConfig": { "portMappings": [8080] } }), "portMappings must be a list of"),
+        (json!({ "runtimeConfig": { "portMappings": [{ "containerPort": 80 }] } }), "hostPort"),
+        (
+            json!({ "runtimeConfig": { "portMappings": [{ "hostPort": 65536, "containerPort": 80 }] } }),
+            "hostPort",
+        ),
+        (
+            json!({ "runtimeConfig": { "portMappings": [{ "hostPort": 80, "containerPort": 0 }] } }),
+            "containerPort",
+        ),
+        (
+            json!({ "runtimeConfig": { "portMappings": [{ "hostPort": 1, "containerPort": 1, "protocol": "icmp" }] } }),
+            "tcp, udp or sctp",
+        ),
+        (
+            json!({ "runtimeConfig": { "portMappings": [{ "hostPort": 1, "containerPort": 1, "hostIP": "host" }] } }),
+            "\"host\" is not an address",
+        ),
+        (json!({ "runtimeConfig": { "bandwidth": 1 } }), "runtimeConfig.bandwidth"),
+        (json!({ "runtimeConfig": { "bandwidth": { "ingressRate": "1M" } } }), "bandwidth.ingressRate"),
+        (json!({ "runtimeConfig": { "bandwidth": { "egressRate": 1 } } }), "egressRate needs egressBurst"),
         (json!({ "runtimeConfig": { "ovl.allowed": [] } }), "ovl.allowed"),
         (json!({ "runtimeConfig": { "ovl.allowed": { "addresses": ["10.0.0.1/24"] } } }), "10.0.0.1/24"),
         (

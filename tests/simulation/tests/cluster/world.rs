@@ -11,7 +11,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Error, Result, bail, ensure};
 use ipnet::IpNet;
-use ovl_control::{Attach, EndpointInfo, Failure, FailureKind, NetnsRef, NetworkCreate, Reply, Request};
+use ovl_control::{
+    Attach, Bandwidth, EndpointInfo, Failure, FailureKind, NetnsRef, NetworkCreate, Reply, Request,
+};
 use ovl_kernel::{SimulatedKernel, Underlay};
 use ovl_mesh::keys::ClusterKey;
 use ovl_proto::object::{Driver, Mode};
@@ -463,11 +465,12 @@ impl World {
             allowed: Vec::new(),
             allowed_macs: Vec::new(),
             pod: None,
+            bandwidth: Bandwidth::default(),
         };
         let may_be_full = network == "green";
         self.unknown.insert((host, name.clone()));
         let wish = Wish::Attach { name, may_clash: address.is_some() || used_before, may_be_full };
-        self.begin(host, Request::Attach(attach), wish)
+        self.begin(host, Request::Attach(Box::new(attach)), wish)
     }
 
     /// Begins to detach an endpoint. [`Self::collect`] takes the answer.
