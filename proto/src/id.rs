@@ -1,6 +1,7 @@
 //! Ids and MAC addresses: fixed bytes on the wire, short text (RFC 4648 base32hex) for people.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::str::FromStr;
 
 use data_encoding::{BASE32_DNSSEC as TEXT, BASE64};
@@ -109,6 +110,21 @@ impl Mac {
     pub fn of_vxlan(network: NetworkId) -> Self {
         let [a, b, c, d, e] = network.0;
         Self([0x0e, a, b, c, d, e])
+    }
+
+    /// Returns the MAC address to which packets for a multicast group are sent (RFC 1112, section 6.4; RFC 2464, section
+    /// 7). Several groups have the same one.
+    pub fn of_group(group: IpAddr) -> Self {
+        match group {
+            IpAddr::V4(group) => {
+                let [_, b, c, d] = group.octets();
+                Self([0x01, 0x00, 0x5e, b & 0x7f, c, d])
+            }
+            IpAddr::V6(group) => {
+                let [.., a, b, c, d] = group.octets();
+                Self([0x33, 0x33, a, b, c, d])
+            }
+        }
     }
 
     /// Whether an interface may have the address: false for group addresses and for the all-zero address.

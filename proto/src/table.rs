@@ -71,6 +71,9 @@ pub struct Endpoint {
     pub allowed_macs: Vec<Mac>,
     /// The pod that it belongs to. `None` if no container runtime named one.
     pub pod: Option<PodIdentity>,
+    /// The multicast groups that it has joined and that its host follows ([`is_followed`]), in ascending order, at most
+    /// [`Self::MAX_GROUPS`]. `None` if its host does not follow them: it then gets the packets of all groups.
+    pub groups: Option<Vec<IpAddr>>,
     /// Fields that this release does not know.
     pub unknown: Unknown,
 }
@@ -78,7 +81,7 @@ pub struct Endpoint {
 fields! {
     Endpoint {
         1 id, 2 name, 3 namespace, 4 network, 5 mac, 6 addresses, 7 aliases optional, 8 labels optional, 9 ready,
-        10 publish optional, 11 allowed optional, 12 allowed_macs optional, 13 pod optional,
+        10 publish optional, 11 allowed optional, 12 allowed_macs optional, 13 pod optional, 14 groups optional,
         ..unknown
     }
 }
@@ -106,6 +109,22 @@ pub fn canonical_name(name: &str) -> String {
     name.trim_end_matches('.').to_ascii_lowercase()
 }
 
+/// Whether hosts follow who has joined a group of a switched network. What is sent to any other group goes to all hosts
+/// with endpoints there: the groups of the link that no switch may follow (RFC 4541, section 2.1.2: 224.0.0.0/24; section
+/// 3: ff02::1), those of the interface, which are not sent at all, and those of neighbour discovery (ff02::1:ff00:0/104),
+/// without which an endpoint cannot be reached.
+pub fn is_followed(group: IpAddr) -> bool {
+    match group {
+        IpAddr::V4(group) => group.is_multicast() && !matches!(group.octets(), [224, 0, 0, _]),
+        IpAddr::V6(group) => {
+            let scope = group.octets()[1] & 0xf;
+            let solicited = matches!(group.segments(), [0xff02, 0, 0, 0, 0, 1, 0xff00..=0xffff, _]);
+            let all_nodes = matches!(group.segments(), [0xff02, 0, 0, 0, 0, 0, 0, 1]);
+            group.is_multicast() && scope > 1 && !solicited && !all_nodes
+        }
+    }
+}
+
 /// Whether two names have the same [`canonical_name`].
 pub fn is_same_name(one: &str, other: &str) -> bool {
     one.trim_end_matches('.').eq_ignore_ascii_case(other.trim_end_matches('.'))
@@ -116,6 +135,8 @@ impl Endpoint {
     pub const MAX_ALLOWED: usize = 64;
     /// The maximum number of allowed MAC addresses.
     pub const MAX_ALLOWED_MACS: usize = 16;
+    /// The maximum number of multicast groups.
+    pub const MAX_GROUPS: usize = 256;
 
     /// Returns the names that may resolve to it in their canonical form: its name, its aliases and the name of its pod.
     pub fn canonical_names(&self) -> impl Iterator<Item = String> {

@@ -2,7 +2,7 @@
 //! depend on their number.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::IpNet;
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
@@ -29,6 +29,10 @@ pub(crate) struct EndpointIndex {
     called: BTreeMap<String, BTreeSet<EndpointId>>,
     /// The subnets with which endpoints were attached, and the number of endpoints of each.
     ranges: BTreeMap<(NetworkId, IpNet), usize>,
+    /// The multicast groups that endpoints have joined, and the number of endpoints of each.
+    groups: BTreeMap<(NetworkId, IpAddr), usize>,
+    /// The number of endpoints whose groups are not followed.
+    unfollowed: BTreeMap<NetworkId, usize>,
 }
 
 impl EndpointIndex {
@@ -48,6 +52,12 @@ impl EndpointIndex {
         for net in &endpoint.addresses {
             self.addresses.insert((network, net.addr(), id));
             *self.ranges.entry((network, net.trunc())).or_default() += 1;
+        }
+        match &endpoint.groups {
+            Some(groups) => {
+                groups.iter().for_each(|group| *self.groups.entry((network, *group)).or_default() += 1)
+            }
+            None => *self.unfollowed.entry(network).or_default() += 1,
         }
     }
 
@@ -70,13 +80,11 @@ impl EndpointIndex {
         }
         for net in &endpoint.addresses {
             self.addresses.remove(&(network, net.addr(), id));
-            let range = (network, net.trunc());
-            if let Some(count) = self.ranges.get_mut(&range) {
-                *count -= 1;
-                if *count == 0 {
-                    self.ranges.remove(&range);
-                }
-            }
+            count_down(&mut self.ranges, &(network, net.trunc()));
+        }
+        match &endpoint.groups {
+            Some(groups) => groups.iter().for_each(|group| count_down(&mut self.groups, &(network, *group))),
+            None => count_down(&mut self.unfollowed, &network),
         }
     }
 
@@ -128,6 +136,24 @@ impl EndpointIndex {
     pub(crate) fn ranges(&self, network: NetworkId) -> impl Iterator<Item = IpNet> {
         let from = (network, IpNet::default());
         self.ranges.range(from..).take_while(move |((on, _), _)| *on == network).map(|((_, range), _)| *range)
+    }
+
+    pub(crate) fn groups(&self, network: NetworkId) -> impl Iterator<Item = IpAddr> {
+        let from = (network, IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        self.groups.range(from..).take_while(move |((on, _), _)| *on == network).map(|((_, group), _)| *group)
+    }
+
+    pub(crate) fn is_followed(&self, network: NetworkId) -> bool {
+        !self.unfollowed.contains_key(&network)
+    }
+}
+
+fn count_down<K: Ord>(counts: &mut BTreeMap<K, usize>, key: &K) {
+    if let Some(count) = counts.get_mut(key) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(key);
+        }
     }
 }
 

@@ -150,6 +150,18 @@ impl Table {
         self.contents.index.ranges(network)
     }
 
+    /// Returns the multicast groups that endpoints on a network have joined, as far as the owner follows them: see
+    /// [`Self::follows_groups`].
+    pub fn groups(&self, network: NetworkId) -> impl Iterator<Item = IpAddr> {
+        self.contents.index.groups(network)
+    }
+
+    /// Whether the owner follows the multicast groups of all its endpoints on a network. Otherwise it gets the packets of
+    /// all groups.
+    pub fn follows_groups(&self, network: NetworkId) -> bool {
+        self.contents.index.is_followed(network)
+    }
+
     /// Returns the path MTUs that are less than the MTU of the owner's link. They are few, at the end of the table.
     pub fn path_mtus(&self) -> impl Iterator<Item = (NodeId, u16)> {
         let entries = self.contents.entries.range(Key::PathMtu(NodeId::default())..);
@@ -478,6 +490,7 @@ mod tests {
                 publish: vec![],
                 allowed: vec![],
                 allowed_macs: vec![],
+                groups: None,
                 pod: None,
                 unknown: Unknown::default(),
             })
@@ -518,6 +531,7 @@ mod tests {
                 publish: vec![],
                 allowed: vec![],
                 allowed_macs: vec![],
+                groups: None,
                 pod: None,
                 unknown: Unknown::default(),
             })

@@ -129,6 +129,7 @@ pub(crate) fn endpoint(n: u8, address: &str) -> Entry {
         publish: vec![],
         allowed: vec![],
         allowed_macs: vec![],
+        groups: None,
         pod: None,
         unknown: Unknown::default(),
     })

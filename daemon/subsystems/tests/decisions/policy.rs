@@ -61,6 +61,7 @@ fn endpoint(n: u8, namespace: &str, all: Labels) -> Endpoint {
         publish: Vec::new(),
         allowed: Vec::new(),
         allowed_macs: Vec::new(),
+        groups: None,
         pod: None,
         unknown: Unknown::default(),
     }

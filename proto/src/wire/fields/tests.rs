@@ -195,6 +195,7 @@ fn endpoint(unknown: Unknown) -> Endpoint {
         publish: Vec::new(),
         allowed: Vec::new(),
         allowed_macs: Vec::new(),
+        groups: None,
         pod: None,
         unknown,
     }
