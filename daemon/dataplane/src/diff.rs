@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::device::Device;
 use crate::flows;
+use crate::multicast;
 use crate::nft::{Contents, Element, Key, Table, Value};
 use crate::op::{
     AddressOp, AnnouncedOp, FdbOp, LinkOp, NeighbourOp, NftOp, Op, RouteOp, SourceOp, SysctlOp, WireguardOp,
@@ -46,6 +47,7 @@ pub fn diff(actual: &Dataplane, desired: &Dataplane, prune: bool) -> Vec<Op> {
         Some(_) | None => {}
     }
     let (guards, others): (Vec<Op>, Vec<Op>) = others.into_iter().partition(unguards);
+    let (opened_groups, others): (Vec<Op>, Vec<Op>) = others.into_iter().partition(multicast::lets_out);
     ops.extend(others);
     let (gone, last) = links(actual, desired, prune, &mut ops);
     ops.extend(guards);
@@ -107,6 +109,16 @@ pub fn diff(actual: &Dataplane, desired: &Dataplane, prune: bool) -> Vec<Op> {
         |(d, r)| Op::Fdb(FdbOp::AddFlood(d, r)),
         |(d, r)| Op::Fdb(FdbOp::DeleteFlood(d, r)),
     );
+    let groups = actual.groups.iter().filter(|(device, _, _)| there(device)).copied().collect();
+    set(
+        &groups,
+        &desired.groups,
+        prune,
+        &mut ops,
+        |(d, m, r)| Op::Fdb(FdbOp::AddGroup(d, m, r)),
+        |(d, m, r)| Op::Fdb(FdbOp::DeleteGroup(d, m, r)),
+    );
+    ops.extend(opened_groups);
     // What may send is known before anything can come.
     let sources = actual.sources.iter().filter(|((device, _), _)| there(device)).map(cloned).collect();
     map(

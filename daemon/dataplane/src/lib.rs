@@ -5,6 +5,7 @@ pub mod device;
 pub mod diff;
 pub mod flows;
 pub mod ledger;
+pub mod multicast;
 pub mod nft;
 pub mod observed;
 pub mod op;

@@ -26,7 +26,7 @@ use crate::state::Dataplane;
 pub use self::address::AddressOp;
 pub use self::announced::AnnouncedOp;
 pub use self::fdb::FdbOp;
-pub use self::link::LinkOp;
+pub use self::link::{LinkOp, PORT_GROUPS, SNOOPING};
 pub use self::neighbour::NeighbourOp;
 pub use self::nft::NftOp;
 pub use self::route::RouteOp;

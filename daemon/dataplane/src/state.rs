@@ -22,8 +22,11 @@ pub struct Dataplane {
     pub addresses: BTreeSet<(Device, IpNet)>,
     /// Where a VXLAN device sends frames for a MAC address (`bridge fdb ... self`).
     pub remotes: BTreeMap<(Device, Mac), Remote>,
-    /// Where a VXLAN device sends broadcast and multicast: the entries of the all-zero MAC.
+    /// Where a VXLAN device sends broadcast, unknown unicast, and the multicast that is not in [`Self::groups`]: the
+    /// entries of the all-zero MAC.
     pub floods: BTreeSet<(Device, Remote)>,
+    /// Where a VXLAN device sends frames for the MAC address of a multicast group, which are several hosts.
+    pub groups: BTreeSet<(Device, Mac, Remote)>,
     /// Behind which port of its bridge a MAC address is (`bridge fdb ... master`).
     pub ports: BTreeSet<(Device, Mac)>,
     /// Permanent neighbours: on bridges the endpoints of switched networks, on VXLAN devices the
@@ -63,8 +66,9 @@ pub enum Link {
         mtu: u16,
         /// Administratively up.
         up: bool,
-        /// Multicast snooping, spanning tree, and calls into the host's iptables are off, and the
-        /// kernel makes no link-local address (it would be the same on every host).
+        /// Spanning tree and calls into the host's iptables are off, and the kernel makes no link-local address (it
+        /// would be the same on every host). The bridge follows which port has joined which multicast group, and asks
+        /// for that ([`crate::op::SNOOPING`]).
         tuned: bool,
     },
     /// A network's VXLAN device, a port of its bridge.
@@ -83,7 +87,7 @@ pub enum Link {
         mac: Mac,
         /// Administratively up.
         up: bool,
-        /// Learning is off; on a port also there, and neighbour suppression is off.
+        /// Learning is off; on a port also there, neighbour suppression is off, and all multicast goes there.
         tuned: bool,
         /// Its packets are inside the tunnel, which vouches for them: they have no UDP checksums, and
         /// need none.
@@ -121,7 +125,8 @@ pub enum Link {
         master: Option<Device>,
         /// Administratively up.
         up: bool,
-        /// A port whose learning is off: the one MAC address behind it is in [`Dataplane::ports`].
+        /// A port whose learning is off: the one MAC address behind it is in [`Dataplane::ports`]. All multicast goes
+        /// there, and the kernel follows a limited number of groups behind it.
         tuned: bool,
         /// A port by which frames may leave that came in by it, for endpoints with published ports or behind a Service.
         hairpin: bool,
@@ -208,6 +213,7 @@ impl Dataplane {
             addresses,
             remotes,
             floods,
+            groups,
             ports,
             neighbours,
             routes,
@@ -225,6 +231,7 @@ impl Dataplane {
         self.addresses.extend(addresses);
         self.remotes.extend(remotes);
         self.floods.extend(floods);
+        self.groups.extend(groups);
         self.ports.extend(ports);
         self.neighbours.extend(neighbours);
         self.routes.extend(routes);
@@ -262,6 +269,7 @@ impl Dataplane {
         self.addresses.retain(|(on, _)| *on != device);
         self.remotes.retain(|(on, _), _| *on != device);
         self.floods.retain(|(on, _)| *on != device);
+        self.groups.retain(|(on, _, _)| *on != device);
         self.tunnels.remove(&device);
         self.tunnel_peers.retain(|(on, _), _| *on != device);
         self.sources.retain(|(on, _), _| *on != device);

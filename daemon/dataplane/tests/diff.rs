@@ -83,6 +83,10 @@ fn apply(kernel: &mut Dataplane, op: &Op) -> Result<(), String> {
         Op::Fdb(FdbOp::DeleteRemote(device, mac)) => drop(kernel.remotes.remove(&(device, mac))),
         Op::Fdb(FdbOp::AddFlood(device, remote)) => drop(kernel.floods.insert((device, remote))),
         Op::Fdb(FdbOp::DeleteFlood(device, remote)) => drop(kernel.floods.remove(&(device, remote))),
+        Op::Fdb(FdbOp::AddGroup(device, mac, remote)) => drop(kernel.groups.insert((device, mac, remote))),
+        Op::Fdb(FdbOp::DeleteGroup(device, mac, remote)) => {
+            kernel.groups.remove(&(device, mac, remote));
+        }
         Op::Fdb(FdbOp::AddPort(device, mac)) => drop(kernel.ports.insert((device, mac))),
         Op::Fdb(FdbOp::DeletePort(device, mac)) => drop(kernel.ports.remove(&(device, mac))),
         Op::Neighbour(NeighbourOp::Set(device, address, mac)) => {
@@ -137,14 +141,20 @@ fn part(n: u8) -> impl Strategy<Value = Dataplane> {
             0..3,
         ),
         proptest::collection::btree_map(mac(), remote(), 0..5),
-        proptest::collection::btree_set(remote(), 0..3),
+        (
+            proptest::collection::btree_set(remote(), 0..3),
+            proptest::collection::btree_set((1u8..4, remote()), 0..4),
+        ),
         proptest::collection::btree_set(mac(), 0..5),
         proptest::collection::btree_map(ip(), mac(), 0..5),
         (proptest::option::of(ip()), proptest::option::of(ip()), proptest::option::of(1300u16..1302)),
         any::<bool>(),
     );
     (links, entries).prop_map(
-        move |((flags, vni, mtu), (addresses, remotes, floods, ports, neighbours, hop, nowhere))| {
+        move |(
+            (flags, vni, mtu),
+            (addresses, remotes, (floods, groups), ports, neighbours, hop, nowhere),
+        )| {
             let (has_bridge, has_vxlan, has_endpoint, up, tuned) = flags;
             let (bridge, vxlan) = (Device::bridge(network(n)), Device::vxlan(network(n)));
             let endpoint = Device::endpoint(EndpointId([n; 5]));
@@ -189,6 +199,8 @@ fn part(n: u8) -> impl Strategy<Value = Dataplane> {
                 kernel.links.insert(vxlan, link);
                 kernel.remotes.extend(remotes.into_iter().map(|(mac, remote)| ((vxlan, mac), remote)));
                 kernel.floods.extend(floods.into_iter().map(|remote| (vxlan, remote)));
+                let group = |n: u8| Mac([1, 0, 0x5e, 1, 2, n]);
+                kernel.groups.extend(groups.into_iter().map(|(n, remote)| (vxlan, group(n), remote)));
                 kernel.ports.extend(ports.iter().map(|mac| (vxlan, *mac)));
             }
             if has_bridge && !has_vxlan {
@@ -336,6 +348,7 @@ proptest! {
         prop_assert!(reached.announced.is_subset(&after.announced));
         prop_assert!(reached.ports.is_subset(&after.ports));
         prop_assert!(reached.floods.is_subset(&after.floods));
+        prop_assert!(reached.groups.is_subset(&after.groups));
         prop_assert!(reached.remotes.iter().all(|(key, remote)| after.remotes.get(key) == Some(remote)));
         prop_assert!(actual.links.keys().all(|device| after.links.contains_key(device)));
     }

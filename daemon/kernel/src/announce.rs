@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 
-use etherparse::PacketBuilder;
+use etherparse::{Icmpv6Type, PacketBuilder};
 use nix::net::if_::if_nametoindex;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use ovl_dataplane::device::{Device, Role};
@@ -30,6 +30,7 @@ const MAX_ANNOUNCED: usize = 16;
 const BROADCAST: [u8; 6] = [0xff; 6];
 /// The MAC address of all nodes on a link, ff02::1 (RFC 2464).
 const ALL_NODES: [u8; 6] = [0x33, 0x33, 0, 0, 0, 1];
+const ALL_NODES_ADDRESS: [u8; 16] = [0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
 const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
 /// The override flag of a neighbour advertisement: it replaces an existing entry.
 const OVERRIDE: [u8; 4] = [0x20, 0, 0, 0];
@@ -75,6 +76,17 @@ impl Announcer {
         }
     }
 
+    /// Asks the endpoint behind a port of a bridge which IPv6 multicast groups it has joined. The bridge itself does not
+    /// see the query, and so does not wait for the sender to ask again. A failure is only logged: members also report
+    /// without a query.
+    pub(super) fn ask_for_members(&self, port: u32) {
+        if let Some(frame) = query()
+            && let Err(error) = sys::send_frame(self.socket.as_fd(), port, &frame)
+        {
+            tracing::debug!(port, %error, "cannot ask for the members of IPv6 groups");
+        }
+    }
+
     /// Announces the neighbours and announced addresses that operations have set.
     pub(super) fn announce(&self, route: &mut Route, outcomes: &[Outcome]) {
         let added = outcomes.iter().filter(|outcome| outcome.result.is_ok());
@@ -95,6 +107,41 @@ impl Announcer {
             self.send(bridge, index, address, mac);
         }
     }
+}
+
+/// A general query for the members of all IPv6 groups, version 2 (RFC 3810, section 5.1). Its receivers answer within a
+/// second. The source is a link-local address of no host: the receivers want it to be link-local, and answer to a group.
+fn query() -> Option<Vec<u8>> {
+    const SOURCE: [u8; 16] = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0x08, 0, 0, 0xff, 0xfe, 0, 0, 0];
+    const SOURCE_MAC: [u8; 6] = [0x0a, 0, 0, 0, 0, 0];
+    const QUERY: u8 = 130;
+    const ROUTER_ALERT: [u8; 6] = [5, 2, 0, 0, 1, 0];
+    const RESPONSE_MS: [u8; 2] = 1_000_u16.to_be_bytes();
+    /// The robustness variable, and the interval of queries in seconds.
+    const TIMERS: [u8; 2] = [2, 125];
+    // The maximum time of an answer, reserved bytes, no group, the timers, and no source.
+    let code = [RESPONSE_MS[0], RESPONSE_MS[1], 0, 0];
+    let mut body = vec![0; 16];
+    body.extend(TIMERS);
+    body.extend([0, 0]);
+    let checksum = Icmpv6Type::Unknown { type_u8: QUERY, code_u8: 0, bytes5to8: code }
+        .calc_checksum(SOURCE, ALL_NODES_ADDRESS, &body)
+        .ok()?;
+    let mut frame = Vec::with_capacity(14 + 40 + 8 + 28);
+    frame.extend(ALL_NODES);
+    frame.extend(SOURCE_MAC);
+    // EtherType IPv6; version, traffic class and flow; the length, hop-by-hop options, and a hop limit of 1.
+    frame.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, 36, 0, 1]);
+    frame.extend(SOURCE);
+    frame.extend(ALL_NODES_ADDRESS);
+    // The options: ICMPv6 follows, eight bytes, router alert, padding.
+    frame.extend([58, 0]);
+    frame.extend(ROUTER_ALERT);
+    frame.extend([QUERY, 0]);
+    frame.extend(checksum.to_be_bytes());
+    frame.extend(code);
+    frame.extend(body);
+    Some(frame)
 }
 
 fn on_bridge(op: &Op) -> Option<(Device, IpAddr, Mac)> {
@@ -123,9 +170,8 @@ fn frame(address: IpAddr, mac: Mac) -> Option<Vec<u8>> {
             Some(frame)
         }
         IpAddr::V6(address) => {
-            let all_nodes = [0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
             let builder = PacketBuilder::ethernet2(mac.0, ALL_NODES)
-                .ipv6(address.octets(), all_nodes, 255)
+                .ipv6(address.octets(), ALL_NODES_ADDRESS, 255)
                 .icmpv6_raw(NEIGHBOUR_ADVERTISEMENT, 0, OVERRIDE);
             // The target address, and the option with its link-layer address.
             let mut payload = address.octets().to_vec();
@@ -152,6 +198,22 @@ mod tests {
         assert_eq!(&frame[12..22], [8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
         assert_eq!((&frame[22..28], &frame[28..32]), (&MAC.0[..], &[10, 1, 0, 9][..]));
         assert_eq!(&frame[38..], [10, 1, 0, 9]);
+    }
+
+    #[test]
+    fn query_for_members_is_one_of_mld_version_2() {
+        let frame = query().unwrap();
+        let packet = etherparse::PacketHeaders::from_ethernet_slice(&frame).unwrap();
+        let Some(etherparse::NetHeaders::Ipv6(ip, extensions)) = packet.net else { panic!() };
+        assert_eq!((ip.hop_limit, usize::from(ip.payload_length)), (1, frame.len() - 54));
+        assert!(extensions.hop_by_hop_options.is_some());
+        let Some(etherparse::TransportHeader::Icmpv6(icmp)) = packet.transport else { panic!() };
+        assert_eq!(icmp.icmp_type.type_u8(), 130);
+        let mut sum = icmp.clone();
+        sum.update_checksum(ip.source, ip.destination, &frame[frame.len() - 20..]).unwrap();
+        assert_eq!(sum.checksum, icmp.checksum);
+        // Version 2: 28 bytes of ICMPv6.
+        assert_eq!(frame.len(), 14 + 40 + 8 + 28);
     }
 
     #[test]

@@ -222,7 +222,9 @@ fn ignore_if_done(route: &mut Route, op: &Op, result: Result<(), Refusal>) -> Re
         (op, ENOENT | ENODEV | EADDRNOTAVAIL | ESRCH) if op.is_entry_deletion() => Ok(()),
         // The device is no longer a bridge port, so its entries are gone.
         (Op::Fdb(FdbOp::DeletePort(..)), EOPNOTSUPP) => Ok(()),
-        (Op::Fdb(FdbOp::AddFlood(..)) | Op::Address(AddressOp::Add(..)), EEXIST) => Ok(()),
+        (Op::Fdb(FdbOp::AddFlood(..) | FdbOp::AddGroup(..)) | Op::Address(AddressOp::Add(..)), EEXIST) => {
+            Ok(())
+        }
         (Op::Route(RouteOp::Set(to, _)), EEXIST) => Err(KernelError::Other(format!(
             "another program has added a route to {to} with metric {METRIC}, which ovl does not replace: change its metric"
         ))),

@@ -20,6 +20,7 @@ const AF_BRIDGE: u8 = libc::AF_BRIDGE as u8;
 pub(super) enum EntryKey {
     Remote(Device, Mac),
     Flood(Device, Remote),
+    Group(Device, Mac, Remote),
     Port(Device, Mac),
     Neighbour(Device, IpAddr),
     Address(Device, IpNet),
@@ -76,6 +77,9 @@ pub(super) fn of_neighbour(
     let remote = Remote { vtep, port: entry.port.unwrap_or(own_port) };
     if mac == Mac::default() {
         return (!entry.odd).then_some((EntryKey::Flood(device, remote), EntryValue::Present));
+    }
+    if mac.0[0] & 1 != 0 {
+        return (!entry.odd).then_some((EntryKey::Group(device, mac, remote), EntryValue::Present));
     }
     Some((EntryKey::Remote(device, mac), if fixed { EntryValue::Remote(remote) } else { EntryValue::None }))
 }
@@ -219,6 +223,7 @@ pub(super) fn set(kernel: &mut Dataplane, key: EntryKey, value: EntryValue) -> b
         }
         (EntryKey::Route(to), EntryValue::Hop(hop)) => kernel.routes.insert(to, hop) != Some(hop),
         (EntryKey::Flood(device, remote), _) => kernel.floods.insert((device, remote)),
+        (EntryKey::Group(device, mac, remote), _) => kernel.groups.insert((device, mac, remote)),
         (EntryKey::Port(device, mac), _) => kernel.ports.insert((device, mac)),
         (EntryKey::Address(device, net), _) => kernel.addresses.insert((device, net)),
         (EntryKey::Remote(..) | EntryKey::Neighbour(..) | EntryKey::Route(_), _) => false,
@@ -230,6 +235,7 @@ pub(super) fn unset(kernel: &mut Dataplane, key: EntryKey) -> bool {
     match key {
         EntryKey::Remote(device, mac) => kernel.remotes.remove(&(device, mac)).is_some(),
         EntryKey::Flood(device, remote) => kernel.floods.remove(&(device, remote)),
+        EntryKey::Group(device, mac, remote) => kernel.groups.remove(&(device, mac, remote)),
         EntryKey::Port(device, mac) => kernel.ports.remove(&(device, mac)),
         EntryKey::Neighbour(device, address) => kernel.neighbours.remove(&(device, address)).is_some(),
         EntryKey::Address(device, net) => kernel.addresses.remove(&(device, net)),

@@ -18,7 +18,7 @@ pub fn netlink(bytes: &[u8]) {
         .filter_map(|(index, name)| Some((index, Device::new(name)?)))
         .collect();
     let names = DeviceNames { all: devices.clone(), ours: devices.clone(), ..DeviceNames::default() };
-    model.load(Default::default(), names);
+    model.load(Default::default(), names, Default::default());
     for message in messages(bytes) {
         model.note(&message);
     }

@@ -1,7 +1,7 @@
 //! The model of what the kernel holds. It follows operations and notifications, and detects notifications of changes
 //! that ovld did not make.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -11,13 +11,14 @@ use ovl_dataplane::state::{Dataplane, Link};
 use ovl_proto::id::Mac;
 
 use nix::libc::{
-    RTM_DELADDR, RTM_DELLINK, RTM_DELNEIGH, RTM_DELROUTE, RTM_NEWADDR, RTM_NEWLINK, RTM_NEWNEIGH,
-    RTM_NEWNETCONF, RTM_NEWROUTE,
+    RTM_DELADDR, RTM_DELLINK, RTM_DELMDB, RTM_DELNEIGH, RTM_DELROUTE, RTM_NEWADDR, RTM_NEWLINK, RTM_NEWMDB,
+    RTM_NEWNEIGH, RTM_NEWNETCONF, RTM_NEWROUTE,
 };
 
 use super::attribute::{Message, attributes, u8_at, u32_at};
 use super::dump::DeviceNames;
 use super::fact::{self, EntryKey, EntryValue};
+use super::groups::PortGroups;
 use super::link::{LinkView, Neighbour};
 
 /// Changes by other programs, as notifications reported them.
@@ -31,6 +32,8 @@ pub(super) struct Changes {
     pub(super) gone: Vec<Device>,
     /// Endpoints whose peer interfaces came up, or have another MAC address than before.
     pub(super) peers: BTreeSet<Device>,
+    /// Whether endpoints have joined or left multicast groups.
+    pub(super) groups: bool,
 }
 
 /// The last dump, updated by the operations and notifications since.
@@ -43,6 +46,7 @@ pub(super) struct KernelModel {
     notices: HashMap<u32, LinkNotice>,
     /// Whether the peer interface of each endpoint is up, and its MAC address, as far as it was reported.
     peers: HashMap<Device, (bool, Option<Mac>)>,
+    groups: PortGroups,
 }
 
 #[derive(Debug, Default)]
@@ -62,12 +66,13 @@ enum LinkState {
 
 impl KernelModel {
     /// Replaces the model by a new dump.
-    pub(super) fn load(&mut self, kernel: Dataplane, names: DeviceNames) {
+    pub(super) fn load(&mut self, kernel: Dataplane, names: DeviceNames, groups: PortGroups) {
         // Notifications of these deletions were lost, or arrive later and then find no device in the model.
         let gone = self.kernel.links.keys().filter(|device| !kernel.links.contains_key(device));
         self.changes.gone.extend(gone.filter(|device| matches!(device.role(), Some(Role::Endpoint(_)))));
         self.kernel = kernel;
         self.names = names;
+        self.groups.load(groups, &self.names.ours);
         self.notices.clear();
         self.peers.retain(|device, _| self.kernel.links.contains_key(device));
     }
@@ -75,6 +80,17 @@ impl KernelModel {
     /// The data plane that the kernel is believed to hold.
     pub(super) fn kernel(&self) -> &Dataplane {
         &self.kernel
+    }
+
+    /// Returns the followed multicast groups that each endpoint has joined.
+    pub(super) fn groups(&self) -> BTreeMap<Device, BTreeSet<IpAddr>> {
+        self.groups.of_endpoints(&self.names.ours)
+    }
+
+    /// Returns the indexes of devices of ovl.
+    pub(super) fn indexes(&self, devices: &[Device]) -> Vec<u32> {
+        let ours = self.names.ours.iter();
+        ours.filter(|(_, device)| devices.contains(device)).map(|(index, _)| *index).collect()
     }
 
     /// Updates the model by an operation that succeeded.
@@ -124,7 +140,14 @@ impl KernelModel {
     pub(super) fn deleted(&mut self, device: Device) {
         self.peers.remove(&device);
         self.kernel.forget_device(device);
-        self.names.ours.retain(|_, name| *name != device);
+        let groups = &mut self.groups;
+        self.names.ours.retain(|index, name| {
+            let stays = *name != device;
+            if !stays {
+                groups.forget(*index);
+            }
+            stays
+        });
     }
 
     /// Adds a device that ovld created.
@@ -159,6 +182,9 @@ impl KernelModel {
                 }
             }
             RTM_NEWNETCONF => self.note_forwarding(payload),
+            RTM_NEWMDB | RTM_DELMDB => {
+                self.groups.note(payload, message.kind == RTM_NEWMDB, &self.names.ours)
+            }
             _ => {}
         }
     }
@@ -195,6 +221,7 @@ impl KernelModel {
                 self.changes.changed = true;
             }
         }
+        self.changes.groups = self.groups.take_changed();
         std::mem::take(&mut self.changes)
     }
 
@@ -236,6 +263,7 @@ impl KernelModel {
         }
         self.names.all.remove(&view.index);
         self.notices.remove(&view.index);
+        self.groups.forget(view.index);
         self.changes.underlay |= self.names.others.remove(&view.index).is_some();
         if let Some(device) = self.names.ours.remove(&view.index) {
             lost(&mut self.kernel, &mut self.changes, device);

@@ -20,6 +20,7 @@ mod filter;
 mod foreign;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+mod groups;
 mod inspect;
 mod known;
 mod link;
@@ -99,6 +100,8 @@ pub enum KernelEvent {
     FilterChanged,
     /// The peer interface of an endpoint came up again, or has another MAC address.
     PeerChanged(Device),
+    /// An endpoint has joined or left a multicast group: see [`KernelHandle::groups`].
+    Groups,
 }
 
 /// The veth pair of an endpoint to be created.
@@ -435,6 +438,18 @@ impl KernelHandle {
     /// not exist is empty.
     pub async fn counts(&self, table: Table, sets: Vec<String>) -> Result<Vec<Vec<CountedElement>>> {
         self.ask(|reply| Request::Counts(table, sets, reply)).await?
+    }
+
+    /// Returns the multicast groups that each endpoint on a bridge has joined, those of which
+    /// [`ovl_proto::table::is_followed`] is true.
+    pub async fn groups(&self) -> Result<BTreeMap<Device, BTreeSet<IpAddr>>> {
+        self.ask(Request::Groups).await
+    }
+
+    /// Asks endpoints which IPv6 multicast groups they have joined (MLD). For IPv4, their bridge asks (IGMP); for IPv6 it
+    /// cannot, because it has no link-local address.
+    pub async fn ask_for_members(&self, endpoints: Vec<Device>) -> Result<()> {
+        self.ask(|reply| Request::AskForMembers(endpoints, reply)).await
     }
 
     /// Checks whether the kernel supports WireGuard devices.

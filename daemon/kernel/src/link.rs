@@ -5,21 +5,33 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use nix::libc;
 use ovl_dataplane::device::{ALIAS, Device, Role};
+use ovl_dataplane::op::PORT_GROUPS;
 use ovl_dataplane::state::{Link, TunnelKind};
 use ovl_proto::id::Mac;
 
 use super::attribute::{attributes, ip, text, u8_at, u16_at, u16_be, u32_at};
+use super::message::{MOST_GROUPS, QUERY_RESPONSE_INTERVAL};
 
 /// The length of `ifinfomsg`.
 const HEADER: usize = 16;
 // Attributes of `linux/if_link.h` and `linux/if_bridge.h`, which `libc` does not define.
 const IFLA_BR_STP_STATE: u16 = 5;
+const IFLA_BR_MCAST_ROUTER: u16 = 22;
 const IFLA_BR_MCAST_SNOOPING: u16 = 23;
+const IFLA_BR_MCAST_QUERIER: u16 = 25;
+const IFLA_BR_MCAST_HASH_MAX: u16 = 27;
+const IFLA_BR_MCAST_QUERY_RESPONSE_INTVL: u16 = 34;
 const IFLA_BR_NF_CALL_IPTABLES: u16 = 36;
 const IFLA_BR_NF_CALL_ARPTABLES: u16 = 38;
+const IFLA_BR_MCAST_IGMP_VERSION: u16 = 43;
+const IFLA_BR_MCAST_MLD_VERSION: u16 = 44;
 const IFLA_BRPORT_MODE: u16 = 4;
 const IFLA_BRPORT_LEARNING: u16 = 8;
+const IFLA_BRPORT_MULTICAST_ROUTER: u16 = 25;
 const IFLA_BRPORT_NEIGH_SUPPRESS: u16 = 32;
+const IFLA_BRPORT_MCAST_MAX_GROUPS: u16 = 42;
+/// The value of `IFLA_BR_MCAST_ROUTER` and `IFLA_BRPORT_MULTICAST_ROUTER` with which all multicast goes there.
+const MULTICAST_ROUTER: u8 = 2;
 const IFLA_VXLAN_ID: u16 = 1;
 const IFLA_VXLAN_LOCAL: u16 = 4;
 const IFLA_VXLAN_LEARNING: u16 = 7;
@@ -225,7 +237,17 @@ impl<'a> LinkView<'a> {
     pub(super) fn port_is_tuned(&self, is_vxlan: bool) -> Option<bool> {
         let learning = self.port_flag(IFLA_BRPORT_LEARNING)?;
         let suppress = self.port_flag(IFLA_BRPORT_NEIGH_SUPPRESS)?;
-        Some(learning == 0 && (suppress == 0 || !is_vxlan))
+        // A kernel without snooping has no such settings.
+        let router = self.port_flag(IFLA_BRPORT_MULTICAST_ROUTER).unwrap_or(MULTICAST_ROUTER);
+        let of_kind =
+            if is_vxlan { suppress == 0 } else { self.most_groups().is_none_or(|most| most == PORT_GROUPS) };
+        Some(learning == 0 && router == MULTICAST_ROUTER && of_kind)
+    }
+
+    /// The number of groups that the kernel follows at the port. `None` for a kernel without such a limit.
+    fn most_groups(&self) -> Option<u32> {
+        let (_, value) = attributes(self.port?, 0).find(|(kind, _)| *kind == IFLA_BRPORT_MCAST_MAX_GROUPS)?;
+        u32_at(value, 0)
     }
 
     /// A setting of the bridge port, by its `IFLA_BRPORT_...` number. `None` if the device is not a port, or the
@@ -250,14 +272,17 @@ impl<'a> LinkView<'a> {
     }
 }
 
-/// Whether a bridge attribute has the value that ovl sets: spanning tree, multicast snooping and the calls into
-/// iptables are off.
+/// Whether a bridge attribute has the value that ovl sets: see [`super::message::bridge_info`].
 fn is_bridge_tuned((kind, value): (u16, &[u8])) -> bool {
     match kind {
         IFLA_BR_STP_STATE => u32_at(value, 0) == Some(0),
-        IFLA_BR_MCAST_SNOOPING | IFLA_BR_NF_CALL_IPTABLES..=IFLA_BR_NF_CALL_ARPTABLES => {
-            u8_at(value, 0) == Some(0)
-        }
+        IFLA_BR_NF_CALL_IPTABLES..=IFLA_BR_NF_CALL_ARPTABLES => u8_at(value, 0) == Some(0),
+        IFLA_BR_MCAST_SNOOPING | IFLA_BR_MCAST_QUERIER => u8_at(value, 0) == Some(1),
+        IFLA_BR_MCAST_ROUTER => u8_at(value, 0) == Some(MULTICAST_ROUTER),
+        IFLA_BR_MCAST_IGMP_VERSION => u8_at(value, 0) == Some(3),
+        IFLA_BR_MCAST_MLD_VERSION => u8_at(value, 0) == Some(2),
+        IFLA_BR_MCAST_QUERY_RESPONSE_INTVL => value == u64::from(QUERY_RESPONSE_INTERVAL).to_ne_bytes(),
+        IFLA_BR_MCAST_HASH_MAX => u32_at(value, 0) == Some(MOST_GROUPS),
         _ => true,
     }
 }

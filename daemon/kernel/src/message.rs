@@ -9,9 +9,9 @@ use netlink_packet_route::address::{
     AddressAttribute, AddressFlags, AddressMessage, AddressProtocol, AddressScope, CacheInfo,
 };
 use netlink_packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, BridgeStpState, In6AddrGenMode, InfoBridge, InfoBridgePort, InfoData,
-    InfoKind, InfoPortData, InfoPortKind, InfoVeth, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags,
-    LinkInfo, LinkMessage,
+    AfSpecInet6, AfSpecUnspec, BridgeMulticastRouterType, BridgeStpState, In6AddrGenMode, InfoBridge,
+    InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVeth, InfoVxlan, LinkAttribute,
+    LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
@@ -22,7 +22,7 @@ use netlink_packet_route::route::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use nix::libc::{self, RT_TABLE_MAIN};
 use ovl_dataplane::device::{ALIAS, Device, Role};
-use ovl_dataplane::op::{AddressOp, FdbOp, NeighbourOp, Op, RouteOp};
+use ovl_dataplane::op::{AddressOp, FdbOp, NeighbourOp, Op, PORT_GROUPS, RouteOp};
 use ovl_dataplane::state::{Hop, Link, METRIC, PROTOCOL, Remote, TunnelKind};
 use ovl_proto::id::{EndpointId, Mac};
 
@@ -58,6 +58,10 @@ pub(super) fn entry(op: &Op, index: u32) -> Option<(RouteNetlinkMessage, u16)> {
         Op::Fdb(FdbOp::DeleteFlood(_, remote)) => {
             (del(remote_entry(index, Mac::default(), Some(*remote))), 0)
         }
+        Op::Fdb(FdbOp::AddGroup(_, mac, remote)) => {
+            (new(remote_entry(index, *mac, Some(*remote))), NLM_F_CREATE | NLM_F_APPEND)
+        }
+        Op::Fdb(FdbOp::DeleteGroup(_, mac, remote)) => (del(remote_entry(index, *mac, Some(*remote))), 0),
         Op::Fdb(FdbOp::AddPort(_, mac)) => (new(port_entry(index, *mac)), PUT),
         Op::Fdb(FdbOp::DeletePort(_, mac)) => (del(port_entry(index, *mac)), 0),
         Op::Neighbour(NeighbourOp::Set(_, address, mac)) => (permanent_neighbour(index, *address, *mac), PUT),
@@ -361,13 +365,24 @@ pub(super) fn new_link(device: Device, link: &Link) -> Option<RouteNetlinkMessag
     Some(RouteNetlinkMessage::NewLink(message))
 }
 
-/// The settings of a bridge: no spanning tree, no multicast snooping, no calls into iptables.
+/// The time in hundredths of a second within which members answer a bridge's query.
+pub(super) const QUERY_RESPONSE_INTERVAL: u8 = 100;
+/// The number of groups that a bridge follows.
+pub(super) const MOST_GROUPS: u32 = 65_536;
+
+/// The settings of a bridge: no spanning tree, no calls into iptables, and [`ovl_dataplane::op::SNOOPING`].
 pub(super) fn bridge_info() -> Vec<LinkInfo> {
     vec![
         LinkInfo::Kind(InfoKind::Bridge),
         LinkInfo::Data(InfoData::Bridge(vec![
             InfoBridge::StpState(BridgeStpState::Disabled),
-            InfoBridge::MulticastSnooping(false),
+            InfoBridge::MulticastSnooping(true),
+            InfoBridge::MulticastQuerier(true),
+            InfoBridge::MulticastRouter(BridgeMulticastRouterType::Permanent),
+            InfoBridge::MulticastIgmpVersion(3),
+            InfoBridge::MulticastMldVersion(2),
+            InfoBridge::MulticastQueryResponseInterval(u64::from(QUERY_RESPONSE_INTERVAL)),
+            InfoBridge::MulticastHashMax(MOST_GROUPS),
             InfoBridge::NfCallIpTables(false),
             InfoBridge::NfCallIp6Tables(false),
             InfoBridge::NfCallArpTables(false),
@@ -380,13 +395,18 @@ pub(super) fn no_learning() -> Vec<LinkInfo> {
     vec![LinkInfo::Kind(InfoKind::Vxlan), LinkInfo::Data(InfoData::Vxlan(vec![InfoVxlan::Learning(false)]))]
 }
 
-/// The settings of a bridge port: no learning; no neighbour suppression on a VXLAN device, the given hairpin mode on an
-/// endpoint.
+/// The settings of a bridge port: no learning, and all multicast goes there, whether it was joined or not; no neighbour
+/// suppression on a VXLAN device, the given hairpin mode and a limited number of groups on an endpoint.
 pub(super) fn port(device: Device, hairpin: bool) -> LinkAttribute {
-    let mut flags = vec![InfoBridgePort::Learning(false)];
+    let mut flags = vec![
+        InfoBridgePort::Learning(false),
+        InfoBridgePort::MulticastRouter(BridgeMulticastRouterType::Permanent),
+    ];
     match device.role() {
         Some(Role::Vxlan(_)) => flags.push(InfoBridgePort::NeighSupress(false)),
-        _ => flags.push(InfoBridgePort::HairpinMode(hairpin)),
+        // A kernel before 6.3 ignores the limit.
+        _ => flags
+            .extend([InfoBridgePort::HairpinMode(hairpin), InfoBridgePort::MulticastMaxGroups(PORT_GROUPS)]),
     }
     LinkAttribute::LinkInfo(vec![
         LinkInfo::PortKind(InfoPortKind::Bridge),

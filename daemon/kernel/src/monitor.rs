@@ -1,4 +1,4 @@
-//! Notifications of changes of links, neighbours, addresses, routes and forwarding (rtnetlink groups).
+//! Notifications of changes of links, neighbours, addresses, routes, forwarding and multicast groups (rtnetlink groups).
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -13,7 +13,7 @@ use super::error::{KernelError, Result};
 use super::known::KernelModel;
 use super::sys;
 
-const GROUPS: [u32; 8] = [
+const GROUPS: [u32; 9] = [
     libc::RTNLGRP_LINK,
     libc::RTNLGRP_NEIGH,
     libc::RTNLGRP_IPV4_IFADDR,
@@ -22,6 +22,7 @@ const GROUPS: [u32; 8] = [
     libc::RTNLGRP_IPV6_ROUTE,
     libc::RTNLGRP_IPV4_NETCONF,
     libc::RTNLGRP_IPV6_NETCONF,
+    libc::RTNLGRP_MDB,
 ];
 
 /// The receive buffer, in bytes: enough for the notifications of a device that is deleted with ten thousand

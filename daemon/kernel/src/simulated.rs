@@ -149,6 +149,8 @@ impl Held {
             Request::Counts(_, sets, reply) => {
                 drop(reply.send(Ok(sets.iter().map(|_| Vec::new()).collect())));
             }
+            Request::Groups(reply) => drop(reply.send(BTreeMap::new())),
+            Request::AskForMembers(_, reply) => drop(reply.send(())),
             Request::HasWireguard(reply) => drop(reply.send(true)),
             Request::LearnKey(_, reply) => drop(reply.send(())),
             Request::Tunnels(reply) => drop(reply.send(Ok(Vec::new()))),
@@ -221,7 +223,7 @@ fn apply(kernel: &mut Dataplane, op: &Op) -> Result<()> {
         Op::Route(RouteOp::Set(_, hop)) => hop.device.iter().try_for_each(present)?,
         Op::Link(LinkOp::Set(..))
         | Op::Address(AddressOp::Add(..))
-        | Op::Fdb(FdbOp::SetRemote(..) | FdbOp::AddFlood(..) | FdbOp::AddPort(..))
+        | Op::Fdb(FdbOp::SetRemote(..) | FdbOp::AddFlood(..) | FdbOp::AddGroup(..) | FdbOp::AddPort(..))
         | Op::Neighbour(NeighbourOp::Set(..))
         | Op::Wireguard(WireguardOp::SetInterface(..) | WireguardOp::SetPeer(..))
         | Op::Source(SourceOp::Set(..))

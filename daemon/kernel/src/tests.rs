@@ -5,6 +5,7 @@ mod drift;
 mod endpoints;
 mod fake;
 mod filters;
+mod groups;
 mod lab;
 mod passes;
 mod probes;

@@ -223,6 +223,10 @@ impl Tunnels {
             Op::Fdb(FdbOp::DeleteRemote(_, mac)) => engine.delete_remote(name, mac.0),
             Op::Fdb(FdbOp::AddFlood(_, remote)) => engine.add_flood(name, inner(remote.vtep)?)?,
             Op::Fdb(FdbOp::DeleteFlood(_, remote)) => engine.delete_flood(name, inner(remote.vtep)?),
+            Op::Fdb(FdbOp::AddGroup(_, mac, remote)) => engine.add_group(name, mac.0, inner(remote.vtep)?)?,
+            Op::Fdb(FdbOp::DeleteGroup(_, mac, remote)) => {
+                engine.delete_group(name, mac.0, inner(remote.vtep)?)
+            }
             Op::Source(SourceOp::Set(_, mac, Source { from, addresses })) => {
                 let addresses = addresses.iter().copied().collect();
                 let from = from.iter().map(|host| inner(*host)).collect::<Result<_>>()?;
@@ -293,6 +297,7 @@ impl Tunnels {
             let at = |to: Ipv6Addr| Remote { vtep: to.into(), port: SEALED_VXLAN_PORT };
             kernel.remotes.extend(tap.remotes.into_iter().map(|(mac, to)| ((device, Mac(mac)), at(to))));
             kernel.floods.extend(tap.floods.into_iter().map(|to| (device, at(to))));
+            kernel.groups.extend(tap.groups.into_iter().map(|(mac, to)| (device, Mac(mac), at(to))));
             kernel.sources.extend(tap.sources.into_iter().map(|(mac, source)| {
                 let addresses = source.addresses.into_iter().collect();
                 let from = source.from.into_iter().map(IpAddr::V6).collect();

@@ -23,6 +23,7 @@ use super::apply::{self, Devices};
 use super::error::{KernelError, Result};
 use super::event_queue::EventQueue;
 use super::filter::Filter;
+use super::groups::PortGroups;
 use super::known::KernelModel;
 use super::monitor::{Monitor, PeerMonitor};
 use super::netns::{self, Netns, NetnsWorker};
@@ -59,6 +60,8 @@ pub(super) enum Request {
     Mend(Netns, Vec<PeerSpec>, oneshot::Sender<Result<Vec<Mended>>>),
     Sweep(oneshot::Sender<Result<()>>),
     Counts(Table, Vec<String>, oneshot::Sender<Result<Vec<Vec<CountedElement>>>>),
+    Groups(oneshot::Sender<BTreeMap<Device, BTreeSet<IpAddr>>>),
+    AskForMembers(Vec<Device>, oneshot::Sender<()>),
     HasWireguard(oneshot::Sender<bool>),
     LearnKey(PrivateKey, oneshot::Sender<()>),
     Tunnels(oneshot::Sender<Result<Vec<TunnelStatus>>>),
@@ -94,7 +97,7 @@ impl Worker {
         let (kernel, names) = dump::kernel(&mut route)?;
         let sweeper = Sweeper::start()?;
         sweeper.doom(names.doomed.iter().copied());
-        known.load(kernel, names);
+        known.load(kernel, names, PortGroups::dump(&mut route)?);
         Ok(Self {
             route,
             monitor,
@@ -192,6 +195,14 @@ impl Worker {
             Request::Counts(table, sets, reply) => {
                 let _ = reply.send(self.tables.counts(table, &sets));
             }
+            Request::Groups(reply) => {
+                let _ = reply.send(self.known.groups());
+            }
+            Request::AskForMembers(endpoints, reply) => {
+                let ports = self.known.indexes(&endpoints);
+                ports.into_iter().for_each(|port| self.announcer.ask_for_members(port));
+                let _ = reply.send(());
+            }
             Request::HasWireguard(reply) => {
                 let _ = reply.send(tunnel::kernel_has_wireguard());
             }
@@ -224,6 +235,9 @@ impl Worker {
             self.event_queue.add(KernelEvent::Underlay);
         }
         changes.peers.into_iter().for_each(|device| self.event_queue.add(KernelEvent::PeerChanged(device)));
+        if changes.groups {
+            self.event_queue.add(KernelEvent::Groups);
+        }
     }
 
     /// Reads nftables notifications, and queues an event for changes by other programs. Notifications of changes by
@@ -255,7 +269,7 @@ impl Worker {
         let (mut kernel, names) = dump::kernel(&mut self.route)?;
         self.sweeper.doom(names.doomed.iter().copied());
         self.tunnels.fill(&mut kernel)?;
-        self.known.load(kernel.clone(), names);
+        self.known.load(kernel.clone(), names, PortGroups::dump(&mut self.route)?);
         self.listen();
         self.listen_to_tables();
         kernel.filter = self.filter.current()?;

@@ -122,8 +122,10 @@ pub struct TapState {
     pub vni: u32,
     /// The host behind which each MAC address is.
     pub remotes: Vec<(Mac, Ipv6Addr)>,
-    /// The hosts that get broadcast and multicast frames.
+    /// The hosts that get broadcast frames, and multicast frames for MAC addresses that are not in [`Self::groups`].
     pub floods: Vec<Ipv6Addr>,
+    /// Each host that gets frames for the MAC address of a multicast group, with that address.
+    pub groups: Vec<(Mac, Ipv6Addr)>,
     /// The filter entries of source MAC addresses.
     pub sources: Vec<(Mac, FrameSource)>,
 }

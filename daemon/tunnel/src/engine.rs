@@ -326,7 +326,7 @@ impl<B: Backend> Engine<B> {
         let _ = self.change_table(tap, |table| _ = table.remotes.remove(&mac));
     }
 
-    /// Adds a host to which broadcast and multicast frames are sent.
+    /// Adds a host to which broadcast frames are sent, and multicast frames without [`Self::add_group`].
     ///
     /// # Errors
     ///
@@ -335,9 +335,31 @@ impl<B: Backend> Engine<B> {
         self.change_table(tap, |table| _ = table.floods.insert(to))
     }
 
-    /// Deletes a host to which broadcast and multicast frames are sent.
+    /// Takes back [`Self::add_flood`].
     pub fn delete_flood(&self, tap: &str, to: Ipv6Addr) {
         let _ = self.change_table(tap, |table| _ = table.floods.remove(&to));
+    }
+
+    /// Adds a host to which frames for the MAC address of a multicast group are sent. From the first one on, the others
+    /// get none.
+    ///
+    /// # Errors
+    ///
+    /// [`io::ErrorKind::NotFound`] if there is no such network.
+    pub fn add_group(&self, tap: &str, group: Mac, to: Ipv6Addr) -> io::Result<()> {
+        self.change_table(tap, |table| _ = table.groups.entry(group).or_default().insert(to))
+    }
+
+    /// Takes back [`Self::add_group`].
+    pub fn delete_group(&self, tap: &str, group: Mac, to: Ipv6Addr) {
+        let _ = self.change_table(tap, |table| {
+            if let Some(hosts) = table.groups.get_mut(&group) {
+                hosts.remove(&to);
+                if hosts.is_empty() {
+                    table.groups.remove(&group);
+                }
+            }
+        });
     }
 
     /// Accepts frames from a MAC address, if they match `source`. Without an entry they are dropped.
@@ -387,6 +409,7 @@ fn tap_state<B: Backend>(tap: &Tap<B>) -> TapState {
         vni: tap.vni,
         remotes: table.remotes.iter().map(|(mac, to)| (*mac, *to)).collect(),
         floods: table.floods.iter().copied().collect(),
+        groups: table.groups.iter().flat_map(|(mac, all)| all.iter().map(|to| (*mac, *to))).collect(),
         sources: table.sources.iter().map(|(mac, source)| (*mac, source.clone())).collect(),
     }
 }

@@ -128,8 +128,10 @@ impl<B: Backend> Output for TapOutput<'_, B> {
 pub(crate) struct ForwardingTable {
     /// The host behind which a MAC address is.
     pub(crate) remotes: HashMap<Mac, Ipv6Addr>,
-    /// The hosts that get broadcast and multicast frames.
+    /// The hosts that get broadcast frames, and multicast frames whose MAC address is not in [`Self::groups`].
     pub(crate) floods: BTreeSet<Ipv6Addr>,
+    /// The hosts that get frames for the MAC address of a multicast group.
+    pub(crate) groups: HashMap<Mac, BTreeSet<Ipv6Addr>>,
     /// The accepted sources of received frames.
     pub(crate) sources: HashMap<Mac, FrameSource>,
 }
@@ -159,7 +161,9 @@ impl ForwardingTable {
     pub(crate) fn destinations(&self, frame: &[u8], to: &mut Vec<Ipv6Addr>) {
         to.clear();
         match macs(frame) {
-            Some((destination, _)) if destination[0] & 1 != 0 => to.extend(&self.floods),
+            Some((destination, _)) if destination[0] & 1 != 0 => {
+                to.extend(self.groups.get(&destination).unwrap_or(&self.floods));
+            }
             // An unknown address may be a virtual one that several endpoints share (VRRP).
             Some((destination, _)) => match self.remotes.get(&destination) {
                 Some(host) => to.push(*host),
@@ -289,6 +293,14 @@ mod tests {
         table.destinations(&single, &mut to);
         assert_eq!(to, [host(1)]);
         single[5] = 9;
+        table.destinations(&single, &mut to);
+        assert_eq!(to, [host(1), host(2)]);
+        let mut table = table;
+        table.groups.insert([1, 0, 0x5e, 1, 2, 3], [host(2)].into());
+        single[..6].copy_from_slice(&[1, 0, 0x5e, 1, 2, 3]);
+        table.destinations(&single, &mut to);
+        assert_eq!(to, [host(2)]);
+        single[5] = 4;
         table.destinations(&single, &mut to);
         assert_eq!(to, [host(1), host(2)]);
         table.destinations(&single[..5], &mut to);

@@ -18,6 +18,10 @@ pub enum FdbOp {
     AddFlood(Device, Remote),
     /// Sends broadcast and multicast to a VTEP no longer.
     DeleteFlood(Device, Remote),
+    /// Sends frames for the MAC address of a multicast group to a VTEP too, and no longer to those that get all others.
+    AddGroup(Device, Mac, Remote),
+    /// Sends frames for the MAC address of a multicast group to a VTEP no longer.
+    DeleteGroup(Device, Mac, Remote),
     /// A MAC address is behind this port of its bridge.
     AddPort(Device, Mac),
     /// Deletes the entry of a MAC address behind a port.
@@ -32,6 +36,8 @@ impl FdbOp {
             | Self::DeleteRemote(device, _)
             | Self::AddFlood(device, _)
             | Self::DeleteFlood(device, _)
+            | Self::AddGroup(device, _, _)
+            | Self::DeleteGroup(device, _, _)
             | Self::AddPort(device, _)
             | Self::DeletePort(device, _) => *device,
         }
@@ -40,7 +46,12 @@ impl FdbOp {
     /// Whether it is about the VXLAN device itself (`self`), and not about a port of a bridge (`master`).
     pub fn is_remote(&self) -> bool {
         match self {
-            Self::SetRemote(..) | Self::DeleteRemote(..) | Self::AddFlood(..) | Self::DeleteFlood(..) => true,
+            Self::SetRemote(..)
+            | Self::DeleteRemote(..)
+            | Self::AddFlood(..)
+            | Self::DeleteFlood(..)
+            | Self::AddGroup(..)
+            | Self::DeleteGroup(..) => true,
             Self::AddPort(..) | Self::DeletePort(..) => false,
         }
     }
@@ -48,8 +59,10 @@ impl FdbOp {
     /// Whether it deletes an entry.
     pub fn is_deletion(&self) -> bool {
         match self {
-            Self::DeleteRemote(..) | Self::DeleteFlood(..) | Self::DeletePort(..) => true,
-            Self::SetRemote(..) | Self::AddFlood(..) | Self::AddPort(..) => false,
+            Self::DeleteRemote(..) | Self::DeleteFlood(..) | Self::DeleteGroup(..) | Self::DeletePort(..) => {
+                true
+            }
+            Self::SetRemote(..) | Self::AddFlood(..) | Self::AddGroup(..) | Self::AddPort(..) => false,
         }
     }
 
@@ -67,6 +80,12 @@ impl FdbOp {
             }
             Self::DeleteFlood(device, remote) => {
                 state.floods.remove(&(*device, *remote));
+            }
+            Self::AddGroup(device, mac, remote) => {
+                state.groups.insert((*device, *mac, *remote));
+            }
+            Self::DeleteGroup(device, mac, remote) => {
+                state.groups.remove(&(*device, *mac, *remote));
             }
             Self::AddPort(device, mac) => {
                 state.ports.insert((*device, *mac));
@@ -90,6 +109,12 @@ impl fmt::Display for FdbOp {
             }
             Self::DeleteFlood(device, remote) => {
                 write!(f, "bridge fdb del 00:00:00:00:00:00 dev {device} self {}", To(*remote))
+            }
+            Self::AddGroup(device, mac, remote) => {
+                write!(f, "bridge fdb append {mac} dev {device} self static {}", To(*remote))
+            }
+            Self::DeleteGroup(device, mac, remote) => {
+                write!(f, "bridge fdb del {mac} dev {device} self {}", To(*remote))
             }
             Self::AddPort(device, mac) => write!(f, "bridge fdb replace {mac} dev {device} master static"),
             Self::DeletePort(device, mac) => write!(f, "bridge fdb del {mac} dev {device} master"),

@@ -5,6 +5,19 @@ use std::fmt;
 use crate::device::Device;
 use crate::state::{Dataplane, Link, TunnelKind};
 
+/// The settings of a bridge about multicast, in the words of `ip link`: it follows groups and asks for members, and the
+/// host itself gets all multicast. The version of the queries is that in which each member answers for itself. An answer
+/// takes at most a second. The number of groups is far from what the ports can have together, because at that limit the
+/// kernel would stop to follow any.
+pub const SNOOPING: &str = "mcast_snooping 1 mcast_querier 1 mcast_router 2 mcast_igmp_version 3 mcast_mld_version 2 \
+                            mcast_query_response_interval 100 mcast_hash_max 65536";
+
+/// The number of groups that the kernel follows at the port of an endpoint, those of neighbour discovery among them.
+pub const PORT_GROUPS: u32 = 512;
+
+/// The settings of the port of an endpoint, in the words of `bridge link`, with [`PORT_GROUPS`].
+const ENDPOINT_PORT: &str = "learning off mcast_router 2 mcast_max_groups 512";
+
 /// A change of a device of ovl.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LinkOp {
@@ -53,8 +66,8 @@ fn add_link(f: &mut fmt::Formatter<'_>, device: Device, link: &Link) -> fmt::Res
     match link {
         Link::Bridge { mac, mtu, up, .. } => write!(
             f,
-            "ip link add {device} address {mac} mtu {mtu} {} type bridge stp_state 0 mcast_snooping 0 \
-             nf_call_iptables 0 nf_call_ip6tables 0",
+            "ip link add {device} address {mac} mtu {mtu} {} type bridge stp_state 0 {SNOOPING} nf_call_iptables 0 \
+             nf_call_ip6tables 0",
             up_word(*up)
         ),
         Link::Vxlan { vni, local, port, mtu, master, mac, up, sealed, .. } => {
@@ -67,7 +80,7 @@ fn add_link(f: &mut fmt::Formatter<'_>, device: Device, link: &Link) -> fmt::Res
                 f.write_str(" udp6zerocsumtx udp6zerocsumrx")?;
             }
             if master.is_some() {
-                write!(f, " && bridge link set dev {device} learning off neigh_suppress off")?;
+                write!(f, " && bridge link set dev {device} learning off neigh_suppress off mcast_router 2")?;
             }
             Ok(())
         }
@@ -78,7 +91,7 @@ fn add_link(f: &mut fmt::Formatter<'_>, device: Device, link: &Link) -> fmt::Res
             }
             write!(f, " {}", up_word(*up))?;
             if master.is_some() {
-                write!(f, " && bridge link set dev {device} learning off neigh_suppress off")?;
+                write!(f, " && bridge link set dev {device} learning off neigh_suppress off mcast_router 2")?;
             }
             Ok(())
         }
@@ -107,7 +120,8 @@ fn set_link(f: &mut fmt::Formatter<'_>, device: Device, from: &Link, to: &Link) 
             }
             mtu_and_up(&mut words, (*mtu_was, *up_was), (*mtu, *up));
             if tuned != tuned_was {
-                words += " type bridge stp_state 0 mcast_snooping 0 nf_call_iptables 0 nf_call_ip6tables 0";
+                words +=
+                    &format!(" type bridge stp_state 0 {SNOOPING} nf_call_iptables 0 nf_call_ip6tables 0");
             }
         }
         (
@@ -122,7 +136,7 @@ fn set_link(f: &mut fmt::Formatter<'_>, device: Device, from: &Link, to: &Link) 
             mtu_and_up(&mut words, (*mtu_was, *up_was), (*mtu, *up));
             set_master(&mut words, *master_was, *master);
             if tuned != tuned_was {
-                also += "learning off neigh_suppress off";
+                also += "learning off neigh_suppress off mcast_router 2";
             }
         }
         (
@@ -137,7 +151,7 @@ fn set_link(f: &mut fmt::Formatter<'_>, device: Device, from: &Link, to: &Link) 
         ) => {
             mtu_and_up(&mut words, (*mtu_was, *up_was), (*mtu, *up));
             set_master(&mut words, *master_was, *master);
-            let tuning = (tuned != tuned_was).then_some("learning off");
+            let tuning = (tuned != tuned_was).then_some(ENDPOINT_PORT);
             let turning =
                 (hairpin != hairpin_was).then_some(if *hairpin { "hairpin on" } else { "hairpin off" });
             also = tuning.into_iter().chain(turning).collect::<Vec<_>>().join(" ");
@@ -149,7 +163,7 @@ fn set_link(f: &mut fmt::Formatter<'_>, device: Device, from: &Link, to: &Link) 
             mtu_and_up(&mut words, (*mtu_was, *up_was), (*mtu, *up));
             set_master(&mut words, *master_was, *master);
             if tuned != tuned_was {
-                also += "learning off neigh_suppress off";
+                also += "learning off neigh_suppress off mcast_router 2";
             }
         }
         (Link::Tunnel { mtu: mtu_was, up: up_was, .. }, Link::Tunnel { mtu, up, .. }) => {

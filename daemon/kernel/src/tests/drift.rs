@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::lab::{
-    Container, Lab, add_endpoint, bridge, desired, endpoint, in_namespace, ip, mac, run, vxlan,
+    Container, GROUP, Lab, add_endpoint, bridge, desired, endpoint, in_namespace, ip, mac, run, vxlan,
 };
 use crate::KernelEvent;
 
@@ -33,7 +33,18 @@ fn every_kind_of_drift_is_repaired() {
             format!("ip link set {vx} nomaster"),
             format!("ip link add br1 type bridge && ip link set {vx} master br1"),
             format!("ip link set {br} type bridge stp_state 1"),
-            format!("ip link set {br} type bridge mcast_snooping 1"),
+            format!("ip link set {br} type bridge mcast_snooping 0"),
+            format!("ip link set {br} type bridge mcast_querier 0"),
+            format!("ip link set {br} type bridge mcast_router 1"),
+            format!("ip link set {br} type bridge mcast_igmp_version 2"),
+            format!("ip link set {br} type bridge mcast_mld_version 1"),
+            format!("ip link set {br} type bridge mcast_query_response_interval 1000"),
+            format!("bridge link set dev {vx} mcast_router 1"),
+            format!("bridge link set dev {ep} mcast_router 0"),
+            format!("bridge fdb del {GROUP} dev {vx} self"),
+            format!("bridge fdb del {GROUP} dev {vx} self dst 192.0.2.3"),
+            format!("bridge fdb append {GROUP} dev {vx} self dst 192.0.2.250"),
+            format!("bridge fdb append 33:33:00:00:77:77 dev {vx} self dst 192.0.2.3"),
             format!("ip link set {vx} type vxlan learning"),
             format!("bridge link set dev {vx} learning on"),
             format!("bridge link set dev {vx} neigh_suppress on"),

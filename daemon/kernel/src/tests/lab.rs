@@ -117,6 +117,9 @@ pub(super) fn ip(text: &str) -> IpAddr {
     text.parse().expect(text)
 }
 
+/// The MAC address of a multicast group that the first two remote hosts have joined.
+pub(super) const GROUP: Mac = Mac([0x01, 0x00, 0x5e, 0x01, 0x02, 0x03]);
+
 /// The data plane of a network with `remotes` remote endpoints on several hosts.
 pub(super) fn desired(local: IpAddr, remotes: u32) -> Dataplane {
     let mut kernel = Dataplane::default();
@@ -150,6 +153,7 @@ pub(super) fn desired(local: IpAddr, remotes: u32) -> Dataplane {
         let mac = mac(n);
         kernel.remotes.insert((vxlan, mac), remote);
         kernel.floods.insert((vxlan, remote));
+        kernel.groups.extend((n < 2).then_some((vxlan, GROUP, remote)));
         kernel.ports.insert((vxlan, mac));
         let [_, _, a, b] = n.to_be_bytes();
         kernel.neighbours.insert((bridge, IpAddr::from([10, 1, a + 1, b])), mac);

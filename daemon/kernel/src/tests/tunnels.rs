@@ -16,7 +16,7 @@ use ovl_subsystems::networks::filter;
 use ovl_tunnel::{PrivateKey, public_key};
 use tokio::sync::mpsc;
 
-use super::lab::{Lab, bridge, desired, in_namespace, ip, mac, net, run, underlay, vxlan};
+use super::lab::{GROUP, Lab, bridge, desired, in_namespace, ip, mac, net, run, underlay, vxlan};
 use crate::start;
 
 const PRIVATE: [u8; 32] = [8; 32];
@@ -55,6 +55,7 @@ fn sealed() -> Dataplane {
         let (remote, mac) = (Remote { vtep: there, port: SEALED_VXLAN_PORT }, mac(n.into()));
         kernel.remotes.insert((vxlan(), mac), remote);
         kernel.floods.insert((vxlan(), remote));
+        kernel.groups.insert((vxlan(), GROUP, remote));
         kernel.ports.insert((vxlan(), mac));
         let addresses = [IpAddr::from([10, 1, 0, n])].into();
         kernel.sources.insert((vxlan(), mac), Source { from: [there].into(), addresses });
@@ -105,11 +106,12 @@ fn tunnel_entries_change_one_by_one_and_are_deleted_with_the_device() {
         lab.pass(&wanted).await;
         wanted.tunnel_peers.retain(|(_, key), _| *key != TunnelKey([3; 32]));
         wanted.floods.retain(|(_, remote)| remote.vtep != ip("fd01::3"));
+        wanted.groups.retain(|(_, _, remote)| remote.vtep != ip("fd01::3"));
         wanted.remotes.remove(&(vxlan(), mac(3)));
         wanted.sources.remove(&(vxlan(), mac(3)));
         wanted.routes.remove(&net("fd01::3/128"));
         let ops: Vec<String> = lab.pass(&wanted).await.iter().map(ToString::to_string).collect();
-        assert_eq!(ops.len(), 5, "{ops:?}");
+        assert_eq!(ops.len(), 6, "{ops:?}");
         lab.assert_settled(&wanted).await;
         let status = lab.kernel.tunnels().await.expect("status");
         assert_eq!(status.iter().flat_map(|end| &end.peers).count(), 1);
