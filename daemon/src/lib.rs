@@ -22,6 +22,7 @@ pub mod fuzz;
 mod health;
 mod log;
 mod metrics;
+mod multicast;
 mod names;
 mod networks;
 mod node;

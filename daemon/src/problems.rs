@@ -73,6 +73,8 @@ pub(crate) enum Code {
     OtherMac,
     /// A network is not built here, because it covers addresses that this host needs.
     NetworkRange,
+    /// An endpoint or a host has joined more multicast groups than are followed.
+    MulticastGroups,
     /// This host has no tunnel.
     NoTunnel,
     /// Another host has no tunnel.
@@ -114,7 +116,7 @@ pub(crate) enum Code {
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    const ALL: [Self; 50] = [
+    const ALL: [Self; 51] = [
         Self::Address,
         Self::StateFile,
         Self::DamagedFile,
@@ -147,6 +149,7 @@ impl Code {
         Self::EndpointIsolated,
         Self::NetworkRange,
         Self::OtherMac,
+        Self::MulticastGroups,
         Self::NoTunnel,
         Self::PeerWithoutTunnel,
         Self::TunnelKeyCopied,
@@ -204,6 +207,7 @@ impl Code {
             Self::EndpointIsolated => "OVL-E043",
             Self::NetworkRange => "OVL-E044",
             Self::OtherMac => "OVL-E045",
+            Self::MulticastGroups => "OVL-E046",
             Self::NoTunnel => "OVL-E050",
             Self::PeerWithoutTunnel => "OVL-E051",
             Self::TunnelKeyCopied => "OVL-E052",
@@ -268,6 +272,7 @@ impl Code {
             | Self::KeyRotation
             | Self::PathLimited
             | Self::NetworkOverlap
+            | Self::MulticastGroups
             | Self::BridgeConflict
             | Self::NotEncrypted
             | Self::ServiceDenied

@@ -48,6 +48,7 @@ impl Workloads {
             | Change::Attaching(_)
             | Change::Backends(_)
             | Change::Announcers
+            | Change::Groups(_)
             | Change::Uplink => {}
         }
     }

@@ -138,6 +138,7 @@ impl Node {
             publish: ports.published().to_vec(),
             allowed: IpNet::aggregate(&request.allowed),
             allowed_macs: request.allowed_macs.clone(),
+            groups: super::multicast::at_attach(&self.state.borrow(), network),
             pod: self.identify(&request, local.cni.as_ref()),
             unknown: Unknown::default().played(),
         };
@@ -631,7 +632,9 @@ impl Node {
             self.state.borrow_mut().problems.set(Code::DamagedFile, file, Some(sentence));
         }
         let mut restored = Vec::new();
-        for (endpoint, local) in endpoints {
+        for (mut endpoint, local) in endpoints {
+            // They may have changed while no daemon ran.
+            endpoint.groups = None;
             if local.cni.is_none() || self.has_services() {
                 self.state.borrow_mut().subsystems.names.resolve(endpoint.network);
             }
@@ -639,6 +642,8 @@ impl Node {
             if local.docker.is_some() {
                 state.local.attaches.set_by_engine(endpoint.id);
             }
+            let now = state.now();
+            state.multicast.unsettle(endpoint.network, now);
             state.endpoints.add(endpoint.id, local);
             restored.push(endpoint);
         }

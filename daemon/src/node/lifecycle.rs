@@ -223,6 +223,8 @@ impl Node {
             self.check_caught_up();
             self.ask_missing_objects();
             self.judge_clocks();
+            self.tell_groups();
+            self.ask_for_members();
             // Often: a table that is not cached when the daemon is killed is unknown after a start without
             // peers.
             if let Err(error) = self.cache_tables() {

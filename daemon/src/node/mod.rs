@@ -18,6 +18,7 @@ mod inside;
 mod keys;
 mod lifecycle;
 mod limits;
+mod multicast;
 mod names;
 mod network;
 mod newer;
@@ -82,6 +83,7 @@ use crate::exchange::Exchanges;
 use crate::failed::Failed;
 use crate::firewall::Firewalls;
 use crate::health::HealthAnswers;
+use crate::multicast::Multicast;
 use crate::names::Resolver;
 use crate::networks::Bridges;
 use crate::objects::ObjectStore;
@@ -591,6 +593,7 @@ fn first_state(
         next_request: u64::from_le_bytes(random(&**environment)),
         endpoints: LocalEndpoints::new(RunDir(config.run_dir.clone()).endpoints()),
         engines: Engines::new(&saved.docker),
+        multicast: Multicast::default(),
         reconcile: Progress::new(),
         caught_up: false,
         path_limits: BTreeMap::new(),

@@ -22,7 +22,7 @@ use ovl_proto::wire::fields::Unknown;
 
 use super::ready::READY_WITHIN;
 use super::state::State;
-use super::{Failed, Node};
+use super::{Failed, Node, multicast};
 use crate::config::is_name;
 
 /// Prefix lengths of a subnet that is chosen automatically.
@@ -324,6 +324,7 @@ impl Node {
         let network = &found.network;
         let placed: Vec<_> = state.view.all_endpoints_on(network.id).collect();
         let nodes: BTreeSet<String> = placed.iter().map(|placed| placed.node.record.name.clone()).collect();
+        let (groups, all_groups) = multicast::groups_on(&state.view, network);
         NetworkInfo {
             name: network.name.clone(),
             id: network.id,
@@ -349,6 +350,8 @@ impl Node {
                 .then(|| Device::bridge(network.id).to_string()),
             dns: network.names,
             external_names: network.names && (!network.internal || network.external_names),
+            groups,
+            all_groups,
         }
     }
 }

@@ -156,6 +156,7 @@ impl Node {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
         state.reconcile.count(outcomes.len());
+        super::multicast::note_outcomes(state, outcomes);
         let refusals: Vec<Option<String>> =
             outcomes.iter().map(|outcome| outcome.result.as_ref().err().map(ToString::to_string)).collect();
         let told = outcomes
@@ -185,6 +186,7 @@ impl Node {
         match event {
             KernelEvent::EndpointGone(device) => self.lost([device]),
             KernelEvent::PeerChanged(device) => self.look_inside(device),
+            KernelEvent::Groups => self.read_groups(),
             KernelEvent::Changed | KernelEvent::FilterChanged => self.look_soon(),
             KernelEvent::Overrun => {
                 self.ranges.notify_one();

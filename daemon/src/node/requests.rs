@@ -426,6 +426,9 @@ impl Node {
         for (device, remote) in &kernel.floods {
             rows.push(row(device, Mac::default(), Some(remote.vtep)));
         }
+        for (device, mac, remote) in &kernel.groups {
+            rows.push(row(device, *mac, Some(remote.vtep)));
+        }
         rows.sort_by(|a, b| (&a.network, a.destination, a.mac).cmp(&(&b.network, b.destination, b.mac)));
         Ok(rows)
     }

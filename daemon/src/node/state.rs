@@ -30,6 +30,7 @@ use crate::endpoints::{FullName, LocalEndpoints};
 use crate::engines::Engines;
 use crate::environment::Environment;
 use crate::exchange::Exchanges;
+use crate::multicast::Multicast;
 use crate::networks::Bridges;
 use crate::objects::ObjectStore;
 use crate::problems::{Code, Problems};
@@ -131,6 +132,8 @@ pub(crate) struct State {
     pub endpoints: LocalEndpoints,
     /// What Docker Engines have here.
     pub engines: Engines,
+    /// Multicast groups of this host's endpoints.
+    pub multicast: Multicast,
     /// Pending work of the reconcile loop, and the results so far.
     pub reconcile: Progress,
     /// Whether gossip has caught up. Nothing is removed from the kernel before that.
@@ -291,6 +294,7 @@ impl State {
             | Change::Resources(_)
             | Change::Backends(_)
             | Change::Announcers
+            | Change::Groups(_)
             | Change::Uplink => {}
         }
         self.workloads.changed(&change, &self.view);

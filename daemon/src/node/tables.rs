@@ -1,6 +1,6 @@
 //! Owner tables: changes the table of this host and merges updates of peers.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs;
 use std::net::IpAddr;
@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use ovl_cluster::table::{Rejected, Table};
 use ovl_files::{Durability, replace};
 use ovl_mesh::keys;
-use ovl_proto::id::{Mac, NetworkId, NodeId};
+use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
 use ovl_proto::record::{Domain, Signature};
 use ovl_proto::sync::Message;
 use ovl_proto::table::{Endpoint, Entry, Head, Key, PodIdentity, Update};
@@ -65,7 +65,7 @@ impl Node {
             .filter(|id| !built.contains(id))
             .chain(built.iter().filter(|id| !networks.contains(id)));
         moved.for_each(|network| state.changed(Change::Built(*network)));
-        before.iter().chain(&after).for_each(|entry| state.changed(Change::Entry { host: me, entry }));
+        tell_entries(state, me, &before, &after);
         if let Some(update) = update {
             self.links().broadcast(&Message::Table(update));
             self.publish_hints(state);
@@ -161,13 +161,13 @@ impl Node {
             return Err(None);
         }
         let networks: Vec<NetworkId> = node.table.networks().collect();
-        let (mut changed, mut rights) = (Vec::new(), BTreeSet::new());
+        let (mut before, mut after, mut rights) = (Vec::new(), Vec::new(), BTreeSet::new());
         let whole = update.base.is_none();
         if whole {
             rights.extend(networks_of(&node.table));
         } else {
-            changed = entries_of(&node.table, &update.set, &update.unset);
-            changed.extend_from_slice(&update.set);
+            before = entries_of(&node.table, &update.set, &update.unset);
+            after.clone_from(&update.set);
         }
         let announced = node.table.announced().next().is_some();
         node.table.apply(update).map_err(Some)?;
@@ -182,7 +182,7 @@ impl Node {
                 state.changed(Change::Announcers);
             }
         }
-        changed.iter().for_each(|entry| state.changed(Change::Entry { host: owner, entry }));
+        tell_entries(state, owner, &before, &after);
         super::newer::note_newer(state);
         state.uncached.insert(owner);
         if let Some(peer) = state.peers.get_mut(&owner) {
@@ -334,6 +334,11 @@ fn check_entry(entry: &Entry) -> Result<(), String> {
             endpoint.name
         ));
     }
+    if let Some(groups) = &endpoint.groups
+        && (groups.len() > Endpoint::MAX_GROUPS || !groups.iter().all(IpAddr::is_multicast))
+    {
+        return Err(format!("endpoint {} with {} multicast groups", endpoint.name, groups.len()));
+    }
     if let Some(PodIdentity { name, uid, .. }) = &endpoint.pod {
         super::attach::check_pod(name, uid)?;
     }
@@ -353,6 +358,31 @@ fn is_assignable(address: IpAddr) -> bool {
 fn entries_of(table: &Table, set: &[Entry], unset: &[Key]) -> Vec<Entry> {
     let keys = set.iter().map(Entry::key).chain(unset.iter().copied());
     keys.filter_map(|key| table.get(&key).cloned()).collect()
+}
+
+/// Tells what has changed in a host's table, from its entries before and after.
+fn tell_entries(state: &mut State, host: NodeId, before: &[Entry], after: &[Entry]) {
+    let endpoint = |entry| match entry {
+        &Entry::Endpoint(ref endpoint) => Some((endpoint.id, endpoint)),
+        _ => None,
+    };
+    let new: BTreeMap<EndpointId, &Endpoint> = after.iter().filter_map(endpoint).collect();
+    let joined: BTreeMap<EndpointId, NetworkId> = before
+        .iter()
+        .filter_map(endpoint)
+        .filter(|(id, old)| {
+            new.get(id).is_some_and(|new| **new == Endpoint { groups: new.groups.clone(), ..(*old).clone() })
+        })
+        .map(|(id, old)| (id, old.network))
+        .collect();
+    for entry in before.iter().chain(after) {
+        match entry {
+            Entry::Endpoint(endpoint) if joined.contains_key(&endpoint.id) => {}
+            entry => state.changed(Change::Entry { host, entry }),
+        }
+    }
+    let networks: BTreeSet<NetworkId> = joined.into_values().collect();
+    networks.into_iter().for_each(|network| state.changed(Change::Groups(network)));
 }
 
 fn networks_of(table: &Table) -> Vec<NetworkId> {

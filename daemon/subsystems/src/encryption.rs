@@ -43,6 +43,7 @@ impl Subsystem for Encryption {
             | Change::Resources(_)
             | Change::Backends(_)
             | Change::Announcers
+            | Change::Groups(_)
             | Change::Uplink => false,
         };
     }

@@ -182,6 +182,7 @@ impl Subsystem for Guard {
             | Change::Resources(_)
             | Change::Backends(_)
             | Change::Announcers
+            | Change::Groups(_)
             | Change::Uplink => {}
         }
     }

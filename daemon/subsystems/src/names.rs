@@ -295,6 +295,7 @@ impl Subsystem for Names {
             | Change::Tunnel
             | Change::Attaching(_)
             | Change::Announcers
+            | Change::Groups(_)
             | Change::Uplink => {}
         }
     }

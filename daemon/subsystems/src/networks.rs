@@ -9,6 +9,7 @@ mod base;
 pub mod desired;
 pub mod filter;
 pub mod mtu;
+mod multicast;
 pub mod ranges;
 mod routed;
 mod switched;
@@ -29,6 +30,7 @@ use ovl_proto::table::{Endpoint, Entry};
 
 pub use self::base::BaseFilter;
 use self::mtu::network_mtu;
+pub use self::multicast::MOST_OF_HOST;
 use self::touched::TouchedEndpoints;
 use crate::endpoints::{endpoint_part, hairpin};
 use crate::mtu::{path_mtu, vxlan_overhead};
@@ -170,6 +172,7 @@ impl Subsystem for Networks {
             Change::Attaching(endpoint) => {
                 self.touched.entry(endpoint.network).or_default().note_attach(endpoint.id);
             }
+            Change::Groups(network) => drop(self.touched.entry(network).or_default()),
             Change::Rights(network) | Change::Network(network) | Change::Built(network) => self.mark(network),
             Change::Tunnel => {
                 let networks = cluster.view.networks.values().map(|found| &found.network);

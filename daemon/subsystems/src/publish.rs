@@ -138,6 +138,7 @@ impl Subsystem for PublishedPorts {
             | Change::Resources(_)
             | Change::Backends(_)
             | Change::Announcers
+            | Change::Groups(_)
             | Change::Uplink => {}
         }
     }

@@ -55,6 +55,8 @@ pub enum Change<'a> {
     Built(NetworkId),
     /// The record or the liveness of a remote host changed. [`Change::Rights`] of its networks are reported first.
     Host(NodeId),
+    /// Endpoints on this network have joined or left multicast groups, and are the same otherwise.
+    Groups(NetworkId),
     /// Keys, sessions or routes of the tunnel changed.
     Tunnel,
     /// A property of the local host that each network may depend on changed: its address, its MTU, its segment or the

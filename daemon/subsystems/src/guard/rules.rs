@@ -4,6 +4,7 @@
 
 use std::sync::{Arc, LazyLock};
 
+use ovl_dataplane::multicast::{JOINED, OPEN};
 use ovl_dataplane::nft::{Chain, Object, Set, Skeleton};
 use ovl_proto::PROBE_ETHERTYPE as PROBES;
 
@@ -17,6 +18,14 @@ use super::elements::{
 const FROM_ROUTERS: &str = "{ 134, 137 }";
 /// The numbers of all messages of neighbour discovery (RFC 4861, section 4).
 const NEIGHBOUR_DISCOVERY: &str = "133-137";
+/// The protocol number of IGMP (RFC 3376, section 4).
+const IGMP: u8 = 2;
+/// The number of its queries. All its other messages are reports.
+const IGMP_QUERY: u8 = 0x11;
+/// The number of queries of multicast listener discovery (RFC 3810, section 5).
+const MLD_QUERY: u8 = 130;
+/// The numbers of its reports.
+const MLD_REPORTS: &str = "{ 131, 132, 143 }";
 /// Matches a link-local source address that is not derived from a MAC address (RFC 7217, for example). One that is
 /// derived from a MAC address belongs to the interface with that address.
 const OPAQUE_LINK_LOCAL: &str = "@nh,64,10 0x3fa @nh,152,16 != 0xfffe";
@@ -41,6 +50,12 @@ const COUNTED: &str = "type ifname; size 65535; flags dynamic,timeout; timeout 1
 ///   address (RFC 4862), router solicitations and multicast listener reports.
 /// * **Path probes** are refused: only hosts send them.
 /// * **Frames of other protocols** pass with the own MAC address.
+/// * **Membership of multicast groups.** The bridge of each host follows the groups of its own ports and asks for them.
+///   Queries of endpoints are refused, because a forged one can end what others have joined. Reports reach no port, so no
+///   member leaves its report to another one, and neither reports nor queries leave the host.
+/// * **Multicast to other hosts** leaves if one of them has joined a group with its MAC address, or follows none. Groups that
+///   are never followed always leave ([`ovl_proto::table::is_followed`]), and so does what is not for a group by its IP
+///   address.
 /// * **The host's own frames.** Its ARP and neighbour discovery messages stay on this host. Every host has the gateway's
 ///   addresses and MAC address, so it would answer requests of other hosts' endpoints for them, and no answer to its own
 ///   requests would find back to it.
@@ -53,7 +68,7 @@ pub(super) fn frames() -> Arc<Skeleton> {
         let own6 = format!("iifname . ether saddr . @nh,64,128 @{own6} accept");
         let prerouting = vec![
             "iifname != \"ove-*\" accept".to_owned(),
-            format!("meta l4proto != 17 {own4}"),
+            format!("meta l4proto 6 {own4}"),
             format!("udp sport != 67 {own4}"),
             format!("meta protocol ip6 meta l4proto 6 {own6}"),
             format!("meta protocol ip6 udp sport != 547 {own6}"),
@@ -68,6 +83,22 @@ pub(super) fn frames() -> Arc<Skeleton> {
             "ether type arp drop".to_owned(),
             format!("ether type ip6 meta l4proto 58 @th,0,8 {NEIGHBOUR_DISCOVERY} drop"),
         ];
+        let [joined, open] = [&JOINED, &OPEN].map(|set| &*set.name);
+        let postrouting = vec![
+            "ether daddr & 01:00:00:00:00:00 == 00:00:00:00:00:00 accept".to_owned(),
+            "ether daddr ff:ff:ff:ff:ff:ff accept".to_owned(),
+            format!("meta protocol ip meta l4proto {IGMP} @th,0,8 != {IGMP_QUERY:#x} drop"),
+            format!("meta protocol ip6 meta l4proto 58 @th,0,8 {MLD_REPORTS} drop"),
+            "oifname != \"ovx-*\" accept".to_owned(),
+            format!("meta protocol ip meta l4proto {IGMP} drop"),
+            format!("meta protocol ip6 meta l4proto 58 @th,0,8 {MLD_QUERY} drop"),
+            format!("oifname . ether daddr @{joined} accept"),
+            "ip daddr 224.0.0.0/24 accept".to_owned(),
+            "ip6 daddr { ff02::1, ff02::1:ff00:0/104 } accept".to_owned(),
+            format!("oifname @{open} accept"),
+            "ip daddr 224.0.0.0/4 drop".to_owned(),
+            "ip6 daddr ff00::/8 drop".to_owned(),
+        ];
         let refuse = || "goto refuse".to_owned();
         let check_arp = vec![
             format!("iifname . arp saddr ether != @{macs} goto refuse"),
@@ -79,6 +110,8 @@ pub(super) fn frames() -> Arc<Skeleton> {
         let check_ip = vec![
             "ip saddr 0.0.0.0 udp sport 68 udp dport 67 accept".to_owned(),
             "udp sport 67 goto refuse".to_owned(),
+            format!("meta l4proto {IGMP} ip frag-off & 0x3fff != 0 goto refuse"),
+            format!("meta l4proto {IGMP} @th,0,8 {IGMP_QUERY:#x} goto refuse"),
             format!("iifname . ip saddr @{addresses4} accept"),
             format!("iifname . ip saddr @{allowed4} accept"),
             refuse(),
@@ -90,7 +123,7 @@ pub(super) fn frames() -> Arc<Skeleton> {
         ];
         let check_icmpv6 = vec![
             "frag frag-off != 0 goto check-source6".to_owned(),
-            format!("@th,0,8 {FROM_ROUTERS} goto refuse"),
+            format!("@th,0,8 {{ {MLD_QUERY}, 134, 137 }} goto refuse"),
             "@th,0,8 136 goto check-target".to_owned(),
             "ip6 saddr :: @th,0,8 135 goto check-target".to_owned(),
             "ip6 saddr :: @th,0,8 { 131, 132, 133, 143 } accept".to_owned(),
@@ -110,7 +143,7 @@ pub(super) fn frames() -> Arc<Skeleton> {
             refuse(),
         ];
         skeleton(
-            &[&MACS, &OWN4, &OWN6, &FRAMES4, &FRAMES6, &FRAME_RANGES4, &FRAME_RANGES6],
+            &[&MACS, &OWN4, &OWN6, &FRAMES4, &FRAMES6, &FRAME_RANGES4, &FRAME_RANGES6, &JOINED, &OPEN],
             vec![
                 chain("check-arp", None, check_arp),
                 chain("check-ip", None, check_ip),
@@ -120,6 +153,7 @@ pub(super) fn frames() -> Arc<Skeleton> {
                 chain("check-target", None, check_target),
                 chain("prerouting", Some("prerouting priority dstnat - 20"), prerouting),
                 chain("output", Some("output priority filter"), output),
+                chain("postrouting", Some("postrouting priority filter"), postrouting),
             ],
         )
     });

@@ -64,6 +64,7 @@ impl Delivery {
             | Change::Resources(_)
             | Change::Backends(_)
             | Change::Announcers
+            | Change::Groups(_)
             | Change::Uplink => {}
         }
     }

@@ -16,6 +16,7 @@ use ovl_proto::object::{Driver, Mode, Network};
 use ovl_proto::record::Tunnel;
 
 use super::mtu::network_mtu;
+use super::multicast;
 use crate::encryption::tunnel;
 use crate::endpoints::switched::{self, FrameRoutes, MacClaim, rank, shared_source};
 use crate::local::Local;
@@ -42,6 +43,7 @@ pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, networ
             dataplane.neighbours.insert((Device::bridge(id), address.addr()), claim.endpoint().mac);
         }
     }
+    multicast::part(dataplane, view, network, &routes);
     let shared: BTreeSet<Mac> =
         placed.iter().flat_map(|placed| &placed.endpoint.allowed_macs).copied().collect();
     for mac in shared {

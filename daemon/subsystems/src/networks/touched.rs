@@ -15,7 +15,7 @@ use ovl_proto::object::{Mode, Network};
 use ovl_proto::table::Endpoint;
 
 use super::mtu::network_mtu;
-use super::{routed, switched as devices_of};
+use super::{multicast, routed, switched as devices_of};
 use crate::endpoints::switched::{FrameRoutes, MacClaim, own_endpoint, rank, shared_source};
 use crate::endpoints::{self, hairpin};
 use crate::local::Local;
@@ -152,10 +152,12 @@ fn switched(
         addresses.extend(placed.endpoint.addresses.iter().map(|net| net.addr()));
     }
     let routes = FrameRoutes::of(view, network);
+    let (mut was, mut is) = (Dataplane::default(), Dataplane::default());
+    multicast::part(&mut is, view, network, &routes);
+    multicast::sent(&mut was, applied);
     let remotes: BTreeSet<Remote> =
         hosts.iter().filter_map(|host| routes.to(view.nodes.get(host)?)).collect();
 
-    let mut is = Dataplane::default();
     let wins = |placed: &Placed<'_>| {
         let others = view.all_with_mac(id, placed.endpoint.mac).filter(|other| view.is_counted(other));
         others.map(|other| rank(network, &other)).min() == Some(rank(network, placed))
@@ -198,7 +200,6 @@ fn switched(
         hairpin::guard(&mut is, view, network, endpoint);
     }
 
-    let mut was = Dataplane::default();
     for device in ids.iter().map(|id| Device::endpoint(*id)) {
         was.links.extend(applied.links.get(&device).map(|link| (device, *link)));
         take_over(&mut was, applied, hairpin::guard_of(device));
@@ -260,5 +261,8 @@ fn take_out(applied: &mut Dataplane, part: &Dataplane) {
     }
     for key in &part.floods {
         applied.floods.remove(key);
+    }
+    for key in &part.groups {
+        applied.groups.remove(key);
     }
 }

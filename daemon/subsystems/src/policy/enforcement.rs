@@ -84,7 +84,11 @@ impl Subsystem for Enforcement {
             | Change::Host(_)
             | Change::Tunnel
             | Change::ThisHost => self.all_changed = true,
-            Change::Entry { .. } | Change::Backends(_) | Change::Announcers | Change::Uplink => {}
+            Change::Entry { .. }
+            | Change::Backends(_)
+            | Change::Announcers
+            | Change::Groups(_)
+            | Change::Uplink => {}
         }
     }
 

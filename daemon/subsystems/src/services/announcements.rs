@@ -76,7 +76,11 @@ impl Subsystem for Announcements {
             | Change::Host(_)
             | Change::Tunnel
             | Change::ThisHost => self.hosts_changed = true,
-            Change::Entry { .. } | Change::Rights(_) | Change::Attaching(_) | Change::Resources(_) => {}
+            Change::Groups(_)
+            | Change::Entry { .. }
+            | Change::Rights(_)
+            | Change::Attaching(_)
+            | Change::Resources(_) => {}
         }
     }
 

@@ -55,7 +55,11 @@ impl Subsystem for Translation {
             | Change::Host(_)
             | Change::Tunnel
             | Change::ThisHost => self.context_changed = true,
-            Change::Attaching(_) | Change::Resources(_) | Change::Announcers | Change::Uplink => {}
+            Change::Attaching(_)
+            | Change::Resources(_)
+            | Change::Announcers
+            | Change::Groups(_)
+            | Change::Uplink => {}
         }
     }
 

@@ -124,12 +124,13 @@ fn a_switched_network_has_a_tap_with_sources_or_a_vxlan_device_in_the_tunnel() {
         (
             false,
             "ip tuntap add ovx mode tap vnet_hdr && ip link set ovx mtu 1370 master ovb up && bridge link set dev ovx \
-             learning off neigh_suppress off",
+             learning off neigh_suppress off mcast_router 2",
         ),
         (
             true,
             "ip link add ovx address 0e:00:00:00:00:00 mtu 1370 master ovb up type vxlan id 5000 local T1 dstport 51942 \
-             nolearning udp6zerocsumtx udp6zerocsumrx && bridge link set dev ovx learning off neigh_suppress off",
+             nolearning udp6zerocsumtx udp6zerocsumrx && bridge link set dev ovx learning off neigh_suppress off \
+             mcast_router 2",
         ),
     ] {
         let all = commands(&encrypted_switched(kernel));

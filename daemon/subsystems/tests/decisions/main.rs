@@ -6,6 +6,7 @@ mod encrypted;
 #[path = "../host/mod.rs"]
 mod host;
 mod ingress;
+mod multicast;
 mod names;
 mod nft;
 mod policy;

@@ -44,9 +44,11 @@ fn a_network_with_local_and_remote_endpoints() {
         commands(&view),
         [
             "ip link add ovb-00000000 address 0a:00:00:00:00:00 mtu 1450 up type bridge stp_state 0 \
-             mcast_snooping 0 nf_call_iptables 0 nf_call_ip6tables 0",
+             mcast_snooping 1 mcast_querier 1 mcast_router 2 mcast_igmp_version 3 mcast_mld_version 2 \
+             mcast_query_response_interval 100 mcast_hash_max 65536 nf_call_iptables 0 nf_call_ip6tables 0",
             "ip link add ovx-00000000 address MAC1 mtu 1450 master ovb-00000000 up type vxlan id 5000 local 192.168.77.1 \
-             dstport 4789 nolearning && bridge link set dev ovx-00000000 learning off neigh_suppress off",
+             dstport 4789 nolearning && bridge link set dev ovx-00000000 learning off neigh_suppress off \
+             mcast_router 2",
             "ip addr replace 10.9.0.1/24 dev ovb-00000000",
             "bridge fdb replace 02:f1:0a:09:00:11 dev ovx-00000000 master static",
             "bridge fdb replace 02:f1:0a:09:00:11 dev ovx-00000000 self static dst 192.168.77.2 port 4789",

@@ -2,6 +2,7 @@
 //! that the index of an owner table finds what a search finds.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use ovl_cluster::addresses;
 use ovl_cluster::table::Table;
@@ -41,6 +42,8 @@ struct Step {
     allowed: Option<u8>,
     /// A MAC address that it is allowed, of those that endpoints have or share.
     allowed_mac: Option<u8>,
+    /// The last bytes of the multicast groups that it has joined, of either family. `None` if they are not followed.
+    groups: Option<BTreeSet<u8>>,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -49,8 +52,9 @@ fn step() -> impl Strategy<Value = Step> {
     let publishes = prop::option::weighted(0.4, prop_oneof![Just(Transport::Tcp), Just(Transport::Udp)]);
     let mac = prop::option::weighted(0.4, 0..3_u8);
     let allowed = (prop::option::weighted(0.3, 6..34_u8), prop::option::weighted(0.3, 0..6_u8));
-    (1..=3_u8, 0..6_u8, address, second, mac, publishes, allowed).prop_map(
-        |(host, endpoint, address, second, mac, publishes, (allowed, allowed_mac))| Step {
+    let groups = prop::option::weighted(0.8, prop::collection::btree_set(0..4_u8, 0..3));
+    (1..=3_u8, 0..6_u8, address, second, mac, publishes, (allowed, groups)).prop_map(
+        |(host, endpoint, address, second, mac, publishes, ((allowed, allowed_mac), groups))| Step {
             host,
             endpoint,
             address,
@@ -59,8 +63,18 @@ fn step() -> impl Strategy<Value = Step> {
             publishes,
             allowed,
             allowed_mac,
+            groups,
         },
     )
+}
+
+/// Groups of both families, and one whose MAC address belongs to a group that is not followed.
+fn group(last: u8) -> IpAddr {
+    match last {
+        0 => [239, 0, 0, 18].into(),
+        1 => [239, 1, 2, 3].into(),
+        _ => [0xff15, 0, 0, 0, 0, 0, 0, u16::from(last)].into(),
+    }
 }
 
 fn entry(step: &Step, address: u8) -> Endpoint {
@@ -82,6 +96,7 @@ fn entry(step: &Step, address: u8) -> Endpoint {
         }),
         allowed: step.allowed.map(|last| net(last).addr().into()).into_iter().collect(),
         allowed_macs: step.allowed_mac.map(|last| Mac([2, 0, 0, 0, 0, last])).into_iter().collect(),
+        groups: step.groups.as_ref().map(|groups| groups.iter().map(|last| group(*last)).collect()),
         pod: None,
         unknown: Unknown::default(),
     }
@@ -140,6 +155,10 @@ fn check_index(table: &Table) {
             );
         }
     }
+    let groups: BTreeSet<IpAddr> =
+        all.iter().flat_map(|endpoint| &endpoint.groups).flatten().copied().collect();
+    assert_eq!(table.groups(NET).collect::<Vec<_>>(), groups.into_iter().collect::<Vec<_>>());
+    assert_eq!(table.follows_groups(NET), all.iter().all(|endpoint| endpoint.groups.is_some()));
     let ranges: BTreeSet<_> =
         all.iter().flat_map(|endpoint| &endpoint.addresses).map(ipnet::IpNet::trunc).collect();
     assert_eq!(table.ranges(NET).collect::<BTreeSet<_>>(), ranges);
