@@ -233,7 +233,7 @@ fn rows(networks: &[NetworkInfo]) -> String {
 }
 
 fn inspect(network: &NetworkInfo) -> String {
-    key_value_block(&[
+    let mut pairs = vec![
         ("Name", network.name.clone()),
         ("Id", network.id.to_string()),
         ("Driver", driver(network).to_owned()),
@@ -251,7 +251,19 @@ fn inspect(network: &NetworkInfo) -> String {
         ("Bridge", optional(network.bridge.as_ref())),
         ("DNS", yes_no(network.dns)),
         ("External names", yes_no(network.external_names)),
-    ])
+    ];
+    if !network.all_groups.is_empty() {
+        pairs.push(("All groups", comma_separated(&network.all_groups)));
+    }
+    let block = key_value_block(&pairs);
+    if network.groups.is_empty() {
+        return block;
+    }
+    let groups = TextTable::new()
+        .column("GROUP", network.groups.iter().map(|joined| joined.group))
+        .column("NODES", network.groups.iter().map(|joined| comma_separated(&joined.nodes)))
+        .render();
+    format!("{block}\n{groups}")
 }
 
 #[cfg(test)]

@@ -531,6 +531,22 @@ pub struct NetworkInfo {
     pub dns: bool,
     /// Whether names outside of the cluster resolve on it, too. Always on a network that is not internal.
     pub external_names: bool,
+    /// The multicast groups that endpoints on a switched network have joined. Those that are never followed, such as
+    /// 224.0.0.0/24, are left out.
+    #[serde(default)]
+    pub groups: Vec<GroupInfo>,
+    /// The hosts that get the packets of all groups, because they do not follow them.
+    #[serde(default)]
+    pub all_groups: Vec<String>,
+}
+
+/// A multicast group on a switched network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupInfo {
+    /// The address of the group.
+    pub group: IpAddr,
+    /// The hosts with endpoints that have joined it.
+    pub nodes: Vec<String>,
 }
 
 /// The state of an endpoint.

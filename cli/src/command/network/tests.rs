@@ -1,5 +1,7 @@
 //! Tests of `ovlctl network`.
 
+use ovl_control::GroupInfo;
+
 use super::*;
 
 fn blue() -> NetworkInfo {
@@ -21,6 +23,8 @@ fn blue() -> NetworkInfo {
         bridge: Some("ovb-04gc3g8k".into()),
         dns: true,
         external_names: true,
+        groups: Vec::new(),
+        all_groups: Vec::new(),
     }
 }
 
@@ -73,6 +77,29 @@ Nodes           host1,host2
 Bridge          ovb-04gc3g8k
 DNS             yes
 External names  yes
+"
+    );
+}
+
+#[test]
+fn inspect_shows_groups_that_were_joined() {
+    let mut joined = blue();
+    let group = |group: &str, nodes: &[&str]| GroupInfo {
+        group: group.parse().unwrap(),
+        nodes: nodes.iter().map(|node| (*node).to_owned()).collect(),
+    };
+    joined.groups = vec![group("239.1.2.3", &["host1", "host2"]), group("ff15::7", &["host2"])];
+    joined.all_groups = vec!["host3".into()];
+    let text = inspect(&joined);
+    let (_, end) = text.split_once("External names  yes\n").unwrap();
+    assert_eq!(
+        end,
+        "\
+All groups      host3
+
+GROUP      NODES
+239.1.2.3  host1,host2
+ff15::7    host2
 "
     );
 }
