@@ -11,9 +11,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use netns_lab::{Host, Lab, Netns, wait_until};
+use ovl_tests::frames::{FrameSocket, ICMPV6, ethernet, ipv6, link_local, mac};
 use ovl_tests::{
-    Attached, Capture, SOON, attach, create_network, ensure_settled, ping_all_pairs, start_lab, wait_clean,
-    wait_no_problem, wait_problem,
+    Attached, Capture, SOON, attach, create_network, ensure_settled, ping_all_pairs, rows, start_lab,
+    wait_clean, wait_no_problem, wait_problem,
 };
 
 const PORT: u16 = 5000;
@@ -270,4 +271,28 @@ fn joins_of_a_workload_are_bounded() {
     drop((sockets, socket));
     wait_until(SOON, "no member", || elements(&lab["h1"], "joined").is_empty()).unwrap();
     wait_no_problem(&lab["h2"], SOON).unwrap();
+}
+
+#[test]
+fn queries_of_a_workload_are_refused() {
+    let lab = start_lab(1).unwrap();
+    create_network(&lab, "flat", &["--subnet", "10.1.0.0/24", "--subnet", "fd01::/64"]).unwrap();
+    let forger = attach(&lab["h1"], "forger", "flat", &[]).unwrap();
+    let own = mac(&forger.mac());
+    let address: Ipv4Addr = forger.address().parse().unwrap();
+    let all_hosts = Ipv4Addr::new(224, 0, 0, 1);
+    // IPv4 with protocol 2, and in it a query for the members of a group.
+    let mut igmp = vec![0x45, 0, 0, 28, 0, 0, 0, 0, 1, 2, 0, 0];
+    igmp.extend(address.octets());
+    igmp.extend(all_hosts.octets());
+    igmp.extend([0x11, 1, 0, 0, 239, 1, 2, 3]);
+    let mld = [&[130, 0, 0, 0, 0, 1, 0, 0][..], &[0; 16]].concat();
+    let socket = FrameSocket::open(&forger.workload, "eth0").unwrap();
+    socket.send(&ethernet([1, 0, 0x5e, 0, 0, 1], own, 0x0800, &igmp)).unwrap();
+    socket.send(&ipv6(own, link_local(own), ICMPV6, &mld)).unwrap();
+    wait_until(SOON, "two refused frames", || {
+        let all = rows(&lab["h1"], &["endpoints"]).unwrap();
+        all.iter().any(|row| row["name"] == "forger" && row["refused"] == 2)
+    })
+    .unwrap();
 }
