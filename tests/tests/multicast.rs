@@ -153,7 +153,10 @@ fn copies_go_to_members(options: &[&str]) {
         assert_eq!(copies, 0, "copies for {group} on a host without members");
         assert!(took < JOIN, "{group} arrived {took:?} after the join");
     }
-    // A second member on the third host.
+    // A second member on the third host, which speaks the earlier versions of the protocols.
+    for setting in ["net.ipv4.conf.eth0.force_igmp_version=2", "net.ipv6.conf.eth0.force_mld_version=1"] {
+        all[2].workload.exec_ok(["sysctl", "-qw", setting]).unwrap();
+    }
     for group in GROUPS {
         let sockets = [member(&all[1], group), member(&all[2], group)];
         let sender = Sender::start(&all[0], group, "GROUP");
