@@ -61,6 +61,8 @@ pub(crate) enum Code {
     PathNarrow,
     /// Networks use shorter packets, because a path loses longer ones.
     PathLimited,
+    /// The cluster was recovered from the loss of its majority, and hosts of both sides are there.
+    Recovered,
     /// Two networks of the cluster overlap.
     NetworkOverlap,
     /// A bridge network is in conflict with a network of the cluster.
@@ -143,6 +145,7 @@ impl Code {
         Self::PathBroken,
         Self::PathNarrow,
         Self::PathLimited,
+        Self::Recovered,
         Self::NetworkOverlap,
         Self::BridgeConflict,
         Self::NoBlock,
@@ -171,7 +174,7 @@ impl Code {
     ];
 
     /// Returns the code as users see it, such as `OVL-E011`. The tens digit names the area: 1 this host, 2
-    /// members, 3 cluster key (34 and up: paths), 4 networks, 5 encryption, 6 published ports and Services, 7 names, 8 settings
+    /// members, 3 cluster key (34 to 36: paths, 37: members again), 4 networks, 5 encryption, 6 published ports and Services, 7 names, 8 settings
     /// of the host.
     pub(crate) const fn as_str(self) -> &'static str {
         match self {
@@ -201,6 +204,7 @@ impl Code {
             Self::PathBroken => "OVL-E034",
             Self::PathNarrow => "OVL-E035",
             Self::PathLimited => "OVL-E036",
+            Self::Recovered => "OVL-E037",
             Self::NetworkOverlap => "OVL-E040",
             Self::BridgeConflict => "OVL-E041",
             Self::NoBlock => "OVL-E042",
@@ -252,6 +256,7 @@ impl Code {
             | Self::KeyMissed
             | Self::PathBroken
             | Self::PathNarrow
+            | Self::Recovered
             | Self::NoBlock
             | Self::EndpointIsolated
             | Self::NetworkRange

@@ -53,6 +53,9 @@ pub struct AllocMap {
     /// The key of the last rotation that was started; `None` before the first one. Because it is part of the map, two
     /// rotations never run at once, and hosts without a majority cannot start one.
     pub key: Option<AgreedKey>,
+    /// The number of the first cluster, if this one is the recovery of another one: see [`Recovery`]. 0 if it is not.
+    /// Marked: addresses of tunnels are derived from it, so that a recovery does not change them.
+    pub origin: u64,
     /// Fields that this release does not know.
     pub unknown: Unknown,
 }
@@ -60,7 +63,7 @@ pub struct AllocMap {
 fields! {
     AllocMap {
         1 cluster, 2 version, 3 members, 4 previous_members, 5 forgotten optional, 6 banned optional, 7 blocks optional,
-        8 key optional, ..unknown
+        8 key optional, 9 origin marked, ..unknown
     }
 }
 
@@ -93,6 +96,11 @@ fields! {
 }
 
 impl AllocMap {
+    /// Returns the number of the cluster, or of the first one of which it is a recovery.
+    pub fn origin(&self) -> u64 {
+        if self.origin == 0 { self.cluster } else { self.origin }
+    }
+
     /// Returns the difference to the next map, whose hash is given. `None` if a [`MapStep`] cannot express it.
     pub fn step_to(&self, next: &Self, hash: [u8; 32]) -> Option<MapStep> {
         let changed =
@@ -235,6 +243,11 @@ pub enum Refusal {
     NotABlock(IpNet),
     /// Another rotation of the cluster key was started.
     AnotherKey(ClusterKeyId),
+    /// Other hosts recovered the cluster without this one, which therefore takes no part in agreement: see [`Recovery`].
+    Recovered {
+        /// The host on which it was recovered.
+        by: NodeId,
+    },
 }
 
 variants! {
@@ -247,6 +260,7 @@ variants! {
         6 NoMajority { 1 answered: answered, 2 needed: needed, 3 members: members },
         7 NotABlock { 1 0: prefix },
         8 AnotherKey { 1 0: key },
+        9 Recovered { 1 by: by },
     }
 }
 
@@ -266,6 +280,11 @@ impl Refusal {
             Self::NoMajority { answered, needed, members } => format!(
                 "no majority of the cluster can be reached: {answered} of {members} hosts answered and {needed} are \
                  needed"
+            ),
+            Self::Recovered { by } => format!(
+                "the cluster was recovered on host {} from the loss of its majority, without this host, which therefore \
+                 takes part in no agreement",
+                name(*by)
             ),
             Self::NotABlock(prefix) => {
                 format!("invalid block {prefix}: not aligned, or not of the subnet's block length")
@@ -341,9 +360,80 @@ pub struct Decision {
     /// The proofs of changes of the members since a version that the receiver knows, oldest first. They lead from the
     /// members that it knows to those that signed the map.
     pub history: Vec<Proof>,
+    /// How the cluster came from earlier ones, oldest first, for a host that knows no map or one of an earlier cluster.
+    pub recoveries: Vec<RecoveryProof>,
 }
 
-fields! { Decision { 1 map, 2 proof, 3 history optional } }
+fields! { Decision { 1 map, 2 proof, 3 history optional, 4 recoveries optional } }
+
+/// A cluster that its survivors continue under a new number, because the majority of its members is lost for good.
+///
+/// Each survivor signs it, in [`crate::record::Domain::Recovery`]. The first map of the new cluster follows from it and
+/// from the last map of the old one.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Recovery {
+    /// The number of the cluster whose majority is lost.
+    pub from: u64,
+    /// The version of its last map that the survivors know. The new cluster begins with the next one.
+    pub version: u64,
+    /// The SHA-256 of that map, encoded.
+    pub map: [u8; 32],
+    /// The number of the new cluster, drawn at random.
+    pub cluster: u64,
+    /// The members of the new cluster: all that are left.
+    pub survivors: BTreeSet<NodeId>,
+    /// The ballot in which they accept the first map of the new cluster. Its node is the host on which it was requested.
+    pub ballot: Ballot,
+    /// When it was requested, by the clock of that host, in milliseconds since 1970.
+    pub at_ms: u64,
+}
+
+fields! {
+    Recovery { 1 from, 2 version, 3 map, 4 cluster, 5 survivors, 6 ballot, 7 at_ms }
+}
+
+/// A recovery with the signature of each survivor.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct RecoveryProof {
+    /// The recovery.
+    pub recovery: Recovery,
+    /// The signatures.
+    pub votes: Vec<Vote>,
+}
+
+/// Why a host does not consent to a recovery.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Dissent {
+    /// It sees a majority of the members, or saw one lately.
+    Majority {
+        /// The members that it sees, without itself.
+        present: BTreeSet<NodeId>,
+    },
+    /// It sees a member that is not among the survivors.
+    Sees(NodeId),
+    /// It is not a member, knows another map, or takes part in no agreement.
+    OtherMap,
+    /// A recovery was requested on it, too.
+    Busy,
+}
+
+variants! {
+    Dissent {
+        1 Majority { 1 present: present },
+        2 Sees { 1 0: node },
+        3 OtherMap {},
+        4 Busy {},
+    }
+}
+
+/// The two signatures of a survivor.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Consent {
+    /// That under the [`Recovery`].
+    pub recovery: Vote,
+    /// That under the [`Statement`] about the first map of the new cluster.
+    pub map: Vote,
+}
 
 /// A message of the consensus protocol.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -420,6 +510,27 @@ pub enum AllocMessage {
         /// The version that contains the change, or why it was refused.
         result: Result<u64, Refusal>,
     },
+    /// Asks a survivor to consent to a recovery.
+    Recover(Box<Recovery>),
+    /// The answer to [`Self::Recover`].
+    Consent {
+        /// The number of the new cluster.
+        cluster: u64,
+        /// The signatures, or why there are none.
+        result: Result<Consent, Dissent>,
+    },
+    /// Asks whether a cluster was recovered. Answered with [`Self::Learn`], with the recoveries since.
+    AskRecovery {
+        /// The number of the sender's cluster.
+        cluster: u64,
+    },
+    /// Tells a member of the old cluster that it was recovered.
+    Recovered(Box<RecoveryProof>),
+    /// The answer to [`Self::Recovered`] of a host that goes on in the old cluster, because its majority lives.
+    GoesOn {
+        /// The number of the cluster that it does not join.
+        cluster: u64,
+    },
 }
 
 variants! {
@@ -435,5 +546,10 @@ variants! {
         9 Reply { 1 id: id, 2 result: result },
         10 AcceptStep { 1 ballot: ballot, 2 step: step },
         11 Decided { 1 step: step, 2 proof: proof },
+        12 Recover { 1 0: recovery },
+        13 Consent { 1 cluster: cluster, 2 result: result },
+        14 AskRecovery { 1 cluster: cluster },
+        15 Recovered { 1 0: proof },
+        16 GoesOn { 1 cluster: cluster },
     }
 }

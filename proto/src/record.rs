@@ -27,6 +27,8 @@ pub enum Domain {
     Statement,
     /// A vote for an allocation map: see [`crate::alloc::Statement`].
     Map,
+    /// A consent to a recovery: see [`crate::alloc::Recovery`].
+    Recovery,
 }
 
 impl Domain {
@@ -39,6 +41,7 @@ impl Domain {
             Self::Stream => b"ovl stream v1\0",
             Self::Statement => b"ovl statement v1\0",
             Self::Map => b"ovl map v1\0",
+            Self::Recovery => b"ovl recovery v1\0",
         };
         [label, body].concat()
     }

@@ -139,7 +139,12 @@ impl Liar {
         let signature = self.identity.sign(Domain::Map, &wire::encode_body(&statement).unwrap_or_default());
         let mut votes = known.proof.votes.clone();
         votes.push(Vote { key: *self.identity.public_key(), signature });
-        Decision { map, proof: Proof { statement, votes }, history: vec![known.proof.clone()] }
+        Decision {
+            map,
+            proof: Proof { statement, votes },
+            history: vec![known.proof.clone()],
+            recoveries: Vec::new(),
+        }
     }
 
     /// Tells a host every lie about the map, and returns the map that the host has then.

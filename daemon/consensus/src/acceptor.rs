@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ovl_proto::alloc::{AllocMap, AllocMessage, Ballot, Decision, Proof};
+use ovl_proto::alloc::{AllocMap, AllocMessage, Ballot, Decision, Proof, RecoveryProof};
 use ovl_proto::wire::fields::Unknown;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -33,11 +33,22 @@ pub struct Durable {
     pub proof: Proof,
     /// The proofs of the last changes of the members.
     pub history: History,
+    /// How the cluster came from earlier ones, oldest first.
+    pub recoveries: Vec<RecoveryProof>,
+    /// The recovery that this node was left out of. Because of it, the node takes part in no agreement.
+    pub held: Option<Box<RecoveryProof>>,
+    /// The numbers of recovered clusters in spite of which this node goes on.
+    pub refused: Vec<u64>,
     /// Fields that this release does not know.
     pub unknown: Unknown,
 }
 
-ovl_proto::fields! { Durable { 1 promised, 2 accepted optional, 3 learned, 4 proof, 5 history optional, ..unknown } }
+ovl_proto::fields! {
+    Durable {
+        1 promised, 2 accepted optional, 3 learned, 4 proof, 5 history optional, 6 recoveries optional, 7 held marked,
+        8 refused optional, ..unknown
+    }
+}
 
 /// The proofs of the last changes of the members, oldest first, at most [`MAX_HISTORY`]. Copies share their memory: the
 /// state is copied for each save, and the history seldom changes.

@@ -12,7 +12,7 @@ impl Durable {
     /// Each step is signed by a majority of the members that the step before it names. At most [`MAX_HISTORY`] steps
     /// are looked at, and the first invalid signature ends it.
     pub(super) fn proved_path(&self, signatures: &dyn Signatures, decision: &Decision) -> Option<Vec<Proof>> {
-        let Decision { map, proof, history } = decision;
+        let Decision { map, proof, history, .. } = decision;
         let later = map.cluster == self.learned.cluster && map.version > self.learned.version;
         if !later || !is_about_its_map(signatures, decision) {
             return None;
@@ -73,6 +73,8 @@ impl Durable {
             map: self.learned.clone(),
             proof: self.proof.clone(),
             history: self.history.proofs().iter().filter(since).cloned().collect(),
+            // Whoever knows a map of this cluster needs none.
+            recoveries: if known == 0 { self.recoveries.clone() } else { Vec::new() },
         }
     }
 }

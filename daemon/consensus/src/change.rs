@@ -73,6 +73,7 @@ pub fn apply_all<'a>(
 /// forgotten, a banned one stays out, and every block is held by a member and overlaps no other one.
 pub fn is_step(map: &AllocMap, next: &AllocMap) -> bool {
     let follows = next.cluster == map.cluster
+        && next.origin == map.origin
         && map.version.checked_add(1) == Some(next.version)
         && next.previous_members == map.members;
     let members = !next.members.is_empty()

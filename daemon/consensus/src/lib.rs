@@ -18,6 +18,7 @@
 //! | `queue.rs` | the pending changes, and what each waits for |
 //! | `replica.rs` | the state machine around these: messages, requests, time |
 //! | `change.rs` | the effect of a change on a map, and what one decree may change |
+//! | `recovery.rs`, `replica/recover.rs` | a cluster whose majority is lost for good, and hosts that were left out of one |
 //!
 //! # The rules
 //!
@@ -106,6 +107,56 @@
 //! [`Event::Unproved`], and must begin anew. An attacker with the identities of most former members can deceive a
 //! host that was away since they were members, until it hears a map that it knows to be later.
 //!
+//! # Recovery from the loss of a majority
+//!
+//! Without a majority nothing can be decided, and no protocol lets a minority decide safely: what it cannot see may live
+//! behind a cut. So a minority never goes on in its cluster. It begins another one, with a random number ([`Recovery`]), and
+//! the rules above hold inside each cluster: statements, maps and proofs name its number, and are refused by hosts of
+//! another one. An operator requests it on one survivor ([`Replica::recover`]), who has to know that the rest is gone.
+//!
+//! 1. *Survivors* are the requesting host and the members that it sees. Each of them must consent, with two signatures: one
+//!    under the recovery, one under the first map of the new cluster, which follows from the recovery and the last map
+//!    ([`first_map`]). A host consents only if it knows the same last map, has seen no majority of its members for
+//!    [`LOST_MS`], and sees no member that is not among the survivors. The requesting host is held to the same.
+//! 2. The requesting host moves to the new cluster once all consented and it has seen no majority meanwhile. Another survivor
+//!    moves when it learns the map with all signatures, and rule 1 still holds for it at that moment. To consent is no promise
+//!    to be kept on disk: before the move, a host is a member of the old cluster as if nothing had been, and it moves in one
+//!    write to the disk.
+//! 3. Whoever consented to a recovery gives up one that it requested itself.
+//! 4. The lost members are banned in the first map, and their blocks are free.
+//! 5. A host that learns of a verified recovery of its cluster, and does not move by rule 2, is *left out*. It takes part in
+//!    no agreement from then on, also after restarts: it neither promises, accepts nor proposes, and tells the other members
+//!    of the old cluster, so that hosts which return together do not become a majority unnoticed.
+//! 6. The exception is a host that has seen a majority of the old cluster for [`LOST_MS`] when it learns of the recovery: it
+//!    *goes on*. So does a host that was left out if enough members go on that they are a majority with it, and one whose
+//!    operator rejects the recovery ([`Replica::reject_recovery`]).
+//! 7. A host that was left out moves to the new cluster only if its operator says so ([`Replica::accept_recovery`]). There it
+//!    is a banned host until the members end the ban.
+//!
+//! **Within each cluster nothing changes.** The first map of the new cluster is the only one of its version: it follows from
+//! the recovery, whose number is random, and a survivor signs no other map of that version, because it moves to the new
+//! cluster with that map. What is decided afterwards is a decree of the survivors. A host is in one cluster at a time, so its
+//! votes count in one. Ballot numbers are not used again, whatever the cluster, so a promise that was delayed counts for the
+//! cluster in which its ballot was started, and it reports no accepted map of another one.
+//!
+//! **Two recoveries that are requested at once** on hosts that see each other cannot both be made: for both, each of the two
+//! hosts would have to consent to the other's recovery before it requested its own (rule 3), and each after the other one did.
+//!
+//! **What it may cost** is what the operator cannot know: if the majority lives behind a cut, there are two clusters. Both
+//! hand out the blocks of the other one's members. Neither uses entries of the other one's members, and both report it. What
+//! the majority decided last, and no survivor learned, is lost.
+//!
+//! **A member that lies** can recover itself alone whenever it likes, because a recovery by one survivor has one signature.
+//! Nobody follows it: a survivor needs its own signature, and all others an act of their operator. A majority that lives goes
+//! on (rule 6), and takes along those that restart. What a liar gains: hosts that have all just started, with no
+//! majority seen for [`LOST_MS`], stop agreeing until their operators reject the recovery; and hosts of a minority that lost
+//! its majority for as long consent to what it requests, without an operator. They are then in a cluster with the liar,
+//! which their `status` says, and lose nothing that a minority could do. **Outsiders** can do neither: a recovery counts only
+//! if a member that the host knows signed it.
+//!
+//! A host that is down for several recoveries in a row follows them if each has a survivor in common with the one before, and
+//! at most [`MAX_RECOVERIES`] are kept.
+//!
 //! # Cost
 //!
 //! A change costs each learner one hash of the map and a majority of signature checks; the proposer checks as many votes,
@@ -128,6 +179,7 @@
 //! [`Release`]: ovl_proto::alloc::Change::Release
 //! [`AllocMap`]: ovl_proto::alloc::AllocMap
 //! [`MapStep`]: ovl_proto::alloc::MapStep
+//! [`Recovery`]: ovl_proto::alloc::Recovery
 
 mod acceptor;
 mod chain;
@@ -141,6 +193,7 @@ pub mod fuzz;
 mod offers;
 mod proof;
 mod queue;
+mod recovery;
 mod replica;
 #[cfg(test)]
 mod tests;
@@ -149,9 +202,12 @@ pub use acceptor::{Durable, History, MAX_BALLOT_STEP, MAX_HISTORY};
 pub use change::{MAX_BLOCKS_PER_CLAIM, apply, apply_all, is_step};
 pub use proof::Signatures;
 pub use queue::MAX_REMOTE_REQUESTS;
+pub use recovery::{LOST_MS, MAX_RECOVERIES, first_map};
 pub use replica::Replica;
 
-use ovl_proto::alloc::{AllocMessage, Refusal};
+use std::collections::BTreeSet;
+
+use ovl_proto::alloc::{AllocMessage, Dissent, Refusal};
 use ovl_proto::id::NodeId;
 
 /// How long a request may take before it fails with [`Refusal::NoMajority`], in milliseconds.
@@ -203,6 +259,26 @@ pub enum Event {
         /// The version.
         version: u64,
     },
+    /// A recovery that was requested on this host is complete, or failed.
+    RecoveryEnded(RecoveryEnd),
+}
+
+/// How a requested recovery ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RecoveryEnd {
+    /// This host is a member of the new cluster, and the other survivors are told.
+    Done,
+    /// A host does not consent.
+    Refused {
+        /// The host.
+        by: NodeId,
+        /// Why.
+        why: Dissent,
+    },
+    /// These hosts did not answer in time.
+    Silent(BTreeSet<NodeId>),
+    /// This host learned a later map, or of another recovery.
+    Changed,
 }
 
 impl Output {

@@ -3,14 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 
-use ovl_proto::alloc::{AllocMap, Ballot, Decision, Proof, Statement, Vote};
+use ovl_proto::alloc::{AllocMap, Ballot, Decision, Proof, Recovery, Statement, Vote};
 use ovl_proto::id::NodeId;
 use ovl_proto::wire::fields::Unknown;
 
 use super::majority;
 
 /// The maximum number of votes in a proof that are looked at.
-const MAX_VOTES: usize = 4096;
+pub(super) const MAX_VOTES: usize = 4096;
 
 /// The signatures of hosts. The crate itself contains no cryptography.
 pub trait Signatures: Debug {
@@ -22,6 +22,10 @@ pub trait Signatures: Debug {
     fn author(&self, vote: &Vote) -> NodeId;
     /// Whether the signature of a vote is valid for its key.
     fn verify(&self, statement: &Statement, vote: &Vote) -> bool;
+    /// Signs a recovery as the local host.
+    fn sign_recovery(&self, recovery: &Recovery) -> Vote;
+    /// Whether the signature of a vote for a recovery is valid for its key.
+    fn verify_recovery(&self, recovery: &Recovery, vote: &Vote) -> bool;
 }
 
 /// Returns what a vote for a map in a ballot states.

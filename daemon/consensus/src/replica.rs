@@ -1,6 +1,7 @@
 //! The state machine of a consensus replica.
 
 mod attempt;
+mod recover;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -9,10 +10,12 @@ use ovl_proto::alloc::{AllocMap, AllocMessage, Ballot, Change, Decision, MapStep
 use ovl_proto::id::NodeId;
 
 use self::attempt::Attempt;
+use self::recover::{LeftOut, Proposal};
 use super::acceptor::{Durable, MAX_BALLOT_STEP, Reply};
 use super::offers::Offers;
 use super::proof::{Signatures, statement};
 use super::queue::{ChangeQueue, Delegation, PendingChange};
+use super::recovery::Sight;
 use super::{DEADLINE_MS, DELEGATE_MS, Event, Output, RESEND_MS, apply};
 
 /// The number of peers that a node without a map asks for it at a time.
@@ -49,6 +52,11 @@ pub struct Replica {
     promises: BTreeMap<NodeId, (u32, u64)>,
     /// How far ballots may be above [`Durable::highest_counter`], and the time when that last grew.
     stretch: (u64, u64),
+    /// Which members this node sees.
+    sight: Sight,
+    /// A recovery that was requested here and is not complete.
+    proposal: Option<Proposal>,
+    left_out: LeftOut,
     next_id: u64,
     random: u64,
 }
@@ -74,6 +82,9 @@ impl Replica {
             offers: Offers::default(),
             promises: BTreeMap::new(),
             stretch: (0, 0),
+            sight: Sight::default(),
+            proposal: None,
+            left_out: LeftOut::default(),
             next_id: 0,
             random: seed,
         };
@@ -94,7 +105,7 @@ impl Replica {
         let statement = statement(&*self.signatures, ballot, &map);
         let votes = vec![self.signatures.sign(&statement)];
         let proof = Proof { statement, votes };
-        self.adopt(&Decision { map, proof, history: Vec::new() }, Vec::new(), &mut out);
+        self.adopt(&Decision { map, proof, ..Decision::default() }, Vec::new(), &mut out);
         out
     }
 
@@ -187,11 +198,26 @@ impl Replica {
             AllocMessage::Learn(decision) if fresh => {
                 self.offers.put(now, from, *decision, &*self.signatures);
             }
-            AllocMessage::Learn(decision) => self.on_decision(from, &decision, out),
+            AllocMessage::Learn(decision) => self.on_decision(now, from, &decision, out),
             AllocMessage::Reply { id, result } => self.on_reply(now, from, id, result, out),
             // A node without a map does not know who may propose. It asks for the map on its own.
             _ if fresh => {}
             AllocMessage::Ask { known } => self.on_ask(from, known, out),
+            AllocMessage::AskRecovery { cluster } => self.on_ask_recovery(from, cluster, out),
+            AllocMessage::Recover(recovery) => self.on_recover(now, from, &recovery, out),
+            AllocMessage::Consent { cluster, result } => self.on_consent(from, cluster, result, out),
+            AllocMessage::Recovered(proof) => self.on_recovered(now, from, &proof, out),
+            AllocMessage::GoesOn { cluster } => self.on_goes_on(from, cluster, out),
+            AllocMessage::Request { .. }
+            | AllocMessage::Prepare { .. }
+            | AllocMessage::Accept { .. }
+            | AllocMessage::AcceptStep { .. }
+                if self.durable.held.is_some() =>
+            {
+                if member && let Some((_, told)) = self.held_answer() {
+                    out.send(from, told);
+                }
+            }
             AllocMessage::Request { id, change } => {
                 // A host that is not a member may only ask to be admitted.
                 let may = member || change == Change::Admit(from);
@@ -239,7 +265,9 @@ impl Replica {
                     return;
                 }
                 match self.next_map(&step) {
-                    Some(map) => self.on_decision(from, &Decision { map, proof, history: Vec::new() }, out),
+                    Some(map) => {
+                        self.on_decision(now, from, &Decision { map, proof, ..Decision::default() }, out);
+                    }
                     // It says nothing new, unless it is about another map of the known version.
                     None if proof.statement.map == self.durable.proof.statement.map => {}
                     None if step.version < self.map().version => {}
@@ -353,7 +381,10 @@ impl Replica {
         if self.is_member() { Delegation::Own } else { Delegation::New }
     }
 
-    fn on_decision(&mut self, from: NodeId, decision: &Decision, out: &mut Output) {
+    fn on_decision(&mut self, now: u64, from: NodeId, decision: &Decision, out: &mut Output) {
+        if self.durable.is_foreign(decision.map.cluster) && self.on_recovered_map(now, decision, out) {
+            return;
+        }
         if !self.reject_foreign(from, decision.map.cluster, out) && !self.learn(decision, out) {
             self.answer_fork(from, decision, out);
             self.note_unproved(from, decision, out);
@@ -430,6 +461,11 @@ impl Replica {
     /// Adopts a proved map.
     pub(super) fn adopt(&mut self, decision: &Decision, path: Vec<Proof>, out: &mut Output) {
         self.durable.adopt(decision, path);
+        self.note_adopted(out);
+    }
+
+    /// Does what follows from another map.
+    fn note_adopted(&mut self, out: &mut Output) {
         out.persist = true;
         out.events.push(Event::Learned);
         self.offers = Offers::default();
@@ -458,8 +494,10 @@ impl Replica {
         if self.durable.is_fresh()
             && let Some(decision) = self.offers.choose(now)
         {
+            self.durable.note_origin(&*self.signatures, &decision);
             self.adopt(&decision, Vec::new(), out);
         }
+        self.advance_recovery(now, out);
         self.expire(now, out);
         self.route(now, out);
         match &self.attempt {
@@ -475,6 +513,7 @@ impl Replica {
     /// completed an earlier proposal instead of its own.
     fn start_ballots(&mut self, now: u64, out: &mut Output) {
         while self.is_member()
+            && self.durable.held.is_none()
             && self.attempt.is_none()
             && self.not_before <= now
             && self.queue.own().next().is_some()

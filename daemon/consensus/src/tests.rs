@@ -2,6 +2,7 @@
 //! rarely.
 
 mod lies;
+mod recovery;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -65,7 +66,7 @@ fn decision(map: &AllocMap, signers: &[NodeId]) -> Decision {
     let ballot = Ballot { counter: map.version, node: signers[0] };
     let votes = signers.iter().map(|by| vote(*by, ballot, map)).collect();
     let statement = proof::statement(&Fake(signers[0]), ballot, map);
-    Decision { map: map.clone(), proof: Proof { statement, votes }, history: Vec::new() }
+    Decision { map: map.clone(), proof: Proof { statement, votes }, ..Decision::default() }
 }
 
 fn learn(map: &AllocMap, signers: &[NodeId]) -> AllocMessage {
@@ -87,7 +88,11 @@ fn node(me: NodeId, map: &AllocMap) -> Replica {
 fn done(out: &Output) -> Option<Result<u64, Refusal>> {
     out.events.iter().find_map(|event| match event {
         Event::Done { result, .. } => Some(result.clone()),
-        Event::Learned | Event::ForeignCluster { .. } | Event::Fork { .. } | Event::Unproved { .. } => None,
+        Event::Learned
+        | Event::ForeignCluster { .. }
+        | Event::Fork { .. }
+        | Event::Unproved { .. }
+        | Event::RecoveryEnded(_) => None,
     })
 }
 

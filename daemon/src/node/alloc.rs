@@ -177,7 +177,7 @@ impl Node {
     }
 
     /// Returns the error for a write to the state file that did not complete in time.
-    fn disk_is_stuck(&self) -> Failed {
+    pub(super) fn disk_is_stuck(&self) -> Failed {
         let state = self.state.borrow();
         let why = state.problems.get(Code::StateFile, "");
         Failed::unavailable(why.unwrap_or("the state cannot be saved in time: is the disk stuck?"))
@@ -204,6 +204,7 @@ impl Node {
             Refusal::NotMember(_) => {
                 Failed::unavailable(format!("{sentence}; `ovlctl status` says what it waits for"))
             }
+            Refusal::Recovered { .. } => Failed::conflict(self.left_out(&state).unwrap_or(sentence)),
             Refusal::AnotherKey(_) => {
                 Failed::conflict(format!("{sentence}: wait until `ovlctl key status` says that it is done"))
             }
@@ -257,6 +258,7 @@ impl Node {
                     let message = format!("a member signed two allocation maps of version {version}");
                     self.event("peer", &self.config.node, &message);
                 }
+                Event::RecoveryEnded(end) => self.on_recovery_ended(end),
                 Event::Unproved { version } => {
                     let mut state = self.state.borrow_mut();
                     let now = state.now();
@@ -603,8 +605,8 @@ impl Node {
     fn shut_out(&self, state: &State) -> Option<String> {
         if state.view.alloc.banned.contains(&state.view.me) {
             return Some(format!(
-                "not admitted: this host was taken out of the cluster with `ovlctl peers forget`. To let it return, run \
-                 `ovlctl peers admit {}` on a member",
+                "not admitted: this host was taken out of the cluster, with `ovlctl peers forget` or by a recovery from the \
+                 loss of a majority. To let it return, run `ovlctl peers admit {}` on a member",
                 state.view.me
             ));
         }

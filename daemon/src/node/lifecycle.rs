@@ -219,6 +219,7 @@ impl Node {
             count += 1;
             self.judge_all(&mut self.state.borrow_mut());
             self.probe_silent();
+            self.look_for_recoveries(count.is_multiple_of(10));
             self.tick_alloc();
             self.check_caught_up();
             self.ask_missing_objects();

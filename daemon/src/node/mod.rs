@@ -30,6 +30,7 @@ mod publish;
 mod ranges;
 mod ready;
 mod reconcile;
+mod recover;
 mod requests;
 mod routed;
 mod sandbox;
@@ -588,6 +589,7 @@ fn first_state(
         ),
         unproved: None,
         claims: HashMap::new(),
+        recovering: None,
         leases: HashMap::new(),
         addresses: Addresses::new(saved.leases.iter().copied()),
         next_request: u64::from_le_bytes(random(&**environment)),

@@ -185,6 +185,9 @@ impl Node {
         let member = state.view.alloc.members.contains(&from) || !state.is_member();
         match message {
             Message::Record(_) => true,
+            // Of hosts of an earlier cluster, and of those that were recovered without this one: the replica verifies it.
+            Message::Alloc(AllocMessage::AskRecovery { .. }) => true,
+            Message::Alloc(AllocMessage::Learn(_)) if state.view.alloc.members.contains(&from) => true,
             _ if foreign => false,
             _ if member => true,
             Message::TablePull(_) | Message::ObjectParts(_) | Message::ObjectWant(_) => true,
@@ -204,7 +207,12 @@ impl Node {
                     let last = alloc.key.is_none_or(|agreed| agreed.id == key);
                     *node == from && (last || !alloc.forgotten.contains(node))
                 }
-                AllocMessage::Request { .. }
+                AllocMessage::AskRecovery { .. } => true,
+                AllocMessage::Recover(_)
+                | AllocMessage::Consent { .. }
+                | AllocMessage::Recovered(_)
+                | AllocMessage::GoesOn { .. }
+                | AllocMessage::Request { .. }
                 | AllocMessage::Promise { .. }
                 | AllocMessage::Nack { .. }
                 | AllocMessage::Reply { .. } => false,
@@ -615,7 +623,8 @@ fn is_elsewhere(state: &State, record: &NodeRecord) -> bool {
     here || !(record.address.ip().is_loopback() || record.vtep.is_loopback())
 }
 
-fn is_foreign(state: &State, record: &NodeRecord) -> bool {
+/// Whether a host is of another cluster, or of an earlier or later one than this host's.
+pub(super) fn is_foreign(state: &State, record: &NodeRecord) -> bool {
     let ours = state.view.alloc.cluster;
     ours != 0 && record.cluster != 0 && record.cluster != ours
 }

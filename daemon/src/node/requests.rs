@@ -66,6 +66,7 @@ impl Node {
                 self.forget(&node).await?;
                 Reply::Done
             }
+            Request::Recover(step) => Reply::Recovery(Box::new(self.recover(step).await?)),
             Request::KeyRotateCluster { key } => {
                 self.ready(READY_WITHIN).await?;
                 Reply::Keys(Box::new(self.rotate_cluster_key(&key).await?))

@@ -9,7 +9,7 @@ use std::rc::Rc;
 
 use ovl_cluster::liveness::Signs;
 use ovl_cluster::view::{Placed, View};
-use ovl_consensus::{Output, Replica as Allocator};
+use ovl_consensus::{Output, RecoveryEnd, Replica as Allocator};
 use ovl_mesh::gossip::Hints;
 use ovl_proto::alloc::Refusal;
 use ovl_proto::id::{EndpointId, NetworkId, NodeId};
@@ -122,6 +122,8 @@ pub(crate) struct State {
     pub unproved: Option<(u64, u64)>,
     /// Requests for changes of the allocation map that are in flight.
     pub claims: HashMap<u64, oneshot::Sender<Result<u64, Refusal>>>,
+    /// The request that waits for the end of a recovery.
+    pub recovering: Option<oneshot::Sender<RecoveryEnd>>,
     /// Lease requests that are in flight, with the holder that was asked.
     pub leases: HashMap<u64, (NodeId, oneshot::Sender<Result<IpAddr, String>>)>,
     /// Addresses that are reserved or lent.

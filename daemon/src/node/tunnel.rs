@@ -33,7 +33,7 @@ impl Node {
             self.follow_tunnel().await;
             if probed.is_none_or(|at| at.elapsed() >= EVERY) {
                 probed = Some(Instant::now());
-                let cluster = self.state.borrow().view.alloc.cluster;
+                let cluster = self.state.borrow().view.alloc.origin();
                 for (id, address) in self.tunnel.borrow().targets(cluster) {
                     let node = Rc::clone(&self);
                     tokio::task::spawn_local(async move { node.probe_tunnel(id, address).await });

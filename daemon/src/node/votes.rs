@@ -5,7 +5,7 @@ use std::sync::Arc;
 use ovl_consensus::Signatures;
 use ovl_files::sha256;
 use ovl_mesh::keys::{Identity, node_id, verify};
-use ovl_proto::alloc::{AllocMap, Statement, Vote};
+use ovl_proto::alloc::{AllocMap, Recovery, Statement, Vote};
 use ovl_proto::id::NodeId;
 use ovl_proto::record::Domain;
 use ovl_proto::wire;
@@ -23,8 +23,8 @@ impl Signer {
     }
 }
 
-/// Encodes a statement, which is far below the size limit of encodings.
-fn body(statement: &Statement) -> Vec<u8> {
+/// Encodes what is signed, which is far below the size limit of encodings.
+fn body(statement: &impl serde::Serialize) -> Vec<u8> {
     wire::encode_body(statement).unwrap_or_default()
 }
 
@@ -45,6 +45,15 @@ impl Signatures for Signer {
 
     fn verify(&self, statement: &Statement, vote: &Vote) -> bool {
         verify(&vote.key, Domain::Map, &body(statement), &vote.signature)
+    }
+
+    fn sign_recovery(&self, recovery: &Recovery) -> Vote {
+        let signature = self.identity.sign(Domain::Recovery, &body(recovery));
+        Vote { key: *self.identity.public_key(), signature }
+    }
+
+    fn verify_recovery(&self, recovery: &Recovery, vote: &Vote) -> bool {
+        verify(&vote.key, Domain::Recovery, &body(recovery), &vote.signature)
     }
 }
 

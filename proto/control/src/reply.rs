@@ -26,6 +26,8 @@ pub enum Reply {
     Status(Box<Status>),
     /// All hosts, the local host first.
     Peers(Vec<PeerInfo>),
+    /// What is known about the loss of a majority, and what a recovery does.
+    Recovery(Box<RecoveryPlan>),
     /// The keys of all hosts.
     Keys(Box<KeyStatus>),
     /// All blocks.
@@ -277,6 +279,76 @@ pub struct KeyStatus {
     pub tunnel_waits_for: Option<Vec<String>>,
     /// All hosts, the local host first, then by name.
     pub hosts: Vec<HostKeys>,
+}
+
+/// What is known about the loss of a majority, as `ovlctl recover` prints it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecoveryPlan {
+    /// Whether there can be a recovery on this host.
+    pub state: RecoveryState,
+    /// The version of the allocation map from which a recovery would start.
+    pub version: u64,
+    /// How many members are a majority.
+    pub needed: u32,
+    /// The members, the local host first, then by name.
+    pub members: Vec<RecoveryMember>,
+    /// Why there can be no recovery now.
+    pub refused: Option<String>,
+    /// What a recovery may cost, in sentences. Empty if there can be none.
+    pub costs: Vec<String>,
+    /// The last recovery of this cluster, if it ever was recovered.
+    pub last: Option<RecoveryInfo>,
+    /// A recovery of this host's cluster by other hosts, which left it out.
+    pub left_out: Option<RecoveryInfo>,
+}
+
+/// Whether there can be a recovery.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RecoveryState {
+    /// The majority is lost, and nothing is in the way.
+    Possible,
+    /// There can be none now: see [`RecoveryPlan::refused`].
+    Refused,
+    /// The cluster was recovered, and a majority of its members is alive: there is nothing to do.
+    Recovered,
+    /// Other hosts recovered the cluster without this one.
+    LeftOut,
+}
+
+/// A member, and what becomes of it in a recovery.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecoveryMember {
+    /// The host's name, or its id if its name is not known.
+    pub name: String,
+    /// The host's id.
+    pub id: NodeId,
+    /// The host's liveness.
+    pub state: PeerState,
+    /// Whether it is a member afterwards. If not, it counts as lost.
+    pub survives: bool,
+    /// When it was last alive, in milliseconds since 1970; `None` for the local host, and if it is not known.
+    pub last_alive_ms: Option<u64>,
+    /// The number of its address blocks.
+    pub blocks: u32,
+    /// The number of its endpoints.
+    pub endpoints: u32,
+    /// Whether this is the local host.
+    #[serde(rename = "self")]
+    pub own: bool,
+}
+
+/// A recovery.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecoveryInfo {
+    /// When it was requested, in milliseconds since 1970.
+    pub at_ms: u64,
+    /// The name of the host on which it was requested.
+    pub by: String,
+    /// The id of that host.
+    pub by_id: NodeId,
+    /// The names of the survivors.
+    pub survivors: Vec<String>,
 }
 
 /// A rotation of the cluster key.

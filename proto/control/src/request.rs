@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::resources::{Apply, Document, ResourceQuery};
-use ovl_proto::id::Mac;
+use ovl_proto::id::{Mac, NodeId};
 use ovl_proto::object::{Backend, Driver, Mode};
 use ovl_proto::publish::Publish;
 use ovl_proto::resource::ResourceKey;
@@ -41,6 +41,9 @@ pub enum Request {
         /// The host's name or id.
         node: String,
     },
+    /// Recovers the cluster from the loss of its majority, or answers such a recovery of other hosts:
+    /// [`crate::Reply::Recovery`].
+    Recover(RecoverStep),
     /// Starts a rotation of the cluster key: [`crate::Reply::Keys`] when a majority has agreed.
     KeyRotateCluster {
         /// The new key, as the content of a key file.
@@ -196,6 +199,25 @@ pub enum Request {
     /// Lists Services with their backends, by namespace and name: [`crate::Reply::Backends`]. The kind of the query
     /// is Service.
     Backends(ResourceQuery),
+}
+
+/// A step of [`Request::Recover`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "step", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum RecoverStep {
+    /// Changes nothing, and returns what a recovery would do.
+    Plan,
+    /// Makes the survivors the members of a new cluster, if what a plan said is still true.
+    Confirm {
+        /// The version of the plan.
+        version: u64,
+        /// The survivors of the plan.
+        survivors: Vec<NodeId>,
+    },
+    /// Joins the cluster that other hosts recovered without this one.
+    Accept,
+    /// Goes on in spite of a recovery by other hosts.
+    Reject,
 }
 
 /// An unmodified call of a Docker Engine. ovld interprets it.

@@ -587,6 +587,7 @@ macro_rules! variants {
                 $crate::wire::fields::deserialize_variant(stringify!($name), deserializer, |number, content| {
                     match number {
                         $($variant_number => Some((|| {
+                            #[allow(unused_mut, reason = "variants without members")]
                             let mut reader =
                                 $crate::wire::fields::Reader::new(stringify!($name), content)?;
                             $(let $field = $crate::fields!(@take reader $number $($mark)?);)*

@@ -174,7 +174,7 @@ impl Replica {
         }
         let proof = Proof { statement: statement.clone(), votes: votes.values().cloned().collect() };
         let path = if map.members == *old { Vec::new() } else { vec![proof.clone()] };
-        let decision = Decision { map: map.clone(), proof, history: Vec::new() };
+        let decision = Decision { map: map.clone(), proof, ..Decision::default() };
         let recipients: BTreeSet<_> = old.union(&map.members).chain(&self.alive).copied().collect();
         for node in recipients.into_iter().filter(|node| *node != self.me) {
             // A host that joins may lack the map before this one.

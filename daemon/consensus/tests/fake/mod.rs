@@ -1,6 +1,6 @@
 //! Signatures without keys, for the unit tests and the simulation.
 
-use ovl_proto::alloc::{AllocMap, Statement, Vote};
+use ovl_proto::alloc::{AllocMap, Recovery, Statement, Vote};
 use ovl_proto::id::NodeId;
 use ovl_proto::record::Signature;
 use ovl_proto::wire;
@@ -24,15 +24,21 @@ fn hash<const N: usize>(bytes: &[u8]) -> [u8; N] {
     })
 }
 
+impl Fake {
+    fn sign_any(&self, what: &impl serde::Serialize) -> Vote {
+        let mut key = [0; 32];
+        key[..10].copy_from_slice(&self.0.0);
+        Vote { key, signature: Signature(hash(&wire::encode_body(&(self.0, what)).unwrap())) }
+    }
+}
+
 impl Signatures for Fake {
     fn digest(&self, map: &AllocMap) -> [u8; 32] {
         hash(&wire::encode_body(map).unwrap())
     }
 
     fn sign(&self, statement: &Statement) -> Vote {
-        let mut key = [0; 32];
-        key[..10].copy_from_slice(&self.0.0);
-        Vote { key, signature: Signature(hash(&wire::encode_body(&(self.0, statement)).unwrap())) }
+        self.sign_any(statement)
     }
 
     fn author(&self, vote: &Vote) -> NodeId {
@@ -41,5 +47,13 @@ impl Signatures for Fake {
 
     fn verify(&self, statement: &Statement, vote: &Vote) -> bool {
         Self(self.author(vote)).sign(statement) == *vote
+    }
+
+    fn sign_recovery(&self, recovery: &Recovery) -> Vote {
+        self.sign_any(&("recovery", recovery))
+    }
+
+    fn verify_recovery(&self, recovery: &Recovery, vote: &Vote) -> bool {
+        Self(self.author(vote)).sign_recovery(recovery) == *vote
     }
 }

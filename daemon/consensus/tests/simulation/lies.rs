@@ -151,6 +151,11 @@ impl World {
         // The votes of others are those for the map before.
         let mut votes = proof.votes.clone();
         votes.push(signer.sign(&statement));
-        Decision { map, proof: Proof { statement, votes }, history: vec![proof.clone()] }
+        Decision {
+            map,
+            proof: Proof { statement, votes },
+            history: vec![proof.clone()],
+            recoveries: Vec::new(),
+        }
     }
 }

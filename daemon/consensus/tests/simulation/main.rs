@@ -8,6 +8,7 @@
 #[path = "../fake/mod.rs"]
 mod fake;
 mod lies;
+mod recoveries;
 mod storm;
 mod world;
 

@@ -97,7 +97,7 @@ impl World {
     }
 
     /// Requests a change of a common kind.
-    fn request_any(&mut self, node: usize) {
+    pub(crate) fn request_any(&mut self, node: usize) {
         let Node { id: me, up: Some(up), open, giving_up, .. } = &self.nodes[node] else { return };
         let (me, map) = (*me, up.map());
         let held: Vec<Block> = map.blocks.iter().filter(|(_, o)| **o == me).map(|(b, _)| *b).collect();
@@ -174,11 +174,11 @@ impl World {
     }
 
     /// Runs until every request is answered, and fails if one is not answered in time.
-    fn run_until_answered(&mut self) {
+    pub(crate) fn run_until_answered(&mut self) {
         self.run_until("requests are answered", |world| world.nodes.iter().all(|node| node.open.is_empty()));
     }
 
-    fn run_until(&mut self, what: &str, holds: impl Fn(&Self) -> bool) {
+    pub(crate) fn run_until(&mut self, what: &str, holds: impl Fn(&Self) -> bool) {
         let deadline = self.now + 3100;
         while !holds(self) {
             assert!(self.now < deadline, "not in time: {what}");

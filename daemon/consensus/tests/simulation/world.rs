@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
-use ovl_consensus::{Durable, Event, Output, Replica, apply, is_step};
+use ovl_consensus::{Durable, Event, Output, RecoveryEnd, Replica, apply, is_step};
 use ovl_proto::alloc::{AllocMap, AllocMessage, Block, Change, Refusal};
 use ovl_proto::id::{NetworkId, NodeId};
 
@@ -26,6 +26,8 @@ pub(crate) struct Stats {
     pub(crate) crashes: usize,
     pub(crate) forgets: usize,
     pub(crate) lies: usize,
+    pub(crate) recoveries: usize,
+    pub(crate) left_out: usize,
 }
 
 impl Stats {
@@ -36,6 +38,8 @@ impl Stats {
         self.crashes += other.crashes;
         self.forgets += other.forgets;
         self.lies += other.lies;
+        self.recoveries += other.recoveries;
+        self.left_out += other.left_out;
     }
 }
 
@@ -89,8 +93,10 @@ pub(crate) struct World {
     pub(crate) nodes: Vec<Node>,
     /// Whether messages from one host to another are lost, as a from × to matrix.
     pub(crate) cut: Vec<bool>,
-    /// Every map that any host ever learned.
-    pub(crate) agreed: BTreeMap<u64, AllocMap>,
+    /// Every map that any host ever learned, by cluster and version.
+    pub(crate) agreed: BTreeMap<(u64, u64), AllocMap>,
+    /// Whether hosts look whom they see, and ask others whether the cluster was recovered.
+    pub(crate) looks: bool,
     /// Hosts that were ever forgotten. A host is forgotten only if it is gone, so the blocks that these believe to
     /// hold are not checked.
     pub(crate) ever_forgotten: BTreeSet<NodeId>,
@@ -122,6 +128,7 @@ impl World {
             nodes: (0..count).map(node).collect(),
             cut: vec![false; count * count],
             agreed: BTreeMap::new(),
+            looks: false,
             ever_forgotten: BTreeSet::new(),
             stats: Stats::default(),
             liar: None,
@@ -182,6 +189,9 @@ impl World {
             self.lie(liar);
         }
         for node in 0..self.nodes.len() {
+            if self.looks {
+                self.look(node);
+            }
             let alive = self.alive(node);
             self.with(node, |up, now| up.tick(now, &alive));
             if self.random.percent(5) {
@@ -215,7 +225,28 @@ impl World {
         alive
     }
 
-    fn with(&mut self, node: usize, act: impl FnOnce(&mut Replica, u64) -> Output) {
+    /// A host looks which other members are there, and asks those of another cluster about it, as the daemon does.
+    fn look(&mut self, node: usize) {
+        let Some(up) = &self.nodes[node].up else { return };
+        let (cluster, members) = (up.map().cluster, up.map().members.clone());
+        let there =
+            |peer: &usize| *peer != node && self.nodes[*peer].up.is_some() && self.reaches(*peer, node);
+        let seen: Vec<usize> = (0..self.nodes.len()).filter(there).collect();
+        let seen = seen.into_iter().filter(|peer| members.contains(&self.nodes[*peer].id));
+        let (present, others): (Vec<usize>, Vec<usize>) =
+            seen.partition(|peer| self.nodes[*peer].disk.learned.cluster == cluster);
+        let ids =
+            |peers: Vec<usize>| -> BTreeSet<NodeId> { peers.into_iter().map(|p| self.nodes[p].id).collect() };
+        let (present, others) = (ids(present), ids(others));
+        let asks = self.random.percent(3);
+        self.with(node, |up, now| {
+            up.note_present(now, present);
+            let other = others.first().filter(|_| asks && up.wants_recovery());
+            other.map(|peer| up.ask_recovery(*peer)).unwrap_or_default()
+        });
+    }
+
+    pub(crate) fn with(&mut self, node: usize, act: impl FnOnce(&mut Replica, u64) -> Output) {
         let now = self.now;
         if let Some(up) = &mut self.nodes[node].up {
             let out = act(up, now);
@@ -235,7 +266,15 @@ impl World {
         }
         let Node { up: Some(up), disk, .. } = &mut self.nodes[node] else { return };
         if out.persist {
-            assert!(disk.learned.version <= up.map().version, "versions grow");
+            let later = disk.learned.version <= up.map().version;
+            assert!(later || disk.learned.cluster != up.map().cluster, "versions grow");
+            if disk.held.is_some() && up.held().is_some() {
+                let part = |durable: &Durable| (durable.promised, durable.accepted.clone());
+                assert_eq!(part(disk), part(up.durable()), "a host that was left out takes no part");
+            }
+            if disk.held.is_none() && up.held().is_some() {
+                self.stats.left_out += 1;
+            }
             assert!(disk.promised <= up.durable().promised, "promises grow");
             disk.clone_from(up.durable());
             self.news = true;
@@ -260,7 +299,10 @@ impl World {
                 Event::Fork { .. } => panic!("no host votes twice"),
                 // A host without proofs, such as one that has just joined, may send a map to one that was away.
                 Event::Unproved { .. } => {}
-                Event::ForeignCluster { .. } => assert!(self.liar.is_some(), "there is only one cluster"),
+                Event::RecoveryEnded(end) => self.stats.recoveries += usize::from(end == RecoveryEnd::Done),
+                Event::ForeignCluster { .. } => {
+                    assert!(self.liar.is_some() || self.looks, "there is only one cluster")
+                }
             }
         }
     }
@@ -317,7 +359,8 @@ impl World {
                 // Network 3 is sometimes dropped, which undoes claims in the same decree.
                 let claim = matches!(&change, Change::Claim { network: n, .. } if *n != network(3));
                 if claim && !*has_released && !self.ever_forgotten.contains(me) {
-                    assert_eq!(apply(&self.agreed[&version], &change), Ok(None), "{change:?} is done");
+                    let map = &self.agreed[&(disk.learned.cluster, version)];
+                    assert_eq!(apply(map, &change), Ok(None), "{change:?} is done");
                 }
             }
             Err(Refusal::NoMajority { .. }) => self.stats.no_majority += 1,
@@ -331,23 +374,31 @@ impl World {
         if learned.version == 0 {
             return;
         }
-        if let Some(known) = self.agreed.get(&learned.version) {
+        let version = (learned.cluster, learned.version);
+        if let Some(known) = self.agreed.get(&version) {
             assert_eq!(known, learned, "two maps of one version");
             return;
         }
-        if let Some(before) = self.agreed.get(&(learned.version - 1)) {
+        if let Some(before) = self.agreed.get(&(version.0, version.1 - 1)) {
             assert!(is_step(before, learned), "{before:?}\n{learned:?}");
         }
         assert_disjoint(learned.blocks.keys());
         assert!(learned.blocks.values().all(|owner| learned.members.contains(owner)));
-        self.agreed.insert(learned.version, learned.clone());
+        self.agreed.insert(version, learned.clone());
         self.stats.decrees += 1;
     }
 
-    /// Checks that no two hosts believe at one time that they hold the same address, however old their maps are.
+    /// Checks that no two hosts of a cluster believe at one time that they hold the same address, however old their maps
+    /// are.
     fn check_holders(&self) {
+        let clusters: BTreeSet<u64> = self.nodes.iter().map(|node| node.disk.learned.cluster).collect();
+        clusters.into_iter().for_each(|cluster| self.check_holders_of(cluster));
+    }
+
+    fn check_holders_of(&self, cluster: u64) {
         let mut held = Vec::new();
-        for node in self.nodes.iter().filter(|node| !self.ever_forgotten.contains(&node.id)) {
+        let nodes = self.nodes.iter().filter(|node| node.disk.learned.cluster == cluster);
+        for node in nodes.filter(|node| !self.ever_forgotten.contains(&node.id)) {
             let own = node.disk.learned.blocks.iter().filter(|(_, owner)| **owner == node.id);
             let used = |block: &&Block| block.network != network(3) && !node.giving_up.contains(block);
             held.extend(own.map(|(block, _)| block).filter(used));

@@ -77,7 +77,7 @@ pub fn peers(view: &View) -> BTreeMap<NodeId, (&Node, record::Tunnel)> {
 
 /// Returns the VTEP of each peer for encrypted switched networks.
 pub(crate) fn remotes(view: &View) -> BTreeMap<NodeId, Remote> {
-    let remote = |id| Remote { vtep: address(view.alloc.cluster, id).into(), port: SEALED_VXLAN_PORT };
+    let remote = |id| Remote { vtep: address(view.alloc.origin(), id).into(), port: SEALED_VXLAN_PORT };
     peers(view).into_keys().map(|id| (id, remote(id))).collect()
 }
 
@@ -96,7 +96,7 @@ pub(crate) fn part(dataplane: &mut Dataplane, view: &View, epochs: &KeyEpochs) {
         true => (TunnelKind::Kernel, None),
         false => (TunnelKind::Userspace, Some(own.record.vtep)),
     };
-    let cluster = view.alloc.cluster;
+    let cluster = view.alloc.origin();
     let here = IpAddr::V6(address(cluster, view.me));
     for port in [tunnel.port, epochs::other_port(tunnel.port)] {
         let device = epochs::interface_of(port);
@@ -153,7 +153,7 @@ pub fn gate(view: &View, epochs: &KeyEpochs) -> Option<Gate> {
     let mut here = ports
         .into_iter()
         .filter(|port| epochs::key_of(tunnel, epochs, epochs::interface_of(*port)).is_some());
-    Some(Gate { port: here.next()?, prefix: prefix(view.alloc.cluster), kernel: tunnel.kernel })
+    Some(Gate { port: here.next()?, prefix: prefix(view.alloc.origin()), kernel: tunnel.kernel })
 }
 
 /// Returns the MTU of the WireGuard interface, in bytes: the link MTU without overhead.

@@ -51,7 +51,7 @@ impl NeededRanges {
                 }
             }
         }
-        let tunnel = tunnel::prefix(view.alloc.cluster);
+        let tunnel = tunnel::prefix(view.alloc.origin());
         let mut prefixes = vec![(tunnel, Needed::Tunnel(tunnel))];
         prefixes.extend(services.iter().map(|range| (*range, Needed::Services(*range))));
         let connected = |(prefix, device): (&IpNet, &String)| {

@@ -83,7 +83,7 @@ pub(super) fn devices(dataplane: &mut Dataplane, view: &View, network: &Network,
         Link::Vxlan { vni, local, port, mtu, master, mac, up, tuned, sealed: false }
     };
     let in_tunnel = |own: Tunnel| {
-        let (local, port) = (tunnel::address(view.alloc.cluster, view.me).into(), SEALED_VXLAN_PORT);
+        let (local, port) = (tunnel::address(view.alloc.origin(), view.me).into(), SEALED_VXLAN_PORT);
         let mac = Mac::of_vxlan(network.id);
         match own.kernel {
             true => Link::Vxlan { vni, local, port, mtu, master, mac, up, tuned, sealed: true },
