@@ -12,7 +12,7 @@ use ovl_proto::DEFAULT_SOCKET;
 use crate::command::resource::jsonpath::{self, Template};
 use crate::command::{
     attach, cni, completions, detach, dns, endpoint, endpoints, events, fdb, key, lifecycle, man, metrics,
-    network, peers, plan, policy, resource, routes, sandbox, status, subnets, verify,
+    network, peers, plan, policy, recover, resource, routes, sandbox, status, subnets, verify,
 };
 use crate::context::Context;
 use crate::error::{Error, Result};
@@ -116,6 +116,8 @@ enum Command {
     Leave,
     /// Leave the cluster and delete every device, route and rule that ovl created on this host
     Teardown(lifecycle::TeardownArgs),
+    /// Continue a cluster whose majority is lost for good, or answer such a recovery of other hosts
+    Recover(recover::Args),
     /// List the address blocks and the hosts that hold them
     Subnets,
     /// List the forwarding database entries of ovl's devices
@@ -205,6 +207,7 @@ impl Cli {
             Command::Peers(args) => peers::run(&context, args),
             Command::Leave => lifecycle::leave(&context),
             Command::Teardown(args) => lifecycle::teardown(&context, &args),
+            Command::Recover(args) => recover::run(&context, &args),
             Command::Subnets => subnets::run(&context),
             Command::Fdb => fdb::run(&context),
             Command::Routes => routes::run(&context),
@@ -273,6 +276,11 @@ mod tests {
             "peers admit host2",
             "leave",
             "teardown --yes",
+            "recover --from-majority-loss",
+            "recover --from-majority-loss --dry-run",
+            "recover --from-majority-loss --yes --lost 2",
+            "recover --accept --yes",
+            "recover --reject",
             "subnets",
             "fdb",
             "routes",
@@ -370,6 +378,11 @@ mod tests {
             "endpoint ready",
             "--socket",
             "peers forget",
+            "recover",
+            "recover --yes",
+            "recover --accept --reject",
+            "recover --accept --dry-run",
+            "recover --accept --lost 2",
             "network",
             "network create",
             "network create blue --driver carrier-pigeon",

@@ -17,6 +17,7 @@ pub(crate) mod network;
 pub(crate) mod peers;
 pub(crate) mod plan;
 pub(crate) mod policy;
+pub(crate) mod recover;
 pub(crate) mod resource;
 pub(crate) mod routes;
 pub(crate) mod sandbox;

@@ -38,6 +38,7 @@ fn timeout_s(request: &Request) -> u64 {
         | Request::Teardown
         | Request::PeersAdmit { .. }
         | Request::PeersForget { .. }
+        | Request::Recover(_)
         | Request::KeyRotateCluster { .. } => 60,
         _ => 30,
     }

@@ -69,7 +69,7 @@ impl Error {
 }
 
 /// The commands that are never suggested for a misspelt one.
-const NOT_SUGGESTED: [&str; 2] = ["leave", "teardown"];
+const NOT_SUGGESTED: [&str; 3] = ["leave", "teardown", "recover"];
 
 /// Removes suggestions of commands that take the host out of the cluster. `None` if there are none.
 fn suggest_nothing_destructive(error: &clap::Error, cli: &clap::Command) -> Option<clap::Error> {
