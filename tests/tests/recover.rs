@@ -77,10 +77,10 @@ fn wait_recovered_problem(host: &Host, parts: &[&str]) -> String {
 }
 
 /// A host that was left out attaches nothing, and can change nothing of the cluster.
-fn assert_left_out(host: &Host, network: &str) {
+fn assert_left_out(host: &Host, network: &str, name: &str) {
     let problem = wait_recovered_problem(host, &["was recovered on host h1", "without this host"]);
     assert_contains(&problem, &["ovlctl recover --accept", &format!("ovlctl peers admit {}", id(host))]);
-    let workload = host.workload(&format!("late-{}", host.name())).unwrap();
+    let workload = host.workload(name).unwrap();
     let args = ["attach", workload.name(), "--network", network, "--netns", workload.path_str()];
     assert_contains(&ctl_error(host, &args).unwrap(), &["was recovered on host h1"]);
     assert_contains(&ctl_error(host, &["peers", "forget", "h1"]).unwrap(), &["was recovered on host h1"]);
@@ -141,11 +141,11 @@ fn one_survivor_of_three_recovers_and_the_dead_return_one_by_one() {
 
     for host in [h2, h3] {
         bring_back(&[host]);
-        assert_left_out(host, "blue");
+        assert_left_out(host, "blue", "late");
         let advice = format!("ovlctl peers admit {}", id(host));
         wait_recovered_problem(h1, &[host.name(), "is not a member", "ovlctl recover --accept", &advice]);
         host.restart().unwrap();
-        assert_left_out(host, "blue");
+        assert_left_out(host, "blue", "later");
     }
     assert_eq!(members(h1).unwrap(), 1);
     assert!(!is_used(h1, "b").unwrap() && !is_used(h1, "c").unwrap());
@@ -207,7 +207,7 @@ fn two_survivors_of_five_recover_through_a_crash_and_the_dead_return_together() 
 
     bring_back(&[h3, h4, h5]);
     for host in [h3, h4, h5] {
-        assert_left_out(host, "blue");
+        assert_left_out(host, "blue", "late");
         wait_recovered_problem(h2, &[host.name(), "is not a member"]);
     }
     for host in [h1, h2] {

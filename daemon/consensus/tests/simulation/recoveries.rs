@@ -129,6 +129,13 @@ fn run(many: u64, faults: bool) -> Option<Stats> {
         let run = std::panic::AssertUnwindSafe(|| {
             world.heal_and_claim();
             world.storm(1000);
+            world.heal_and_claim();
+            // Some of these are not decided when the majority is lost.
+            for _ in 0..10 {
+                let node = world.random.below(world.nodes.len() as u64) as usize;
+                world.request_any(node);
+                world.step();
+            }
             let lost = world.lose_and_recover(faults);
             world.return_and_accept(&lost, faults);
             world.heal_and_claim();
