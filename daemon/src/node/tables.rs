@@ -362,10 +362,12 @@ fn entries_of(table: &Table, set: &[Entry], unset: &[Key]) -> Vec<Entry> {
 
 /// Tells what has changed in a host's table, from its entries before and after.
 fn tell_entries(state: &mut State, host: NodeId, before: &[Entry], after: &[Entry]) {
-    let endpoint = |entry| match entry {
-        &Entry::Endpoint(ref endpoint) => Some((endpoint.id, endpoint)),
-        _ => None,
-    };
+    fn endpoint(entry: &Entry) -> Option<(EndpointId, &Endpoint)> {
+        match entry {
+            Entry::Endpoint(endpoint) => Some((endpoint.id, endpoint)),
+            _ => None,
+        }
+    }
     let new: BTreeMap<EndpointId, &Endpoint> = after.iter().filter_map(endpoint).collect();
     let joined: BTreeMap<EndpointId, NetworkId> = before
         .iter()
