@@ -9,8 +9,9 @@
 //! 4. the peer sends them, and then an empty message as the end.
 //!
 //! Steps 3 and 4 are repeated until nothing is missing. Only one peer is asked at a time, and only when neither digest
-//! is changing: while it changes, pushes are in flight. So a burst of writes costs no exchange, and a host that
-//! missed one fetches it once. The other direction is the peer's own business.
+//! is changing: while it changes, pushes are in flight. What a peer said of its digest before this host's came to rest
+//! does not count, because the same pushes may have been on their way to it. So a burst of writes costs no exchange, and a
+//! host that missed one fetches it once. The other direction is the peer's own business.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -113,12 +114,13 @@ impl Exchanges {
     }
 
     /// Begins an exchange if one is due, and returns the peer to send the parts to. `own` is the digest of this host.
-    /// Peers for which `is_alive` is false are not asked for what they announced.
+    /// `said` tells when a peer last said that its digest is the announced one, in milliseconds of this run; peers for
+    /// which it is `None` are not asked for what they announced.
     pub(crate) fn begin(
         &mut self,
         now: u64,
         own: Hash,
-        is_alive: impl Fn(&NodeId) -> bool,
+        said: impl Fn(&NodeId) -> Option<u64>,
     ) -> Option<NodeId> {
         self.own.note(own, now);
         let same = self.peers.iter().filter(|(_, peer)| peer.digest.digest == own);
@@ -133,10 +135,12 @@ impl Exchanges {
             announced.asked = None;
         }
         let peers = &self.peers;
-        let settled = self.own.is_settled(now);
+        let settled_at = self.own.settled_at();
         let due = |peer: &NodeId| {
             self.greeted.contains(peer)
-                || settled && peers.get(peer).is_some_and(|it| it.is_due(now, &own)) && is_alive(peer)
+                || now >= settled_at
+                    && peers.get(peer).is_some_and(|it| it.is_due(now, &own))
+                    && said(peer).is_some_and(|at| at >= settled_at)
         };
         let known = || peers.keys().chain(&self.greeted).copied().filter(|peer| due(peer));
         let peer = known().filter(|peer| *peer > self.last).min().or_else(|| known().min())?;
@@ -212,7 +216,7 @@ impl Announced {
         let wait = self.asked.map_or(0, |(then, at)| {
             at.saturating_add(if then == *digest { UNCHANGED_AGAIN_MS } else { AGAIN_MS })
         });
-        digest != own && now >= wait && self.digest.is_settled(now)
+        digest != own && now >= wait && now >= self.digest.settled_at()
     }
 }
 
@@ -226,9 +230,9 @@ impl Steady {
         }
     }
 
-    fn is_settled(&self, now: u64) -> bool {
-        now.saturating_sub(self.changed_at) >= QUIET_MS
-            || now.saturating_sub(self.restless_since) >= RESTLESS_MS
+    /// Returns when it counts as settled, unless it changes before.
+    fn settled_at(&self) -> u64 {
+        self.changed_at.saturating_add(QUIET_MS).min(self.restless_since.saturating_add(RESTLESS_MS))
     }
 }
 
@@ -241,6 +245,9 @@ mod tests {
     const ME: NodeId = node(5);
     const OWN: Hash = [1; 32];
     const OTHER: Hash = [2; 32];
+
+    /// Each peer has just said what its digest is.
+    const ALWAYS: fn(&NodeId) -> Option<u64> = |_| Some(u64::MAX);
 
     const fn node(number: u8) -> NodeId {
         NodeId([number; 10])
@@ -258,7 +265,7 @@ mod tests {
     /// Exchanges of a host at rest, whose peers announce `digest`.
     fn exchanges(peers: &[u8], digest: Hash) -> Exchanges {
         let mut exchanges = Exchanges::new(ME);
-        assert_eq!(exchanges.begin(0, OWN, |_| true), None);
+        assert_eq!(exchanges.begin(0, OWN, ALWAYS), None);
         peers.iter().for_each(|peer| exchanges.announce(node(*peer), digest, 0));
         exchanges
     }
@@ -269,23 +276,23 @@ mod tests {
         let mut asked = Vec::new();
         for turn in 0..6 {
             let now = 1_000 + turn * PATIENCE_MS / 2;
-            asked.extend(exchanges.begin(now, OWN, |peer| *peer != node(9)));
+            asked.extend(exchanges.begin(now, OWN, |peer| (*peer != node(9)).then_some(u64::MAX)));
         }
         // Each is silent, so the next one has to wait until its time is up.
         assert_eq!(asked, [node(7), node(2), node(4)]);
-        assert_eq!(exchanges.begin(6_999, OWN, |_| true), None, "the last one may still answer");
-        assert_eq!(exchanges.begin(7_000, OWN, |_| true), Some(node(7)), "its turn again");
+        assert_eq!(exchanges.begin(6_999, OWN, ALWAYS), None, "the last one may still answer");
+        assert_eq!(exchanges.begin(7_000, OWN, ALWAYS), Some(node(7)), "its turn again");
     }
 
     #[test]
     fn no_peer_is_asked_while_pushes_are_in_flight_unless_they_never_end() {
         let mut exchanges = exchanges(&[7], OTHER);
-        assert_eq!(exchanges.begin(QUIET_MS - 1, OWN, |_| true), None);
+        assert_eq!(exchanges.begin(QUIET_MS - 1, OWN, ALWAYS), None);
         let (mut now, mut number) = (QUIET_MS, 3);
         let asked_at = loop {
             let own = [number; 32];
             exchanges.announce(node(7), [number + 100; 32], now);
-            if exchanges.begin(now, own, |_| true).is_some() {
+            if exchanges.begin(now, own, ALWAYS).is_some() {
                 break now;
             }
             (now, number) = (now + 100, number + 1);
@@ -294,28 +301,41 @@ mod tests {
     }
 
     #[test]
+    fn what_a_peer_said_before_the_own_digest_came_to_rest_does_not_count() {
+        let mut exchanges = exchanges(&[7], OTHER);
+        // A push arrives here, and later at the peer, which says so with its next pong.
+        assert_eq!(exchanges.begin(10_000, [3; 32], |_| Some(9_900)), None);
+        assert_eq!(exchanges.begin(10_400, [3; 32], |_| Some(10_200)), None);
+        exchanges.announce(node(7), [3; 32], 10_600);
+        assert_eq!(exchanges.begin(12_000, [3; 32], |_| Some(10_600)), None);
+        // One that the peer has missed.
+        assert_eq!(exchanges.begin(20_000, [4; 32], |_| Some(19_900)), None);
+        assert_eq!(exchanges.begin(20_400, [4; 32], |_| Some(20_300)), Some(node(7)));
+    }
+
+    #[test]
     fn equal_digests_and_dead_peers_are_left_alone() {
         let mut exchanges = exchanges(&[7, 8], OWN);
-        assert_eq!(exchanges.begin(1_000, OWN, |_| true), None);
+        assert_eq!(exchanges.begin(1_000, OWN, ALWAYS), None);
         exchanges.announce(node(8), OTHER, 1_000);
-        assert_eq!(exchanges.begin(2_000, OWN, |_| false), None);
+        assert_eq!(exchanges.begin(2_000, OWN, |_| None), None);
         exchanges.forget(node(8));
-        assert_eq!(exchanges.begin(2_000, OWN, |_| true), None);
+        assert_eq!(exchanges.begin(2_000, OWN, ALWAYS), None);
     }
 
     #[test]
     fn greeted_peer_is_asked_at_once() {
         let mut exchanges = Exchanges::new(ME);
         exchanges.greet(node(3));
-        assert_eq!(exchanges.begin(0, OWN, |_| false), Some(node(3)));
+        assert_eq!(exchanges.begin(0, OWN, |_| None), Some(node(3)));
         assert_eq!(exchanges.on_index(node(3), Vec::new(), |_, _| true, 1), Some(Vec::new()));
-        assert_eq!(exchanges.begin(2, OWN, |_| false), None);
+        assert_eq!(exchanges.begin(2, OWN, |_| None), None);
     }
 
     #[test]
     fn all_that_is_missing_is_fetched_in_bounded_steps_and_nothing_else() {
         let mut exchanges = exchanges(&[7], OTHER);
-        let peer = exchanges.begin(1_000, OWN, |_| true).unwrap();
+        let peer = exchanges.begin(1_000, OWN, ALWAYS).unwrap();
         let mut stored: BTreeSet<ObjectKey> = (0..100).map(key).collect();
         let index: Vec<_> = (0..1_200).map(|number| (key(number), stamp(1))).collect();
         assert_eq!(exchanges.on_index(node(8), index.clone(), |_, _| true, 1_000), None, "it was not asked");
@@ -327,34 +347,34 @@ mod tests {
             stored.extend(want);
             now += PATIENCE_MS / 2;
             assert_eq!(exchanges.on_objects(peer, false, |_, _| true, now), []);
-            assert_eq!(exchanges.begin(now + 1, OWN, |_| true), None, "it goes on");
+            assert_eq!(exchanges.begin(now + 1, OWN, ALWAYS), None, "it goes on");
             want = exchanges.on_objects(peer, true, |key, _| !stored.contains(key), now);
         }
         assert_eq!((fetched, stored.len()), (1_100, 1_200));
-        assert_eq!(exchanges.begin(now + 1, OTHER, |_| true), None);
+        assert_eq!(exchanges.begin(now + 1, OTHER, ALWAYS), None);
     }
 
     #[test]
     fn host_is_level_with_a_peer_after_an_exchange_or_with_the_same_digest() {
         let mut exchanges = exchanges(&[7, 8], OTHER);
         exchanges.announce(node(9), OWN, 0);
-        assert_eq!(exchanges.begin(1_000, OWN, |_| true), Some(node(7)));
+        assert_eq!(exchanges.begin(1_000, OWN, ALWAYS), Some(node(7)));
         let level = |exchanges: &Exchanges| [7, 8, 9].map(|peer| exchanges.is_level(&node(peer)));
         assert_eq!(level(&exchanges), [false, false, true]);
         assert_eq!(exchanges.on_index(node(7), Vec::new(), |_, _| true, 1_000), Some(Vec::new()));
         assert_eq!(level(&exchanges), [true, false, true]);
-        exchanges.begin(1_001, OTHER, |_| true);
+        exchanges.begin(1_001, OTHER, ALWAYS);
         assert_eq!(level(&exchanges), [true, true, true]);
     }
 
     #[test]
     fn peer_whose_objects_are_not_accepted_is_left_alone_for_a_while() {
         let mut exchanges = exchanges(&[7], OTHER);
-        let peer = exchanges.begin(1_000, OWN, |_| true).unwrap();
+        let peer = exchanges.begin(1_000, OWN, ALWAYS).unwrap();
         let want = exchanges.on_index(peer, vec![(key(1), stamp(1))], |_, _| true, 1_000);
         assert_eq!(want, Some(vec![key(1)]));
         assert_eq!(exchanges.on_objects(peer, true, |_, _| true, 1_001), []);
-        assert_eq!(exchanges.begin(5_999, OWN, |_| true), None);
-        assert_eq!(exchanges.begin(6_000, OWN, |_| true), Some(peer));
+        assert_eq!(exchanges.begin(5_999, OWN, ALWAYS), None);
+        assert_eq!(exchanges.begin(6_000, OWN, ALWAYS), Some(peer));
     }
 }

@@ -204,9 +204,13 @@ impl Node {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             let (now, own) = (state.now(), state.objects.digest());
-            let State { peers, exchanges, .. } = state;
-            let is_alive = |id: &NodeId| peers.get(id).is_some_and(|peer| peer.signs.gossip);
-            let Some(peer) = exchanges.begin(now, own, is_alive) else { return };
+            let State { peers, exchanges, epoch, .. } = state;
+            let said = |id: &NodeId| {
+                peers.get(id).filter(|peer| peer.signs.gossip)?;
+                let at = self.gossip().hinted(*id)?.saturating_duration_since(*epoch);
+                Some(super::peers::millis(at))
+            };
+            let Some(peer) = exchanges.begin(now, own, said) else { return };
             (peer, state.objects.all().parts())
         };
         self.links().send(peer, &Message::ObjectParts(parts));

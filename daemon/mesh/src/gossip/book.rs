@@ -58,6 +58,8 @@ pub(super) struct Peer {
     proved: Option<Instant>,
     /// Its latest hints, and their position.
     hints: (Sequence, Hints),
+    /// When it last signed that these are its hints.
+    hinted: Option<Instant>,
     /// What its wall clock said in its last answer, in milliseconds since 1970, and when that arrived.
     clock: Option<(u64, Instant)>,
     rtt: Option<Duration>,
@@ -241,14 +243,26 @@ impl PeerBook {
     }
 
     /// Takes hints that the peer has signed, if they are later. Returns whether they are.
-    pub(super) fn take_hints(&mut self, node: NodeId, sequence: Sequence, hints: Hints) -> bool {
+    pub(super) fn take_hints(
+        &mut self,
+        node: NodeId,
+        sequence: Sequence,
+        hints: Hints,
+        now: Instant,
+    ) -> bool {
         let later = self.is_later(node, sequence);
         if let Some(peer) = self.peers.get_mut(&node)
-            && later
+            && sequence >= peer.hints.0
         {
             peer.hints = (sequence, hints);
+            peer.hinted = Some(now);
         }
         later
+    }
+
+    /// When a peer last signed that its hints are what [`Self::hints`] returns.
+    pub(super) fn hinted(&self, node: NodeId) -> Option<Instant> {
+        self.peers.get(&node)?.hinted
     }
 
     /// Takes what the wall clock of a peer said in an answer that it has signed; 0 if it said nothing.
@@ -455,6 +469,7 @@ impl PeerBook {
             last_heard: None,
             proved: None,
             hints: Default::default(),
+            hinted: None,
             clock: None,
             rtt: None,
             answered: 1.0,

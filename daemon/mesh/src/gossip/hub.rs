@@ -228,20 +228,13 @@ impl Hub {
         }
     }
 
-    /// Sets the hints of the local host, and sends them to these addresses. All other hosts get them with the next pong.
-    pub(super) fn set_hints(&self, hints: Hints, to: &[SocketAddr]) {
-        let statement = {
-            let mut state = self.lock();
-            if state.hints == hints {
-                return;
-            }
+    /// Sets the hints of the local host, which are part of each pong.
+    pub(super) fn set_hints(&self, hints: Hints) {
+        let mut state = self.lock();
+        if state.hints != hints {
             state.hints = hints;
             state.sequence.1 += 1;
-            Statement { answer: None, sequence: state.sequence, hints, wall_ms: 0 }
-        };
-        let Some(signed) = self.sign(&statement) else { return };
-        let packet = Packet::Hints(signed);
-        to.iter().for_each(|to| self.send(*to, &packet));
+        }
     }
 
     /// Signs a statement. It cannot fail, because statements have a fixed size.
@@ -433,7 +426,7 @@ impl Hub {
                 let (node, statement) = signed.claim()?;
                 let fresh = proved == Some(node) && state.book.is_later(node, statement.sequence);
                 if fresh && state.verifications.take(now) && signed.is_valid() {
-                    state.book.take_hints(node, statement.sequence, statement.hints);
+                    state.book.take_hints(node, statement.sequence, statement.hints, now);
                     self.news.notify_one();
                 }
                 None
@@ -455,7 +448,7 @@ impl Hub {
                 if state.book.take_relayed(node, nonce) && signed.is_valid() {
                     let news = state.book.proved(node, now);
                     state.book.take_clock(node, statement.wall_ms, now);
-                    if state.book.take_hints(node, statement.sequence, statement.hints) || news {
+                    if state.book.take_hints(node, statement.sequence, statement.hints, now) || news {
                         self.news.notify_one();
                     }
                 }
@@ -507,7 +500,7 @@ impl Hub {
         }
         state.book.take_clock(node, wall_ms, now);
         let mut news = state.book.proved(node, now);
-        news |= state.book.take_hints(node, sequence, hints);
+        news |= state.book.take_hints(node, sequence, hints, now);
         if state.opener.prove(&run, node) {
             if state.proved.len() < MAX_PROVED {
                 state.proved.push(from);

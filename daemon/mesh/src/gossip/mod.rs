@@ -56,8 +56,6 @@ use pulse::Seeds;
 pub use statement::Hints;
 pub(crate) use strangers::Strangers;
 
-/// The minimum interval between publications of hints. They may be late: peers use them only to find missed state.
-const HINTS_EVERY: Duration = Duration::from_millis(100);
 /// The maximum number of peers that receive a local change directly. They spread it to the others.
 const MAX_DIRECT_PEERS: usize = 64;
 /// The pauses before the copies of an announcement, so that a lost datagram does not lose it.
@@ -161,10 +159,10 @@ pub struct Gossip {
     tasks: JoinSet<()>,
 }
 
-/// The record and hints that wait to be published.
+/// The record that waits to be published.
 #[derive(Default)]
 struct Outgoing {
-    waiting: Mutex<(Option<SignedRecord>, Option<Hints>)>,
+    waiting: Mutex<Option<SignedRecord>>,
     changed: Notify,
 }
 
@@ -208,15 +206,17 @@ impl Gossip {
             self.set_link_mtu(record.link_mtu);
         }
         self.hub.set_record(record.clone());
-        self.outgoing.waiting.lock().unwrap_or_else(PoisonError::into_inner).0 = Some(record);
+        *self.outgoing.waiting.lock().unwrap_or_else(PoisonError::into_inner) = Some(record);
         self.outgoing.changed.notify_one();
     }
 
-    /// Publishes new hints within 100 ms: sends them to up to 64 live peers, and all others get them with the answer to
-    /// their next ping.
+    /// Sets the hints. Each peer gets them with the answer to its next ping: after 0.6 seconds, or up to 1.5 seconds if
+    /// there are many peers.
+    ///
+    /// Nothing is sent for them. What changed is pushed over streams, and hints only find what was lost there. If each
+    /// host told each other one at once, a change that all hosts take over would cost the square of their number.
     pub fn set_hints(&self, hints: Hints) {
-        self.outgoing.waiting.lock().unwrap_or_else(PoisonError::into_inner).1 = Some(hints);
-        self.outgoing.changed.notify_one();
+        self.hub.set_hints(hints);
     }
 
     /// Sets the peers that are dialled while they are not alive, in addition to the hosts to join.
@@ -275,6 +275,11 @@ impl Gossip {
         self.hub.lock().book.contacts()
     }
 
+    /// When a peer last signed that its hints are those of its last [`GossipEvent::Peer`]. `None` if it never did.
+    pub fn hinted(&self, node: NodeId) -> Option<Instant> {
+        self.hub.lock().book.hinted(node)
+    }
+
     /// What the wall clock of each peer says now, in milliseconds since 1970, as far as its last signed answer tells.
     pub fn clocks(&self) -> BTreeMap<NodeId, u64> {
         self.hub.lock().book.clocks(Instant::now())
@@ -299,35 +304,14 @@ impl Gossip {
 }
 
 async fn publish(hub: Arc<Hub>, cluster: Arc<Cluster>, outgoing: Arc<Outgoing>) {
-    let mut next_hints = Instant::now();
-    let mut hints = None;
     loop {
-        let due = hints.is_some();
-        tokio::select! {
-            () = outgoing.changed.notified() => {}
-            () = tokio::time::sleep_until(next_hints), if due => {}
+        outgoing.changed.notified().await;
+        let record = outgoing.waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(record) = record else { continue };
+        if let Err(error) = cluster.set_record(&record).await {
+            error!(%error, "cannot publish the record of the local host");
         }
-        let record = {
-            let mut waiting = outgoing.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-            hints = waiting.1.take().or(hints);
-            waiting.0.take()
-        };
-        let mut changed = false;
-        if let Some(record) = record {
-            changed = true;
-            if let Err(error) = cluster.set_record(&record).await {
-                error!(%error, "cannot publish the record of the local host");
-            }
-        }
-        if Instant::now() >= next_hints
-            && let Some(hints) = hints.take()
-        {
-            hub.set_hints(hints, &live(&hub));
-            next_hints = Instant::now() + HINTS_EVERY;
-        }
-        if changed {
-            live(&hub).into_iter().for_each(|to| cluster.gossip(to));
-        }
+        live(&hub).into_iter().for_each(|to| cluster.gossip(to));
     }
 }
 

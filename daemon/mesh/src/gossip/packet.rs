@@ -22,7 +22,7 @@ pub(super) enum Packet {
     Ping { nonce: u64 },
     /// The reply to a ping: a statement with its nonce.
     Pong(SignedStatement),
-    /// The new hints of the sender: a statement without a nonce.
+    /// The new hints of the sender: a statement without a nonce. Read, and no longer sent: pongs have the hints.
     Hints(SignedStatement),
     /// A request to ping another host, and to pass on its pong.
     PingFor { node: NodeId, nonce: u64 },

@@ -173,7 +173,7 @@ async fn three_hosts_find_each_other_and_learn_changes() {
     a.gossip.set_hints(hints);
     for node in [&mut b, &mut c] {
         let took = node.wait_peer(ida, |_, told, _| *told == hints).await;
-        assert!(took < Duration::from_millis(500), "{took:?}");
+        assert!(took < Duration::from_millis(1500), "{took:?}");
     }
 
     a.record.revision = 2;
