@@ -6,6 +6,11 @@
 //!
 //! Hosts that the daemon does not know are guests. There are at most [`MAX_GUESTS`], and the oldest gives way, at most
 //! one a second, because chitchat forgets a host only after ten minutes.
+//!
+//! A digest of chitchat has one entry for each run of a host that chitchat has not forgotten, and must fit a datagram:
+//! chitchat fails, or drops all messages, if it does not. So a run that a later one at the same address has superseded is
+//! dropped from messages, chitchat's state is replaced by one without such runs when there are some of them
+//! ([`Admission::is_crowded`]), and no run is let in for which there is no room.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
@@ -28,6 +33,12 @@ const EVICT_EVERY: Duration = Duration::from_secs(1);
 const MAX_RUNS: usize = 2;
 /// The minimum time between two runs of a host.
 const RUN_EVERY: Duration = Duration::from_millis(500);
+/// The maximum size in bytes of all entries of a digest. A message of chitchat has at most 65,507 bytes, and some of them
+/// are for the news that go with the digest. About 1,070 hosts with IPv4 addresses have room, 880 with IPv6.
+const MAX_DIGEST: usize = 61_000;
+/// How many superseded runs chitchat may have, apart from one for each [`HOSTS_PER_SUPERSEDED`] of all runs.
+const MAX_SUPERSEDED: usize = 16;
+const HOSTS_PER_SUPERSEDED: usize = 32;
 
 /// The hosts that messages may name.
 pub(super) struct Admission {
@@ -37,6 +48,10 @@ pub(super) struct Admission {
     guests: VecDeque<NodeId>,
     evicted: Option<Instant>,
     runs: HashMap<NodeId, Vec<Run>>,
+    /// The runs that may be in the state of chitchat.
+    inside: HashSet<Incarnation>,
+    /// The size of a digest with all of these, in bytes.
+    digest: usize,
 }
 
 /// A run of a host, with its latest record.
@@ -54,7 +69,65 @@ pub(super) fn version_of(revision: u64) -> u64 {
 
 impl Admission {
     pub(super) fn new(own: Incarnation) -> Self {
-        Self { own, known: HashSet::new(), guests: VecDeque::new(), evicted: None, runs: HashMap::new() }
+        Self {
+            own,
+            known: HashSet::new(),
+            guests: VecDeque::new(),
+            evicted: None,
+            runs: HashMap::new(),
+            inside: HashSet::new(),
+            digest: 0,
+        }
+    }
+
+    /// Notes which runs are in the state of chitchat. It forgets some by itself.
+    pub(super) fn set_inside(&mut self, inside: HashSet<Incarnation>) {
+        self.digest = inside.iter().map(entry_len).sum();
+        self.inside = inside;
+    }
+
+    /// How many runs may be in the state of chitchat.
+    pub(super) fn inside(&self) -> usize {
+        self.inside.len()
+    }
+
+    /// Whether chitchat has so many superseded runs that its state is to be replaced by one without them.
+    pub(super) fn is_crowded(&self) -> bool {
+        let superseded = self.inside.iter().filter(|host| self.is_superseded(host)).count();
+        let room = if self.digest > MAX_DIGEST / 10 * 9 {
+            0
+        } else {
+            MAX_SUPERSEDED.saturating_add(self.inside.len() / HOSTS_PER_SUPERSEDED)
+        };
+        superseded > room
+    }
+
+    /// Whether the host has been started again at its address since this run. Two daemons cannot run at one address.
+    pub(super) fn is_superseded(&self, host: &Incarnation) -> bool {
+        if (host.node, host.address) == (self.own.node, self.own.address) {
+            return host.generation < self.own.generation;
+        }
+        let runs = self.runs.get(&host.node).map(Vec::as_slice).unwrap_or_default();
+        let since = runs.iter().find(|run| run.name == *host).map(|run| run.since);
+        runs.iter().any(|run| {
+            run.name.address == host.address
+                && run.name.generation > host.generation
+                // After a restart with an old copy of the state, the later run may have the lower generation.
+                && since.is_none_or(|since| run.since >= since)
+        })
+    }
+
+    /// Lets a run in if there is room. Returns whether there is.
+    fn let_in(&mut self, host: Incarnation) -> bool {
+        if host == self.own || self.inside.contains(&host) {
+            return true;
+        }
+        let digest = self.digest.saturating_add(entry_len(&host));
+        if digest > MAX_DIGEST {
+            return false;
+        }
+        self.digest = digest;
+        self.inside.insert(host)
     }
 
     /// Replaces the set of hosts that the daemon knows.
@@ -76,17 +149,21 @@ impl Admission {
         let mut kept = Vec::new();
         for delta in std::mem::take(&mut exchange.delta) {
             // Only this host itself writes its state.
-            if delta.host != self.own && self.accepts(&delta, now, &mut new)? {
+            if delta.host != self.own
+                && self.accepts(&delta, now, &mut new)?
+                && !self.is_superseded(&delta.host)
+                && self.let_in(delta.host)
+            {
                 kept.push(delta);
             }
         }
         exchange.delta = kept;
-        exchange.digest.retain(|(host, _)| *host == self.own || self.is_named(host));
+        exchange.digest.retain(|(host, _)| *host == self.own || self.is_named(host) && self.let_in(*host));
         Ok(new)
     }
 
     fn is_named(&self, host: &Incarnation) -> bool {
-        self.run(host).is_some()
+        self.run(host).is_some() && !self.is_superseded(host)
     }
 
     fn run(&self, host: &Incarnation) -> Option<&Run> {
@@ -172,6 +249,12 @@ impl Admission {
         self.guests.push_back(node);
         true
     }
+}
+
+/// The size of the entry of a run in a digest of chitchat, in bytes: its name, and three numbers.
+fn entry_len(host: &Incarnation) -> usize {
+    let address = if host.address.is_ipv4() { 4 } else { 16 };
+    2 + 16 + 8 + 1 + address + 2 + 3 * 8
 }
 
 #[cfg(test)]
@@ -329,6 +412,117 @@ mod tests {
         let (latest, news) = news_of(&guests[MAX_GUESTS + 19], |_| {});
         let later = now + EVICT_EVERY;
         assert_eq!(filtered(&mut admission, vec![news], &[latest, hosts[1]], later), Ok((1, 1)));
+    }
+
+    /// The state of chitchat: what messages have let in, until it is replaced. It forgets nothing here, as if all of it
+    /// happened at once.
+    #[derive(Default)]
+    struct Inside(HashSet<Incarnation>);
+
+    impl Inside {
+        fn receive(
+            &mut self,
+            admission: &mut Admission,
+            delta: Vec<HostDelta>,
+            digest: &[Incarnation],
+            now: Instant,
+        ) {
+            let mut exchange = Exchange::syn(digest.iter().map(|host| (*host, [1, 0, 0])).collect());
+            exchange.delta = delta;
+            admission.filter(&mut exchange, now).unwrap();
+            self.0.extend(exchange.delta.iter().map(|delta| delta.host));
+            self.0.extend(exchange.digest.iter().map(|(host, _)| *host));
+            if admission.is_crowded() {
+                self.0.retain(|host| !admission.is_superseded(host));
+                admission.set_inside(self.0.clone());
+            }
+        }
+
+        /// The size of the digest in bytes.
+        fn digest(&self) -> usize {
+            self.0.iter().map(entry_len).sum()
+        }
+    }
+
+    #[test]
+    fn digest_stays_small_when_all_hosts_are_restarted_again_and_again() {
+        let mut admission = Admission::new(own());
+        let mut inside = Inside::default();
+        let hosts: Vec<Identity> = (0..100).map(|_| Identity::ephemeral()).collect();
+        admission.set_known(hosts.iter().map(Identity::id).collect());
+        let mut now = Instant::now();
+        let mut former: Vec<Incarnation> = Vec::new();
+        for restart in 0..1_000_u64 {
+            now += RUN_EVERY / 50;
+            let host = &hosts[restart as usize % hosts.len()];
+            let (run, news) = news_of(host, |record| record.generation = 1 + restart);
+            // Peers that have not noticed yet name all former runs, too.
+            inside.receive(&mut admission, vec![news], &former, now);
+            former.push(run);
+        }
+        assert!(
+            inside.0.len() <= 100 + MAX_SUPERSEDED + 100 / HOSTS_PER_SUPERSEDED + 1,
+            "{}",
+            inside.0.len()
+        );
+        let latest: HashSet<Incarnation> = former[900..].iter().copied().collect();
+        assert!(latest.is_subset(&inside.0));
+    }
+
+    #[test]
+    fn rolling_upgrade_of_many_hosts_never_fills_the_digest() {
+        let mut admission = Admission::new(own());
+        let mut inside = Inside::default();
+        let hosts: Vec<Identity> = (0..600).map(|_| Identity::ephemeral()).collect();
+        admission.set_known(hosts.iter().map(Identity::id).collect());
+        let now = Instant::now();
+        for generation in 1..=2 {
+            let at = now + RUN_EVERY * generation;
+            for host in &hosts {
+                let (_, news) = news_of(host, |record| record.generation = generation.into());
+                inside.receive(&mut admission, vec![news], &[], at);
+                assert!(inside.digest() <= MAX_DIGEST);
+            }
+        }
+        let current = inside.0.iter().filter(|run| run.generation == 2).count();
+        assert_eq!(current, 600, "each host is known in its later run");
+    }
+
+    #[test]
+    fn hosts_for_which_there_is_no_room_are_left_out() {
+        let mut admission = Admission::new(own());
+        let mut inside = Inside::default();
+        let room = MAX_DIGEST / entry_len(&own());
+        for number in 0..room + 5 {
+            let [.., high, low] = number.to_be_bytes();
+            let host = Incarnation { node: NodeId([1, 2, 3, 4, 5, 6, 7, 8, high, low]), ..own() };
+            let run = Run { name: host, record: String::new(), version: 1, since: Instant::now() };
+            admission.runs.insert(host.node, vec![run]);
+            inside.receive(&mut admission, Vec::new(), &[host], Instant::now());
+        }
+        assert_eq!((inside.0.len(), admission.inside()), (room, room));
+        // chitchat forgets some of them.
+        inside.0 = inside.0.iter().copied().take(room - 3).collect();
+        admission.set_inside(inside.0.clone());
+        let all: Vec<Incarnation> = admission.runs.values().map(|runs| runs[0].name).collect();
+        inside.receive(&mut admission, Vec::new(), &all, Instant::now());
+        assert_eq!(inside.0.len(), room);
+    }
+
+    #[test]
+    fn later_run_with_a_lower_generation_is_named() {
+        let mut admission = Admission::new(own());
+        let identity = Identity::ephemeral();
+        let now = Instant::now();
+        let (high, news) = news_of(&identity, |record| record.generation = 50);
+        assert_eq!(filtered(&mut admission, vec![news], &[high], now), Ok((1, 1)));
+        let (low, news) = news_of(&identity, |record| record.generation = 5);
+        assert_eq!(filtered(&mut admission, vec![news], &[low], now + RUN_EVERY), Ok((1, 1)));
+        let (later, news) = news_of(&identity, |record| record.generation = 51);
+        assert_eq!(
+            filtered(&mut admission, vec![news], &[high, low, later], now + RUN_EVERY * 2),
+            Ok((1, 1))
+        );
     }
 
     #[test]

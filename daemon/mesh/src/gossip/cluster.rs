@@ -1,5 +1,6 @@
 //! chitchat over the socket of the hub.
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -11,11 +12,12 @@ use chitchat::{
     spawn_chitchat,
 };
 use ovl_proto::record::SignedRecord;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tracing::error;
 
 use super::admission::{KEY_RECORD, version_of};
+use super::decode::Incarnation;
 use super::hub::Hub;
 
 /// The cluster id of chitchat. It is the same for all clusters, which differ by their cluster keys.
@@ -73,6 +75,38 @@ impl Cluster {
         Ok(())
     }
 
+    /// Replaces the state of chitchat by one without superseded runs. It has no call to forget one, and names each in
+    /// every digest for some minutes.
+    pub(super) async fn forget_superseded(&self) {
+        let (hub, id, interval) = (&self.hub, &self.id, self.interval);
+        let record = self.record.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.with(|chitchat| {
+            let mut state = hub.lock();
+            let admission = &mut state.admission;
+            let is_kept = |other: &ChitchatId| {
+                name_of(other).is_some_and(|name| other != id && !admission.is_superseded(&name))
+            };
+            let (_, no_seeds) = watch::channel(HashSet::new());
+            let mut new =
+                Chitchat::with_chitchat_id_and_seeds(config(id.clone(), interval), no_seeds, Vec::new());
+            set_record(&mut new, &record);
+            // Peers pass over what is not later than they know.
+            new.self_node_state().try_set_heartbeat(chitchat.self_node_state().heartbeat());
+            let mut inside = HashSet::new();
+            for (other, known) in chitchat.node_states().iter().filter(|(other, _)| is_kept(other)) {
+                let Some(value) = known.get_versioned(KEY_RECORD) else { continue };
+                let values = std::iter::once((KEY_RECORD.to_owned(), value.clone()));
+                new.reset_node_state_if_update(other, values, known.max_version(), known.last_gc_version());
+                inside.extend(name_of(other));
+            }
+            admission.set_inside(inside);
+            drop(state);
+            subscribe(&new, hub);
+            *chitchat = new;
+        })
+        .await;
+    }
+
     /// Restarts chitchat if its task fails.
     pub(super) async fn supervise(&self) {
         loop {
@@ -104,7 +138,18 @@ async fn spawn(
     interval: Duration,
     record: &(String, u64),
 ) -> anyhow::Result<Arc<ChitchatHandle>> {
-    let config = ChitchatConfig {
+    let handle = spawn_chitchat(config(id, interval), Vec::new(), &OurTransport(Arc::clone(hub))).await?;
+    handle
+        .with_chitchat(|chitchat| {
+            set_record(chitchat, record);
+            subscribe(chitchat, hub);
+        })
+        .await;
+    Ok(Arc::new(handle))
+}
+
+fn config(id: ChitchatId, interval: Duration) -> ChitchatConfig {
+    ChitchatConfig {
         listen_addr: id.gossip_advertise_addr,
         chitchat_id: id,
         cluster_id: CLUSTER.to_owned(),
@@ -115,23 +160,25 @@ async fn spawn(
         marked_for_deletion_grace_period: Duration::from_secs(3600),
         catchup_callback: None,
         extra_liveness_predicate: None,
-    };
-    let handle = spawn_chitchat(config, Vec::new(), &OurTransport(Arc::clone(hub))).await?;
+    }
+}
+
+/// Tells the hub of changes.
+fn subscribe(chitchat: &Chitchat, hub: &Arc<Hub>) {
     let news = Arc::downgrade(hub);
-    handle
-        .with_chitchat(|chitchat| {
-            set_record(chitchat, record);
-            let news = news.clone();
-            let listener = chitchat.subscribe_event("", move |_| {
-                if let Some(hub) = news.upgrade() {
-                    hub.lock().rounds.stir(Instant::now());
-                    hub.news.notify_one();
-                }
-            });
-            listener.forever();
-        })
-        .await;
-    Ok(Arc::new(handle))
+    let listener = chitchat.subscribe_event("", move |_| {
+        if let Some(hub) = news.upgrade() {
+            hub.lock().rounds.stir(Instant::now());
+            hub.news.notify_one();
+        }
+    });
+    listener.forever();
+}
+
+/// The name of a run. `None` if chitchat has one that no host has.
+pub(super) fn name_of(id: &ChitchatId) -> Option<Incarnation> {
+    let node = id.node_id.parse().ok()?;
+    Some(Incarnation { node, generation: id.generation_id, address: id.gossip_advertise_addr })
 }
 
 /// Encodes a record as a value of chitchat, with the version that peers expect.

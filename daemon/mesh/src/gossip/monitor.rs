@@ -14,7 +14,7 @@ use tracing::warn;
 
 use super::GossipEvent;
 use super::admission::KEY_RECORD;
-use super::cluster::Cluster;
+use super::cluster::{Cluster, name_of};
 use super::hub::Hub;
 use super::statement::Hints;
 use crate::keys::{self, RecordError};
@@ -43,6 +43,9 @@ pub(super) async fn run(hub: Arc<Hub>, cluster: Arc<Cluster>, events: mpsc::Send
         }
         last = now;
         let mut news = cluster.with(|chitchat| monitor.scan(chitchat, &hub, now, now >= trust_from)).await;
+        if hub.lock().admission.is_crowded() {
+            cluster.forget_superseded().await;
+        }
         {
             let mut state = hub.lock();
             news.extend(state.queue.drain(..));
@@ -105,6 +108,14 @@ impl Monitor {
             self.seen.insert(id.clone(), seen);
         }
         self.seen.retain(|_, seen| seen.scan == now);
+        {
+            let mut state = hub.lock();
+            // All that chitchat has was let in, so it has all of it if it has as much. It has this host besides.
+            if state.admission.inside() != self.seen.len().saturating_sub(1) {
+                let inside = self.seen.keys().filter(|id| **id != own).filter_map(name_of).collect();
+                state.admission.set_inside(inside);
+            }
+        }
 
         let mut ids: Vec<(NodeId, &ChitchatId, &SeenGeneration)> = Vec::new();
         for (id, seen) in &self.seen {
