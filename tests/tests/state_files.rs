@@ -121,6 +121,56 @@ fn damaged_state_file_is_refused_by_name_and_left_as_it_is() {
     assert_eq!(rows(&lab["h2"], &["peers"]).unwrap().len(), 2);
 }
 
+/// Returns the path of the journal of the state file.
+fn journal(host: &Host) -> Result<std::path::PathBuf> {
+    let files = fs::read_dir(host.state_dir())?.map(|file| file.map(|file| file.path()));
+    let mut journals = files.collect::<std::io::Result<Vec<_>>>()?;
+    journals.retain(|path| path.extension().is_some_and(|extension| extension == "journal"));
+    ensure!(journals.len() == 1, "{journals:?}");
+    Ok(journals.remove(0))
+}
+
+#[test]
+fn journal_of_the_state_file_is_cut_where_a_crash_left_it_and_refused_if_it_is_damaged() {
+    let (lab, a, b) = killed().unwrap();
+    let h1 = &lab["h1"];
+    let path = journal(h1).unwrap();
+    let good = fs::read(&path).unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    assert!(good.len() > 200, "nothing was written to the journal");
+    let with_flipped = |at: usize| {
+        let mut bytes = good.clone();
+        bytes[at] ^= 0x10;
+        bytes
+    };
+    for (what, bytes) in [
+        ("empty", Vec::new()),
+        ("garbage", vec![0x5a; 4096]),
+        ("the beginning cut", good[..30].to_vec()),
+        ("a bit of the beginning", with_flipped(20)),
+        ("a bit of the first record", with_flipped(120)),
+    ] {
+        assert_file_refused(h1, &path, &bytes, &["journal", "ovlctl peers forget", "backup"])
+            .with_context(|| what)
+            .unwrap();
+    }
+    fs::remove_file(&path).unwrap();
+    assert_contains(
+        &start_error_with(h1, 78).unwrap(),
+        &[path.to_str().unwrap(), "missing", "ovlctl peers forget"],
+    );
+    // A record that was not written completely: nobody was told of it.
+    fs::write(&path, [&good[..], b"ovlr half of a record"].concat()).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+    assert_recovers(&lab, &a, &b).unwrap();
+    // The journal of the next run continues the state file of that run, and none is left when it stops.
+    h1.ctl_ok(&["network", "create", "more", "--subnet", "10.2.0.0/24"]).unwrap();
+    assert_ne!(journal(h1).unwrap(), path);
+    h1.stop().unwrap();
+    assert!(journal(h1).is_err());
+    assert_recovers(&lab, &a, &b).unwrap();
+}
+
 #[test]
 fn missing_or_damaged_identity_is_refused_and_not_replaced() {
     let (lab, a, b) = killed().unwrap();
@@ -198,9 +248,13 @@ fn damaged_endpoint_files_are_set_aside_and_damaged_cached_tables_ignored() {
 fn unwritable_state_directory_blocks_acknowledgements_and_is_reported() {
     let lab = start_lab(1).unwrap();
     let h1 = &lab["h1"];
-    // A directory is in the way of the temporary file of the next write.
+    // A directory is in the way of the temporary file of the next state file, and there is no journal, so that there must
+    // be one.
     let beside = h1.state_dir().join("state.new");
     fs::create_dir(&beside).unwrap();
+    if let Ok(journal) = journal(h1) {
+        fs::remove_file(journal).unwrap();
+    }
     let mut create = h1.ctl_spawn(&["network", "create", "demo", "--subnet", "10.1.0.0/24"]).unwrap();
     let problem = wait_problem(h1, &["cannot be saved"], SOON).unwrap();
     assert_contains(&problem, &[h1.state_dir().join("state").to_str().unwrap()]);

@@ -349,13 +349,17 @@ impl Node {
             clock: state.objects.clock(),
             objects: state.objects.signed().cloned().collect(),
             peers: {
-                let peers = state.peers.values().map(|peer| (peer.signed.clone(), peer.last_alive_ms));
+                // In minutes, so that the state does not change in many places each time.
+                let minute = |ms: u64| ms - ms % 60_000;
+                let peers =
+                    state.peers.values().map(|peer| (peer.signed.clone(), minute(peer.last_alive_ms)));
                 peers.chain(state.newer.records()).collect()
             },
             leases: state.addresses.lent().collect(),
             alloc: Some(state.allocator.durable().clone()),
             bridges: state.bridges.iter().cloned().collect(),
             docker: state.engines.kept(),
+            journal: false,
             unknown: state.file_unknown.clone(),
         }
     }
@@ -369,16 +373,16 @@ impl Node {
         // busy, and the next snapshot contains all changes up to then.
         let mut under_way = false;
         loop {
-            let wanted = {
+            let (wanted, whole) = {
                 let mut state = self.state.borrow_mut();
                 let wanted = !under_way && std::mem::take(&mut state.save.wanted);
                 if wanted {
                     state.save.handed += 1;
                 }
-                wanted.then_some(state.save.handed)
+                (wanted.then_some(state.save.handed), state.save.whole)
             };
             if let Some(number) = wanted {
-                match self.writer.save(number, &self.snapshot()) {
+                match self.writer.save(number, self.snapshot(), whole) {
                     Ok(()) => under_way = true,
                     Err(error) => tracing::error!(%error, "cannot save the state"),
                 }

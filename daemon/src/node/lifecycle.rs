@@ -390,7 +390,9 @@ impl Node {
         if let Ok(Err(error)) = swept {
             tracing::warn!(%error, "interfaces of endpoints that are gone are left over");
         }
-        // The writer saves the state, because it may be writing the same file now.
+        // An earlier release reads the state file only without a journal. The writer saves the state, because it may be
+        // writing the same file now.
+        self.state.borrow_mut().save.whole = true;
         match tokio::time::timeout(Duration::from_secs(1), self.saved()).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(failed)) => anyhow::bail!("{}", failed.0.message),

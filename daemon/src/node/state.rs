@@ -167,6 +167,8 @@ pub(crate) struct Save {
     pub handed: u64,
     /// Whether the state has changed since then.
     pub wanted: bool,
+    /// Whether the state is to be written whole and without a journal, because the daemon stops.
+    pub whole: bool,
     /// Actions that wait, each with the number of the state that must be on the disk first.
     pub waiting: Vec<(u64, Durable)>,
 }
