@@ -389,10 +389,15 @@ fn steps() -> impl Strategy<Value = Step> {
 /// Makes the change, and returns the address of the endpoint that it adds, changes or removes. `None` for other
 /// changes.
 fn make(view: &mut View, step: &Step) -> Option<(NetworkId, IpAddr)> {
+    // Without it, another endpoint may stand for its pod.
+    let was_of_pod = |view: &View, n: u8| {
+        view.all_with_address(NET, address(n)).any(|placed| placed.endpoint.pod.is_some())
+    };
     match step {
         Step::Put(n, space, labels) => {
+            let alone = !was_of_pod(view, *n);
             put(view, endpoint(*n, namespace_of(*space), labels.clone()));
-            return Some((NET, address(*n)));
+            return alone.then_some((NET, address(*n)));
         }
         Step::Again(n, space, pod, uid, created) => {
             let pod = PodIdentity { name: format!("w{pod}"), uid: (*uid).to_owned(), created: *created };
@@ -401,8 +406,9 @@ fn make(view: &mut View, step: &Step) -> Option<(NetworkId, IpAddr)> {
             // Others of the pod change with it.
         }
         Step::Take(n) => {
+            let alone = !was_of_pod(view, *n);
             take(view, *n);
-            return Some((NET, address(*n)));
+            return alone.then_some((NET, address(*n)));
         }
         Step::Policy(n, space, spec) => {
             view.resources.insert(policy(namespace_of(*space), &format!("p{n}"), spec.clone()));
