@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::IpNet;
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
-use ovl_proto::table::{Endpoint, canonical_name};
+use ovl_proto::table::Endpoint;
 
 const FIRST: EndpointId = EndpointId([0; 5]);
 const LAST: EndpointId = EndpointId([u8::MAX; 5]);
@@ -21,12 +21,10 @@ pub(crate) struct EndpointIndex {
     allowed: BTreeSet<(NetworkId, IpAddr, EndpointId)>,
     /// MAC addresses that endpoints may send from, beside their own.
     allowed_macs: BTreeSet<(NetworkId, Mac, EndpointId)>,
-    /// By the canonical form of the name.
-    names: BTreeMap<String, BTreeSet<EndpointId>>,
     /// Those with a pod, by its name.
-    pods: BTreeMap<String, BTreeSet<EndpointId>>,
+    pods: BTreeSet<(Box<str>, EndpointId)>,
     /// By the canonical forms of names, aliases and names of pods.
-    called: BTreeMap<String, BTreeSet<EndpointId>>,
+    called: BTreeSet<(Box<str>, EndpointId)>,
     /// The subnets with which endpoints were attached, and the number of endpoints of each.
     ranges: BTreeMap<(NetworkId, IpNet), usize>,
     /// The multicast groups that endpoints have joined, and the number of endpoints of each.
@@ -42,13 +40,10 @@ impl EndpointIndex {
         self.macs.insert((network, mac, id));
         self.allowed.extend(endpoint.allowed_addresses().map(|address| (network, address, id)));
         self.allowed_macs.extend(endpoint.allowed_macs.iter().map(|mac| (network, *mac, id)));
-        self.names.entry(canonical_name(&endpoint.name)).or_default().insert(id);
         if let Some(pod) = &endpoint.pod {
-            self.pods.entry(pod.name.clone()).or_default().insert(id);
+            self.pods.insert((pod.name.as_str().into(), id));
         }
-        for name in endpoint.canonical_names() {
-            self.called.entry(name).or_default().insert(id);
-        }
+        self.called.extend(endpoint.canonical_names().map(|name| (name.into(), id)));
         for net in &endpoint.addresses {
             self.addresses.insert((network, net.addr(), id));
             *self.ranges.entry((network, net.trunc())).or_default() += 1;
@@ -71,12 +66,11 @@ impl EndpointIndex {
         for mac in &endpoint.allowed_macs {
             self.allowed_macs.remove(&(network, *mac, id));
         }
-        take(&mut self.names, &canonical_name(&endpoint.name), id);
         if let Some(pod) = &endpoint.pod {
-            take(&mut self.pods, &pod.name, id);
+            self.pods.remove(&(pod.name.as_str().into(), id));
         }
         for name in endpoint.canonical_names() {
-            take(&mut self.called, &name, id);
+            self.called.remove(&(name.into(), id));
         }
         for net in &endpoint.addresses {
             self.addresses.remove(&(network, net.addr(), id));
@@ -121,16 +115,12 @@ impl EndpointIndex {
         self.allowed_macs.range((network, mac, FIRST)..=(network, mac, LAST)).map(|(_, _, id)| *id)
     }
 
-    pub(crate) fn named(&self, name: &str) -> impl Iterator<Item = EndpointId> {
-        self.names.get(&canonical_name(name)).into_iter().flatten().copied()
+    pub(crate) fn of_pod<'a>(&'a self, name: &str) -> impl Iterator<Item = EndpointId> + use<'a> {
+        with_text(&self.pods, name)
     }
 
-    pub(crate) fn of_pod(&self, name: &str) -> impl Iterator<Item = EndpointId> {
-        self.pods.get(name).into_iter().flatten().copied()
-    }
-
-    pub(crate) fn called(&self, name: &str) -> impl Iterator<Item = EndpointId> {
-        self.called.get(name).into_iter().flatten().copied()
+    pub(crate) fn called<'a>(&'a self, name: &str) -> impl Iterator<Item = EndpointId> + use<'a> {
+        with_text(&self.called, name)
     }
 
     pub(crate) fn ranges(&self, network: NetworkId) -> impl Iterator<Item = IpNet> {
@@ -155,6 +145,14 @@ fn count_down<K: Ord>(counts: &mut BTreeMap<K, usize>, key: &K) {
             counts.remove(key);
         }
     }
+}
+
+/// Returns the endpoints with a text.
+fn with_text<'a>(
+    all: &'a BTreeSet<(Box<str>, EndpointId)>,
+    text: &str,
+) -> impl Iterator<Item = EndpointId> + use<'a> {
+    all.range((text.into(), FIRST)..=(text.into(), LAST)).map(|(_, id)| *id)
 }
 
 fn take<K: Ord>(sets: &mut BTreeMap<K, BTreeSet<EndpointId>>, key: &K, id: EndpointId) {

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ovl_proto::id::{EndpointId, NetworkId, NodeId};
 use ovl_proto::resource::{Labels, Name, Pod, has_all};
@@ -14,8 +15,8 @@ use crate::view::{Placed, View};
 pub enum SelectableId {
     /// An endpoint of a host.
     Endpoint(NodeId, EndpointId),
-    /// A Pod of which no host has an endpoint.
-    Pod(Name),
+    /// A Pod of which no host has an endpoint. Boxed, because almost all others are endpoints.
+    Pod(Box<Name>),
 }
 
 /// A workload that selectors can match.
@@ -31,8 +32,8 @@ pub struct Selectable {
     pub host: Option<NodeId>,
     /// The addresses, one for each address family.
     pub addresses: Vec<IpAddr>,
-    /// The effective labels: its own, overlaid by its Pod's.
-    pub labels: Labels,
+    /// The effective labels: its own, overlaid by its Pod's. Selectables with the same labels share them.
+    pub labels: Arc<Labels>,
     /// Whether Services send it connections: neither its endpoint nor its Pod is marked as not ready.
     pub ready: bool,
 }
@@ -43,7 +44,9 @@ type LabelKey = (String, String, String);
 /// All selectables.
 #[derive(Debug, Clone, Default)]
 pub struct Selectables {
-    all: BTreeMap<SelectableId, Selectable>,
+    all: BTreeMap<SelectableId, Box<Selectable>>,
+    /// The labels that selectables have.
+    labels: BTreeSet<Arc<Labels>>,
     by_label: BTreeMap<LabelKey, BTreeSet<SelectableId>>,
     by_pod: BTreeMap<Name, BTreeSet<SelectableId>>,
     /// Every endpoint, whether it is used or not, with its network and its pod.
@@ -65,12 +68,12 @@ pub struct SelectableChange {
 impl Selectables {
     /// Returns a selectable.
     pub fn get(&self, id: &SelectableId) -> Option<&Selectable> {
-        self.all.get(id)
+        self.all.get(id).map(|selectable| &**selectable)
     }
 
     /// Returns all selectables by key.
     pub fn iter(&self) -> impl Iterator<Item = (&SelectableId, &Selectable)> {
-        self.all.iter()
+        self.all.iter().map(|(id, selectable)| (id, &**selectable))
     }
 
     /// Returns the selectables that a v1 Pod describes: one for each network that it is attached to.
@@ -98,7 +101,10 @@ impl Selectables {
         &'a self,
         ids: Option<&'a BTreeSet<SelectableId>>,
     ) -> impl Iterator<Item = (&'a SelectableId, &'a Selectable)> {
-        ids.into_iter().flatten().filter_map(|id| self.all.get_key_value(id))
+        ids.into_iter()
+            .flatten()
+            .filter_map(|id| self.all.get_key_value(id))
+            .map(|(id, selectable)| (id, &**selectable))
     }
 
     /// Updates an endpoint that was added, changed or removed, and the other endpoints of its pod, of which another one
@@ -170,29 +176,36 @@ impl Selectables {
             network: None,
             host: None,
             addresses: pod.status.pod_ips.iter().map(|pod_ip| pod_ip.ip).collect(),
-            labels: pod.metadata.labels.clone(),
+            labels: Arc::new(pod.metadata.labels.clone()),
             ready: pod.is_ready(),
         });
-        self.set(SelectableId::Pod(name), after)
+        self.set(SelectableId::Pod(Box::new(name)), after)
     }
 
-    fn set(&mut self, id: SelectableId, after: Option<Selectable>) -> Option<SelectableChange> {
-        if self.all.get(&id) == after.as_ref() {
+    fn set(&mut self, id: SelectableId, mut after: Option<Selectable>) -> Option<SelectableChange> {
+        if self.get(&id) == after.as_ref() {
             return None;
         }
-        let before = self.all.remove(&id);
+        let before = self.all.remove(&id).map(|selectable| *selectable);
         if let Some(selectable) = &before {
             self.unlist(&id, selectable);
         }
-        if let Some(selectable) = &after {
+        if let Some(selectable) = &mut after {
+            match self.labels.get(&selectable.labels) {
+                Some(same) => selectable.labels = Arc::clone(same),
+                None => drop(self.labels.insert(Arc::clone(&selectable.labels))),
+            }
             self.list(&id, selectable);
-            self.all.insert(id.clone(), selectable.clone());
+            self.all.insert(id.clone(), Box::new(selectable.clone()));
+        }
+        if self.labels.len() > 2 * (self.all.len() + 32) {
+            self.labels.retain(|labels| Arc::strong_count(labels) > 1);
         }
         Some(SelectableChange { id, before, after })
     }
 
     fn list(&mut self, id: &SelectableId, selectable: &Selectable) {
-        for label in &selectable.labels {
+        for label in &*selectable.labels {
             self.by_label.entry(label_key(&selectable.name.namespace, label)).or_default().insert(id.clone());
         }
         if let Some(pod) = &selectable.pod {
@@ -201,7 +214,7 @@ impl Selectables {
     }
 
     fn unlist(&mut self, id: &SelectableId, selectable: &Selectable) {
-        for label in &selectable.labels {
+        for label in &*selectable.labels {
             take(&mut self.by_label, &label_key(&selectable.name.namespace, label), id);
         }
         if let Some(pod) = &selectable.pod {
@@ -228,7 +241,7 @@ fn of_endpoint(view: &View, placed: Placed<'_>) -> Selectable {
         network: Some(endpoint.network),
         host: Some(host),
         addresses: endpoint.addresses.iter().map(|net| net.addr()).collect(),
-        labels: view.labels(host, endpoint).into_owned(),
+        labels: Arc::new(view.labels(host, endpoint).into_owned()),
         ready: endpoint.ready && pod.is_none_or(Pod::is_ready),
     }
 }

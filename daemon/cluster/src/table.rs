@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use ipnet::IpNet;
 use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
 use ovl_proto::record::Signature;
-use ovl_proto::table::{Endpoint, Entry, Head, Key, Opaque, Revision, Update};
+use ovl_proto::table::{Endpoint, Entry, Head, Key, Opaque, Revision, Update, canonical_name, is_same_name};
 use ovl_proto::wire;
 use ovl_proto::wire::fields::Unknown;
 
@@ -58,8 +58,9 @@ pub struct Table {
 /// The entries of a table with their indexes, which are updated with each entry.
 #[derive(Debug, Clone, Default)]
 struct TableContents {
-    /// The entries by key. Entries without a hash are private to the owner: they are not in the digest and not sent.
-    entries: BTreeMap<Key, (Entry, Option<Hash>)>,
+    /// The entries by key. Entries without a hash are private to the owner: they are not in the digest and not sent. Boxed,
+    /// because half of the places in the nodes of a map are empty.
+    entries: BTreeMap<Key, (Box<Entry>, Option<Hash>)>,
     /// The size of the encoded entries.
     bytes: usize,
     /// How many entries are not understood.
@@ -83,7 +84,7 @@ impl Table {
 
     /// Returns all entries by key.
     pub fn entries(&self) -> impl Iterator<Item = &Entry> {
-        self.contents.entries.values().map(|(entry, _)| entry)
+        self.contents.entries.values().map(|(entry, _)| &**entry)
     }
 
     /// Returns all endpoints by id.
@@ -130,14 +131,17 @@ impl Table {
 
     /// Returns the endpoints of a name, in any spelling of it, on any network and in any namespace: see
     /// [`ovl_proto::table::canonical_name`].
-    pub fn named(&self, name: &str) -> impl Iterator<Item = &Endpoint> {
-        self.contents.index.named(name).filter_map(|id| self.endpoint(id))
+    pub fn named<'a>(&'a self, name: &str) -> impl Iterator<Item = &'a Endpoint> + use<'a> {
+        let name = canonical_name(name);
+        let called = self.contents.index.called(&name).filter_map(|id| self.endpoint(id));
+        called.filter(move |endpoint| is_same_name(&endpoint.name, &name))
     }
 
     /// Returns the endpoints of a pod by its name, on any network and in any namespace: see [`Endpoint::pod_name`].
-    pub fn of_pod(&self, name: &str) -> impl Iterator<Item = &Endpoint> {
+    pub fn of_pod<'a>(&'a self, name: &str) -> impl Iterator<Item = &'a Endpoint> + use<'a> {
         let pods = self.contents.index.of_pod(name).filter_map(|id| self.endpoint(id));
-        pods.chain(self.named(name).filter(move |endpoint| endpoint.pod.is_none() && endpoint.name == name))
+        let name = name.to_owned();
+        pods.chain(self.named(&name).filter(move |endpoint| endpoint.pod.is_none() && endpoint.name == name))
     }
 
     /// Returns the endpoints with a name, alias or pod's name, given in its canonical form, on any network.
@@ -165,7 +169,7 @@ impl Table {
     /// Returns the path MTUs that are less than the MTU of the owner's link. They are few, at the end of the table.
     pub fn path_mtus(&self) -> impl Iterator<Item = (NodeId, u16)> {
         let entries = self.contents.entries.range(Key::PathMtu(NodeId::default())..);
-        entries.filter_map(|(_, (entry, _))| match entry {
+        entries.filter_map(|(_, (entry, _))| match &**entry {
             Entry::PathMtu { peer, mtu } => Some((*peer, *mtu)),
             Entry::Endpoint(_)
             | Entry::Lease { .. }
@@ -202,7 +206,7 @@ impl Table {
     /// Returns all addresses that the owner announces.
     pub fn announced(&self) -> impl Iterator<Item = IpAddr> {
         let lowest = Key::Announced(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
-        self.contents.entries.range(lowest..).filter_map(|(_, (entry, _))| match entry {
+        self.contents.entries.range(lowest..).filter_map(|(_, (entry, _))| match &**entry {
             Entry::Announced(address) => Some(*address),
             Entry::Endpoint(_)
             | Entry::Lease { .. }
@@ -214,7 +218,7 @@ impl Table {
 
     /// Returns an entry.
     pub fn get(&self, key: &Key) -> Option<&Entry> {
-        self.contents.entries.get(key).map(|(entry, _)| entry)
+        self.contents.entries.get(key).map(|(entry, _)| &**entry)
     }
 
     /// Applies an update whose signature was verified.
@@ -326,7 +330,7 @@ fn as_endpoint(entry: &Entry) -> Option<&Endpoint> {
 impl TableContents {
     /// Returns the entries that are sent to peers.
     fn shared(&self) -> impl Iterator<Item = &Entry> {
-        self.entries.values().filter(|(_, hash)| hash.is_some()).map(|(entry, _)| entry)
+        self.entries.values().filter(|(_, hash)| hash.is_some()).map(|(entry, _)| &**entry)
     }
 
     /// Adds or replaces an entry. Returns the replaced entry.
@@ -346,14 +350,14 @@ impl TableContents {
         if let Some(hash) = hash {
             self.digest.insert(hash);
         }
-        self.entries.insert(key, (entry, hash));
+        self.entries.insert(key, (Box::new(entry), hash));
         old
     }
 
     fn take(&mut self, key: &Key) -> Option<Entry> {
         let (entry, hash) = self.entries.remove(key)?;
         self.bytes -= wire::encode_body(&entry).map_or(0, |bytes| bytes.len());
-        match &entry {
+        match &*entry {
             Entry::Endpoint(endpoint) => self.index.remove(endpoint),
             Entry::Opaque(_) => self.opaque -= 1,
             Entry::Lease { .. } | Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) => {}
@@ -361,7 +365,7 @@ impl TableContents {
         if let Some(hash) = hash {
             self.digest.remove(&hash);
         }
-        Some(entry)
+        Some(*entry)
     }
 
     /// Applies a change, or undoes it if the digest does not match.

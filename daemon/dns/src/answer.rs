@@ -90,7 +90,7 @@ fn answer_query(
     }
     match zone.find(client, &query.name) {
         Resolution::Found(_, Records { alias: Some(target), .. }) if query.kind != RecordType::CNAME => {
-            answer_alias(zone, client, limit, message, query, buffer, turn, target)
+            answer_alias(zone, client, limit, message, query, buffer, turn, &target.name())
         }
         Resolution::SearchPath(target) => {
             answer_alias(zone, client, limit, message, query, buffer, turn, &target)
@@ -186,7 +186,7 @@ pub fn target(zone: &Zone, client: Client, message: &[u8]) -> Option<Target> {
     // An external Service may be an alias of another one; the limit ends loops.
     for _ in 0..8 {
         match zone.find(client, &name) {
-            Resolution::Found(_, Records { alias: Some(alias), .. }) => name = *alias,
+            Resolution::Found(_, Records { alias: Some(alias), .. }) => name = alias.name(),
             Resolution::SearchPath(to) => {
                 walk = Some(zone.apex(&query.name));
                 name = *to;
@@ -228,7 +228,7 @@ fn write_records(
         }
     }
     if kind == RecordType::PTR || kind == RecordType::ANY {
-        for name in names.iter().filter_map(|name| zone.full(client, network, name)) {
+        for name in names.iter().filter_map(|name| zone.full(client, network, &name.name())) {
             note(writer.record(owner, RecordType::PTR, TTL, &[name.as_bytes(), &[0]]));
         }
     }

@@ -19,7 +19,7 @@ pub fn zone() -> Zone {
     if let Some(web) = Name::parse("web") {
         let v4 = vec![Ipv4Addr::new(10, 0, 0, 2), Ipv4Addr::new(10, 0, 0, 3)];
         zone.set(1, &web, Records { v4, ..Records::default() });
-        zone.set(1, &Name::reverse_of(FROM), Records { names: vec![web], ..Records::default() });
+        zone.set(1, &Name::reverse_of(FROM), Records { names: vec![web.into()], ..Records::default() });
     }
     let context =
         ClientContext { networks: Arc::from([1]), search: Name::parse("default.svc"), external: true };

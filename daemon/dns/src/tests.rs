@@ -156,9 +156,9 @@ mod search_lists {
             let v4 = vec![Ipv4Addr::new(10, 96, 0, last)];
             zone.set_cluster(&name(full), Records { v4, ..Records::default() });
         }
-        let alias = Some(name("db.example.org"));
+        let alias = Some(name("db.example.org").into());
         zone.set_cluster(&name("ext.shop.svc.cluster.local"), Records { alias, ..Records::default() });
-        let services = vec![(5432, name("db.shop.svc.cluster.local"))];
+        let services = vec![(5432, name("db.shop.svc.cluster.local").into())];
         let srv = Records { services, ..Records::default() };
         zone.set_cluster(&name("_pg._tcp.db.shop.svc.cluster.local"), srv);
         let unready = Records { unready: true, ..Records::default() };

@@ -26,7 +26,7 @@ use ovl_proto::table::{Endpoint, Entry};
 use ovl_zone::{Client, Name, Resolution, Zone};
 
 use self::delivery::Delivery;
-use self::owners::{Owner, Owners};
+use self::owners::Owners;
 use crate::policy::Policies;
 use crate::policy::resolver::ResolverPeer;
 use crate::subsystem::{Change, Cluster, Outcome, Part, Subsystem};
@@ -214,11 +214,10 @@ impl Names {
             let service = sources.view.resources.services().get(&name);
             let names =
                 service.map(|service| cluster_names::of_service(domain, service, sources.backends.of(&name)));
-            self.owners.change(&mut self.zone, Owner::Service(name), names);
+            self.owners.change(&mut self.zone, name, names);
         }
         for (namespace, addresses, is_there) in pods {
-            let names = is_there.then(|| cluster_names::of_pod(domain, &namespace, &addresses));
-            self.owners.change(&mut self.zone, Owner::Pod(namespace, addresses), names);
+            self.owners.change_pod(&mut self.zone, domain, (&namespace, &addresses, is_there));
         }
         true
     }

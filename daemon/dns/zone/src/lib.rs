@@ -6,5 +6,5 @@
 mod name;
 mod zone;
 
-pub use name::Name;
+pub use name::{KeptName, Name};
 pub use zone::{Client, ClientContext, NetworkKey, Records, Resolution, Zone};

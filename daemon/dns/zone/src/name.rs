@@ -14,6 +14,28 @@ pub struct Name {
     bytes: [u8; MAX],
 }
 
+/// A domain name that is kept: it takes as many bytes as it has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeptName(Box<[u8]>);
+
+impl KeptName {
+    /// Returns the bytes of [`Name::as_bytes`].
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// Returns the name.
+    pub fn name(&self) -> Name {
+        Name::from_bytes(&self.0).unwrap_or(Name::ROOT)
+    }
+}
+
+impl From<Name> for KeptName {
+    fn from(name: Name) -> Self {
+        Self(name.as_bytes().into())
+    }
+}
+
 impl Name {
     /// The root domain.
     pub const ROOT: Self = Self { length: 0, bytes: [0; MAX] };

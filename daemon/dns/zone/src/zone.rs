@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::name::Name;
+use crate::name::{KeptName, Name};
 
 /// The client that sent a query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -33,11 +33,11 @@ pub struct Records {
     /// The addresses of AAAA records.
     pub v6: Vec<Ipv6Addr>,
     /// The targets of PTR records, without the label of the network.
-    pub names: Vec<Name>,
+    pub names: Vec<KeptName>,
     /// The ports and targets of SRV records.
-    pub services: Vec<(u16, Name)>,
+    pub services: Vec<(u16, KeptName)>,
     /// The target of a CNAME record.
-    pub alias: Option<Name>,
+    pub alias: Option<KeptName>,
     /// The text of a TXT record.
     pub text: Option<&'static str>,
     /// There are names below this one, so it exists even without records (RFC 8020).
@@ -52,6 +52,14 @@ impl Records {
         let Self { v4, v6, names, services, alias, text, above, unready } = self;
         let bare = v4.is_empty() && v6.is_empty() && names.is_empty() && services.is_empty();
         bare && alias.is_none() && text.is_none() && !above && !unready
+    }
+
+    /// Gives memory back that is not used: there are several records for each endpoint of the cluster.
+    fn shrink(&mut self) {
+        self.v4.shrink_to_fit();
+        self.v6.shrink_to_fit();
+        self.names.shrink_to_fit();
+        self.services.shrink_to_fit();
     }
 }
 
@@ -107,7 +115,8 @@ impl RecordMap {
         self.0.get(Self::shard(name.as_bytes()))?.get(name.as_bytes())
     }
 
-    fn set(&mut self, name: &Name, records: Records) {
+    fn set(&mut self, name: &Name, mut records: Records) {
+        records.shrink();
         let key = name.as_bytes();
         let known = self.get(name).is_some_and(|known| **known == records);
         if known || (records.is_empty() && self.get(name).is_none()) {

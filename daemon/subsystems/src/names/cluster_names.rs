@@ -110,16 +110,14 @@ impl ClusterNames {
     }
 }
 
-/// Returns the records of a pod's addresses: `10-1-0-5.NAMESPACE.pod.DOMAIN`.
-pub fn of_pod(domain: &str, namespace: &str, addresses: &[IpAddr]) -> ClusterNames {
-    let above = format!("{namespace}.pod.{domain}");
-    let mut names = ClusterNames::default();
-    names.sets.entry(above.clone()).or_default();
-    for address in addresses {
-        let name = format!("{}.{above}", dashed(*address));
-        names.sets.entry(name).or_default().addresses.insert(*address);
-    }
-    names
+/// Returns the name of a pod's address, which is its only record: `10-1-0-5.NAMESPACE.pod.DOMAIN`.
+pub fn of_pod(domain: &str, namespace: &str, address: IpAddr) -> String {
+    format!("{}.{}", dashed(address), above_pods(domain, namespace))
+}
+
+/// Returns the name above those of the pods of a namespace.
+pub(super) fn above_pods(domain: &str, namespace: &str) -> String {
+    format!("{namespace}.pod.{domain}")
 }
 
 /// Returns an address as one label, with hyphens.
@@ -268,13 +266,7 @@ mod tests {
         for above in ["shop.svc.cluster.local", "_tcp.db.shop.svc.cluster.local"] {
             assert_eq!(names.sets.get(above), Some(&Set::default()), "{above}");
         }
-        let pod = of_pod(DOMAIN, "shop", &[ip("10.1.0.5"), ip("fd01::5")]);
-        assert_eq!(
-            zone(&pod),
-            [
-                "10-1-0-5.shop.pod.cluster.local A 10.1.0.5",
-                "fd01-0-0-0-0-0-0-5.shop.pod.cluster.local AAAA fd01::5",
-            ]
-        );
+        assert_eq!(of_pod(DOMAIN, "shop", ip("10.1.0.5")), "10-1-0-5.shop.pod.cluster.local");
+        assert_eq!(of_pod(DOMAIN, "shop", ip("fd01::5")), "fd01-0-0-0-0-0-0-5.shop.pod.cluster.local");
     }
 }

@@ -1,6 +1,7 @@
 //! The names of Services and pods in the zone, with their owners, updated for each Service or pod that changed.
 //!
-//! [`Owners`] owns the record of which Service or pod has which name. Begin to read at [`Owners::change`].
+//! [`Owners`] owns the record of which Service has which name, and of which addresses pods have. Begin to read at
+//! [`Owners::change`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -8,7 +9,7 @@ use std::net::IpAddr;
 use ovl_proto::resource::Name as ResourceName;
 use ovl_zone::{Name, Records, Zone};
 
-use super::cluster_names::{ClusterNames, Set, VERSION};
+use super::cluster_names::{self, ClusterNames, Set, VERSION};
 use super::zone::records_of;
 
 /// Adds the cluster domain and the names that belong to no Service (Kubernetes DNS specification, section 2.2).
@@ -27,27 +28,54 @@ pub(super) fn begin(zone: &mut Zone, domain: &str, walks: bool) {
     }
 }
 
-/// The owner of a name.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Owner {
-    /// A Service.
-    Service(ResourceName),
-    /// A pod: its namespace and addresses.
-    Pod(String, Vec<IpAddr>),
-}
-
 /// The names of Services and pods. A name can have several owners: a name with other names below it, or the PTR name
 /// of an address.
 #[derive(Debug, Default)]
 pub(super) struct Owners {
-    of: BTreeMap<Owner, ClusterNames>,
-    sets: BTreeMap<String, BTreeSet<Owner>>,
-    reverse: BTreeMap<IpAddr, BTreeSet<Owner>>,
+    of: BTreeMap<ResourceName, ClusterNames>,
+    sets: BTreeMap<String, BTreeSet<ResourceName>>,
+    reverse: BTreeMap<IpAddr, BTreeSet<ResourceName>>,
+    /// How many pods of each namespace have an address. Their names follow from it, and none of them is that of a Service.
+    pods: BTreeMap<String, BTreeMap<IpAddr, u32>>,
 }
 
 impl Owners {
-    /// Sets the names of an owner. With `None`, it has none any more.
-    pub(super) fn change(&mut self, zone: &mut Zone, owner: Owner, names: Option<ClusterNames>) {
+    /// Adds or removes the names of a pod below the cluster domain `domain`.
+    pub(super) fn change_pod(
+        &mut self,
+        zone: &mut Zone,
+        domain: &str,
+        (namespace, addresses, is_there): (&str, &[IpAddr], bool),
+    ) {
+        let pods = self.pods.entry(namespace.to_owned()).or_default();
+        let was_empty = pods.is_empty();
+        for address in addresses {
+            let count = pods.entry(*address).or_default();
+            let before = *count;
+            *count = if is_there { before.saturating_add(1) } else { before.saturating_sub(1) };
+            let after = *count;
+            if after == 0 {
+                pods.remove(address);
+            }
+            if (before == 0) != (after == 0)
+                && let Some(name) = Name::parse(&cluster_names::of_pod(domain, namespace, *address))
+            {
+                zone.set_cluster(&name, records_of((after > 0).then_some(*address).into_iter().collect()));
+            }
+        }
+        let is_empty = pods.is_empty();
+        if is_empty {
+            self.pods.remove(namespace);
+        }
+        if was_empty != is_empty
+            && let Some(name) = Name::parse(&cluster_names::above_pods(domain, namespace))
+        {
+            zone.set_cluster(&name, Records { above: !is_empty, ..Records::default() });
+        }
+    }
+
+    /// Sets the names of a Service. With `None`, it has none any more.
+    pub(super) fn change(&mut self, zone: &mut Zone, owner: ResourceName, names: Option<ClusterNames>) {
         let was = self.of.remove(&owner).unwrap_or_default();
         let is = names.unwrap_or_default();
         for name in was.sets.keys().filter(|name| !is.sets.contains_key(*name)) {
@@ -81,7 +109,7 @@ impl Owners {
         for address in was.reverse.keys().chain(is.reverse.keys()) {
             let owners = self.reverse.get(address).into_iter().flatten();
             let names = owners.filter_map(|owner| self.of.get(owner)?.reverse.get(address)).flatten();
-            let names = names.filter_map(|name| Name::parse(name)).collect();
+            let names = names.filter_map(|name| Name::parse(name)).map(Into::into).collect();
             zone.set_cluster(&Name::reverse_of(*address), Records { names, ..Records::default() });
         }
     }
@@ -93,15 +121,16 @@ impl Owners {
         owners.iter().filter_map(|owner| self.of.get(owner)?.sets.get(name)).for_each(|set| all.merge(set));
         let (above, unready) = (all == Set::default(), all.unready);
         let mut records = Records { above, unready, ..records_of(all.addresses) };
-        records.alias = all.alias.and_then(|name| Name::parse(&name));
-        let services = all.services.iter().filter_map(|(port, name)| Some((*port, Name::parse(name)?)));
+        records.alias = all.alias.and_then(|name| Name::parse(&name)).map(Into::into);
+        let services =
+            all.services.iter().filter_map(|(port, name)| Some((*port, Name::parse(name)?.into())));
         records.services = services.collect();
         records
     }
 }
 
 /// Removes an owner from a set, and the set if it is empty.
-fn take<K: Ord>(sets: &mut BTreeMap<K, BTreeSet<Owner>>, key: &K, owner: &Owner) {
+fn take<K: Ord>(sets: &mut BTreeMap<K, BTreeSet<ResourceName>>, key: &K, owner: &ResourceName) {
     if let Some(owners) = sets.get_mut(key) {
         owners.remove(owner);
         if owners.is_empty() {

@@ -96,7 +96,7 @@ pub(super) fn set(zone: &mut Zone, view: &View, network: NetworkId, marks: &Mark
     }
     for address in &marks.addresses {
         let names = names_of(view, network, *address);
-        let names = names.iter().filter_map(|name| name_of(name)).collect();
+        let names = names.iter().filter_map(|name| name_of(name)).map(Into::into).collect();
         zone.set(key(network), &Name::reverse_of(*address), Records { names, ..Records::default() });
     }
 }

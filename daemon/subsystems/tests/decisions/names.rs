@@ -113,7 +113,9 @@ impl Town {
 
     fn reverse(&self, address: &str) -> Vec<String> {
         match self.names.zone().find(Client::Host, &Name::reverse_of(ip(address))) {
-            Resolution::Found(_, records) => records.names.iter().map(Name::to_string).collect(),
+            Resolution::Found(_, records) => {
+                records.names.iter().map(|name| name.name().to_string()).collect()
+            }
             _ => Vec::new(),
         }
     }
