@@ -12,6 +12,10 @@ use serde::{Deserialize, Serialize};
 
 /// The maximum length of a chunk in bytes.
 const MAX_CHUNK: usize = 1024;
+/// The length of a page in bytes.
+const PAGE: usize = 256;
+/// After how many bytes without a page that is the same the places are taken to be others.
+const MAX_STRANGE: usize = 4 * PAGE;
 /// The minimum length of a chunk in bytes, except the last.
 const MIN_CHUNK: usize = 16;
 /// A chunk ends where these bits of the hash are zero: on average after 64 bytes more. They depend on the last 16 bytes.
@@ -53,37 +57,93 @@ pub(super) fn apply(old: &[u8], steps: &[Step]) -> Option<Vec<u8>> {
 }
 
 /// Returns steps that lead from the earlier bytes to the later ones.
+///
+/// Most changes leave the length of what comes before them, or after them, as it is. So bytes at the same distance from the
+/// beginning, and from the end, are compared first, by pages. Only what is left is cut into chunks.
 pub(super) fn difference(old: &[u8], new: &[u8]) -> Vec<Step> {
-    let begin = common_start(old, new);
-    let end = common_end(&old[begin..], &new[begin..]);
-    let until = new.len() - end;
-    let places = places(old);
-    let mut all = vec![Kept { old: 0, new: 0, length: begin }];
-    let mut next = Kept { old: begin, new: begin, length: 0 };
-    let mut at = begin;
-    for chunk in Chunks(&new[begin..until]) {
+    let shortest = old.len().min(new.len());
+    let mut begin = alike(shortest, |from, until| old[from..until] == new[from..until]);
+    let of_end = |bytes: &'_ [u8], from: usize, until: usize| (bytes.len() - until, bytes.len() - from);
+    let mut end = alike(shortest - begin, |from, until| {
+        let ((a, b), (c, d)) = (of_end(old, from, until), of_end(new, from, until));
+        old[a..b] == new[c..d]
+    });
+    begin += common_start(&old[begin..old.len() - end], &new[begin..new.len() - end]);
+    end += common_end(&old[begin..old.len() - end], &new[begin..new.len() - end]);
+    let mut all = Vec::new();
+    keep_pages(&mut all, (&old[..begin], 0), (&new[..begin], 0));
+    let (old_until, new_until) = (old.len() - end, new.len() - end);
+    // What is new may be a copy of what follows it.
+    let reach = old.len().min(old_until + 2 * (new_until - begin));
+    keep_chunks(&mut all, (&old[begin..reach], begin), (&new[begin..new_until], begin));
+    keep_pages(&mut all, (&old[old_until..], old_until), (&new[new_until..], new_until));
+    steps(new, &all)
+}
+
+/// Returns for how many bytes pages are alike, at most `length`. A few in a row may differ. The last one does not.
+fn alike(length: usize, is_same: impl Fn(usize, usize) -> bool) -> usize {
+    let (mut same, mut at) = (0, 0);
+    while at < length && at - same < MAX_STRANGE {
+        let until = length.min(at + PAGE);
+        if is_same(at, until) {
+            same = until;
+        }
+        at = until;
+    }
+    same
+}
+
+/// Keeps what is the same in bytes of the same length, of which most pages are the same.
+fn keep_pages(all: &mut Vec<Kept>, (old, old_at): (&[u8], usize), (new, new_at): (&[u8], usize)) {
+    let mut at = 0;
+    for (one, other) in old.chunks(PAGE).zip(new.chunks(PAGE)) {
+        let length = one.len();
+        let begin = if one == other { length } else { common_start(one, other) };
+        let end = common_end(&one[begin..], &other[begin..]);
+        for (from, length) in [(at, begin), (at + length - end, end)] {
+            match all.last_mut() {
+                Some(last)
+                    if last.old + last.length == old_at + from && last.new + last.length == new_at + from =>
+                {
+                    last.length += length;
+                }
+                _ if length == 0 => {}
+                _ => all.push(Kept { old: old_at + from, new: new_at + from, length }),
+            }
+        }
+        at += length;
+    }
+}
+
+/// Keeps what is the same anywhere. What is kept is at the given places of all bytes.
+fn keep_chunks(all: &mut Vec<Kept>, (old, old_at): (&[u8], usize), (new, new_at): (&[u8], usize)) {
+    let places = if new.is_empty() { HashMap::new() } else { places(old) };
+    let (mut next_old, mut next_new, mut at) = (0, 0, 0);
+    for chunk in Chunks(new) {
         let here = at;
         at += chunk.len();
         // What stays around an earlier one may reach beyond it.
-        if here < next.new {
+        if here < next_new {
             continue;
         }
         let Some(found) = places.get(chunk) else { continue };
         // Most likely what followed there follows here too.
-        let place = found.get(found.partition_point(|place| *place < next.old)).or(found.first());
+        let place = found.get(found.partition_point(|place| *place < next_old)).or(found.first());
         let Some(place) = place.copied() else { continue };
-        let before = common_end(&old[..place], &new[next.new..here]);
+        let before = common_end(&old[..place], &new[next_new..here]);
         let (from, to) = (place - before, here - before);
-        let length = common_start(&old[from..], &new[to..until]);
-        all.push(Kept { old: from, new: to, length });
-        next = Kept { old: from + length, new: to + length, length: 0 };
+        let length = common_start(&old[from..], &new[to..]);
+        all.push(Kept { old: old_at + from, new: new_at + to, length });
+        (next_old, next_new) = (from + length, to + length);
     }
-    all.push(Kept { old: old.len() - end, new: until, length: end });
-    steps(new, &all)
 }
 
 fn steps(new: &[u8], all: &[Kept]) -> Vec<Step> {
-    let mut steps = Vec::with_capacity(all.len());
+    let mut steps = Vec::with_capacity(all.len() + 1);
+    let first = all.first().map_or(new.len(), |kept| kept.new);
+    if first > 0 {
+        steps.push(Step { from: 0, keep: 0, insert: new[..first].to_vec() });
+    }
     for (index, kept) in all.iter().enumerate() {
         let until = all.get(index + 1).map_or(new.len(), |next| next.new);
         let insert = new[kept.new + kept.length..until].to_vec();
