@@ -47,7 +47,7 @@ pub fn diff(actual: &Dataplane, desired: &Dataplane, prune: bool) -> Vec<Op> {
         Some(_) | None => {}
     }
     let (guards, others): (Vec<Op>, Vec<Op>) = others.into_iter().partition(unguards);
-    let (opened_groups, others): (Vec<Op>, Vec<Op>) = others.into_iter().partition(multicast::lets_out);
+    let (filters, others): (Vec<Op>, Vec<Op>) = others.into_iter().partition(multicast::is_filter);
     ops.extend(others);
     let (gone, last) = links(actual, desired, prune, &mut ops);
     ops.extend(guards);
@@ -109,16 +109,17 @@ pub fn diff(actual: &Dataplane, desired: &Dataplane, prune: bool) -> Vec<Op> {
         |(d, r)| Op::Fdb(FdbOp::AddFlood(d, r)),
         |(d, r)| Op::Fdb(FdbOp::DeleteFlood(d, r)),
     );
-    let groups = actual.groups.iter().filter(|(device, _, _)| there(device)).copied().collect();
-    set(
-        &groups,
-        &desired.groups,
-        prune,
-        &mut ops,
-        |(d, m, r)| Op::Fdb(FdbOp::AddGroup(d, m, r)),
-        |(d, m, r)| Op::Fdb(FdbOp::DeleteGroup(d, m, r)),
-    );
-    ops.extend(opened_groups);
+    let groups: BTreeSet<_> = actual.groups.iter().filter(|(device, _, _)| there(device)).copied().collect();
+    let added = desired.groups.difference(&groups);
+    ops.extend(added.map(|(device, mac, remote)| Op::Fdb(FdbOp::AddGroup(*device, *mac, *remote))));
+    let (opened, closed): (Vec<Op>, Vec<Op>) =
+        filters.into_iter().partition(|op| matches!(op, Op::Nft(NftOp::SetElement(_))));
+    ops.extend(opened);
+    ops.extend(closed);
+    if prune {
+        let deleted = groups.difference(&desired.groups);
+        ops.extend(deleted.map(|(device, mac, remote)| Op::Fdb(FdbOp::DeleteGroup(*device, *mac, *remote))));
+    }
     // What may send is known before anything can come.
     let sources = actual.sources.iter().filter(|((device, _), _)| there(device)).map(cloned).collect();
     map(

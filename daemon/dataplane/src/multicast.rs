@@ -28,9 +28,15 @@ pub fn is_for_all(mac: Mac) -> bool {
     )
 }
 
-/// Whether an operation lets frames leave that go to all hosts until the entry of their MAC address exists.
-pub(crate) fn lets_out(op: &Op) -> bool {
-    matches!(op, Op::Nft(NftOp::SetElement(element)) if element.set == JOINED || element.set == OPEN)
+/// Whether an operation changes which frames leave. What lets frames leave must follow the entries of their MAC addresses,
+/// without which they would go to all hosts, and precede what stops them: a group may pass from one of the sets to the
+/// other.
+pub(crate) fn is_filter(op: &Op) -> bool {
+    match op {
+        Op::Nft(NftOp::SetElement(element)) => element.set == JOINED || element.set == OPEN,
+        Op::Nft(NftOp::DeleteElement(set, _)) => *set == JOINED || *set == OPEN,
+        _ => false,
+    }
 }
 
 #[cfg(test)]
