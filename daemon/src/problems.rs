@@ -118,7 +118,7 @@ pub(crate) enum Code {
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    const ALL: [Self; 51] = [
+    const ALL: [Self; 52] = [
         Self::Address,
         Self::StateFile,
         Self::DamagedFile,
