@@ -80,7 +80,7 @@ impl Node {
 
     fn waits_for(&self, state: &State) -> Option<Waits> {
         if let Some(why) = self.left_out(state) {
-            return Some(Waits::InVain(why));
+            return Some(Waits::InVain(Failed::unavailable(why)));
         }
         if !state.is_member() {
             if let Some(why) = self.not_admitted_because(state) {

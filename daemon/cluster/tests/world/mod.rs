@@ -89,6 +89,7 @@ pub(crate) fn view_of(mode: Mode, backend: Backend, subnet: Subnet, block: impl 
             banned: BTreeSet::new(),
             blocks: (1..=3).map(|n| (Block { network: NET, prefix: block(n) }, id(n))).collect(),
             key: None,
+            origin: 0,
             unknown: Unknown::default(),
         },
         resources: Default::default(),
