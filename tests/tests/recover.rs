@@ -99,8 +99,8 @@ fn one_survivor_of_three_recovers_and_the_dead_return_one_by_one() {
     let (h1, h2, h3) = (&lab["h1"], &lab["h2"], &lab["h3"]);
     create_network(&lab, "blue", &["--subnet", "10.99.0.0/24", "--encrypted"]).unwrap();
     let a = attach(h1, "a", "blue", &[]).unwrap();
-    let b = attach(h2, "b", "blue", &[]).unwrap();
-    attach(h3, "c", "blue", &[]).unwrap();
+    attach(h2, "b", "blue", &[]).unwrap();
+    let c = attach(h3, "c", "blue", &[]).unwrap();
     // Nothing is lost.
     assert_contains(&ctl_error(h1, &RECOVER).unwrap(), &["a majority of the 3 members is alive"]);
     assert_eq!(plan(h1).unwrap()["state"], "refused");
@@ -159,10 +159,10 @@ fn one_survivor_of_three_recovers_and_the_dead_return_one_by_one() {
         wait_members(h1, count);
     }
     lab.wait_all_alive(SOON).unwrap();
-    // The block of b may belong to h1 now.
-    if is_used(h2, "b").unwrap() {
-        ping_all_pairs(&[a.clone(), b.clone()], SOON).unwrap();
-    }
+    // h1 has the block of b now, and c has its block again.
+    wait_problem(h2, &["endpoint b is cut off"], SOON).unwrap();
+    ping_all_pairs(&[a.clone(), c], SOON).unwrap();
+    h2.ctl_ok(&["detach", "b"]).unwrap();
     let d = attach(h2, "d", "blue", &[]).unwrap();
     let e = attach(h3, "e", "blue", &[]).unwrap();
     ping_all_pairs(&[a, d, e], SOON).unwrap();
