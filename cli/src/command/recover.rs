@@ -24,13 +24,13 @@ pub(crate) struct Args {
     #[arg(long, group = "what")]
     reject: bool,
     /// With --from-majority-loss: show what would be done, and change nothing
-    #[arg(long, requires = "from_majority_loss")]
+    #[arg(long, conflicts_with_all = ["accept", "reject"])]
     dry_run: bool,
     /// Answer the first question with yes
     #[arg(long)]
     yes: bool,
     /// With --from-majority-loss: answer the second question, which is how many hosts are lost
-    #[arg(long, value_name = "COUNT", requires = "from_majority_loss")]
+    #[arg(long, value_name = "COUNT", conflicts_with_all = ["accept", "reject"])]
     lost: Option<usize>,
 }
 
@@ -63,7 +63,7 @@ pub(crate) fn run(context: &Context, args: &Args) -> Result<()> {
     let count = match args.lost {
         Some(count) => Some(count),
         None => ask(&format!(
-            "The {} above without `survives` are given up. Type their number to go on: ",
+            "The {} above that are given up cannot return by themselves. Type their number to go on: ",
             plural(lost as u64, "host")
         ))?
         .parse()
@@ -231,10 +231,10 @@ mod tests {
         assert_eq!(
             render(&plan()),
             "\
-MEMBER   STATE  AFTERWARDS  LAST-ALIVE            BLOCKS  ENDPOINTS
-host1 *  alive  survives    -                     2       3
-host2    dead   given up    2023-11-14T22:13:20Z  2       3
-host3    dead   given up    2023-11-14T22:13:20Z  2       3
+MEMBER   STATE  AFTERWARDS  LAST-ALIVE                BLOCKS  ENDPOINTS
+host1 *  alive  survives    -                         2       3
+host2    dead   given up    2023-11-14T22:13:20.000Z  2       3
+host3    dead   given up    2023-11-14T22:13:20.000Z  2       3
 
 1 of 3 members alive, 2 needed for a majority
 

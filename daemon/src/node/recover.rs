@@ -23,6 +23,8 @@ const RECOVER_WITHIN: Duration = Duration::from_secs(15);
 impl Node {
     /// Answers [`ovl_control::Request::Recover`].
     pub(super) async fn recover(&self, step: RecoverStep) -> Result<RecoveryPlan, Failed> {
+        // So that the answer is about what `ovlctl peers` shows now.
+        self.look_for_recoveries(false);
         match step {
             RecoverStep::Plan => {}
             RecoverStep::Confirm { version, survivors } => {
