@@ -11,6 +11,7 @@ use ovl_proto::clock::timestamp;
 use ovl_proto::id::NodeId;
 use ovl_proto::table::Entry;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use super::peers::is_foreign;
 use super::state::State;
@@ -19,6 +20,10 @@ use crate::problems::Code;
 
 /// How long a requested recovery may take: the survivors have 5 s to consent, and the disk the rest.
 const RECOVER_WITHIN: Duration = Duration::from_secs(15);
+/// How long a host that accepts a recovery waits for the map of the recovered cluster.
+const OFFER_WITHIN: Duration = Duration::from_secs(5);
+/// How often it asks for it.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 impl Node {
     /// Answers [`ovl_control::Request::Recover`].
@@ -193,17 +198,26 @@ impl Node {
     }
 
     async fn accept_recovery(&self) -> Result<(), Failed> {
-        let output = {
-            let mut state = self.state.borrow_mut();
-            let Some(held) = state.allocator.held().cloned() else { return Err(nothing_left_out()) };
-            let by = state.view.name_of(held.recovery.ballot.node);
-            state.allocator.accept_recovery().ok_or_else(|| {
-                Failed::unavailable(format!(
+        let until = Instant::now() + OFFER_WITHIN;
+        let output = loop {
+            let by = {
+                let mut state = self.state.borrow_mut();
+                let Some(held) = state.allocator.held().cloned() else { return Err(nothing_left_out()) };
+                match state.allocator.accept_recovery() {
+                    Some(output) => break output,
+                    None => state.view.name_of(held.recovery.ballot.node),
+                }
+            };
+            if Instant::now() >= until {
+                return Err(Failed::unavailable(format!(
                     "the recovered cluster has not answered yet: it is asked through host {by} and the other hosts that \
                      this host knows. Check that they run and are reachable, and try again. If none of them is left, stop \
                      ovld here, remove its state directory, and start it again with --join"
-                ))
-            })?
+                )));
+            }
+            // A host that has just started may not have asked yet.
+            self.look_for_recoveries(true);
+            tokio::time::sleep(LOOK_EVERY).await;
         };
         self.carry_out(output);
         self.saved().await?;
