@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
-use nix::libc::{self, RTM_GETMDB, RTM_NEWMDB};
+use nix::libc::{self, RTM_GETMDB};
 use ovl_dataplane::device::{Device, Role};
 use ovl_dataplane::op::PORT_GROUPS;
 use ovl_proto::table::is_followed;
@@ -52,7 +52,8 @@ impl PortGroups {
         let mut groups = Self::default();
         // A kernel without multicast snooping refuses the request, and has no entries.
         if let Ok(dump) = route.dump_built(batch)? {
-            let messages = dump.messages().filter(|message| message.kind == RTM_NEWMDB);
+            // The kernel answers this request with messages of its own kind.
+            let messages = dump.messages().filter(|message| message.kind == RTM_GETMDB);
             messages.flat_map(|message| entries(message.payload)).for_each(|entry| groups.insert(entry));
         }
         Ok(groups)

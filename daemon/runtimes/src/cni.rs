@@ -8,6 +8,7 @@ mod ports;
 mod result;
 #[cfg(test)]
 mod tests;
+mod value;
 
 use ovl_control::{CNI_VERSIONS, CniError};
 use serde::{Deserialize, Serialize};

@@ -9,28 +9,50 @@ use tokio::time::Instant;
 use super::peers::millis;
 use super::{Failed, Node};
 
-/// A difference of this age is no work in flight.
+/// A difference of the kernel, or of addresses, that lasts for this time is no work in flight.
 const LASTING: Duration = Duration::from_millis(500);
+/// The same for what a peer announces, which it repeats every 0.6 to 1.5 s.
+const ANNOUNCED_LASTING: Duration = Duration::from_secs(3);
 /// Maximum time of a comparison. Many endpoints that come and go at once are work for seconds.
 const SETTLE_WITHIN: Duration = Duration::from_secs(5);
 /// Interval between two looks.
 const SETTLE_STEP: Duration = Duration::from_millis(50);
 
+/// A difference.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Difference {
+    /// The sentence for the user.
+    text: String,
+    /// For how long work in flight may look like this.
+    lasting: Duration,
+}
+
+impl Difference {
+    fn new(text: String) -> Self {
+        Self { text, lasting: LASTING }
+    }
+
+    /// One from what a peer announces.
+    fn announced(text: String) -> Self {
+        Self { text, lasting: ANNOUNCED_LASTING }
+    }
+}
+
 /// The differences of one look after the other. Work in flight differs from look to look, and drift stays.
 #[derive(Default)]
 struct Looks {
     /// When each difference of the last look was first seen, counted from the first look.
-    since: BTreeMap<String, Duration>,
+    since: BTreeMap<Difference, Duration>,
 }
 
 impl Looks {
     /// Records a look. Returns whether the comparison is over: nothing differs, or something has differed for long, or
     /// there was time enough.
-    fn record(&mut self, now: Duration, differences: &[String]) -> bool {
-        let seen = |text: &String| (text.clone(), self.since.get(text).copied().unwrap_or(now));
+    fn record(&mut self, now: Duration, differences: &[Difference]) -> bool {
+        let seen = |found: &Difference| (found.clone(), self.since.get(found).copied().unwrap_or(now));
         self.since = differences.iter().map(seen).collect();
-        let lasting = self.since.values().any(|since| now.saturating_sub(*since) >= LASTING);
-        differences.is_empty() || lasting || now >= SETTLE_WITHIN
+        let lasts = self.since.iter().any(|(found, since)| now.saturating_sub(*since) >= found.lasting);
+        differences.is_empty() || lasts || now >= SETTLE_WITHIN
     }
 }
 
@@ -43,16 +65,18 @@ impl Node {
             let differences = self.differences().await?;
             if looks.record(begun.elapsed(), &differences) {
                 let clean = differences.is_empty();
+                let differences = differences.into_iter().map(|found| found.text).collect();
                 return Ok(Verify { clean, settled_ms: clean.then(|| millis(begun.elapsed())), differences });
             }
             tokio::time::sleep(SETTLE_STEP).await;
         }
     }
 
-    async fn differences(&self) -> Result<Vec<String>, Failed> {
+    async fn differences(&self) -> Result<Vec<Difference>, Failed> {
         let (ops, lost) = self.compare().await?;
-        let mut differences: Vec<String> = ops.iter().map(|op| format!("kernel: needs `{op}`")).collect();
-        differences.extend(lost.iter().map(|device| format!("kernel: endpoint device {device} is gone")));
+        let needs = ops.iter().map(|op| format!("kernel: needs `{op}`"));
+        let gone = lost.iter().map(|device| format!("kernel: endpoint device {device} is gone"));
+        let mut differences: Vec<Difference> = needs.chain(gone).map(Difference::new).collect();
         let state = self.state.borrow();
         for (id, peer) in &state.peers {
             let Some(node) = state.view.nodes.get(id).filter(|node| node.state == PeerState::Alive) else {
@@ -60,30 +84,30 @@ impl Node {
             };
             let name = &node.record.name;
             if node.table.revision() < peer.hints.table {
-                differences.push(format!(
+                differences.push(Difference::announced(format!(
                     "gossip: the table of {name} is at {} and {} is announced",
                     node.table.revision(),
                     peer.hints.table
-                ));
+                )));
             }
             if peer.hints.objects != state.objects.digest() {
-                differences.push(format!(
+                differences.push(Difference::announced(format!(
                     "gossip: {name} has other cluster objects than this host, or other states of them"
-                ));
+                )));
             }
             if peer.hints.alloc > state.view.alloc.version {
-                differences.push(format!(
+                differences.push(Difference::announced(format!(
                     "gossip: {name} has version {} of the allocation map and this host {}",
                     peer.hints.alloc, state.view.alloc.version
-                ));
+                )));
             }
         }
         for placed in state.view.all_endpoints().filter(|placed| state.view.counts(placed.node)) {
             if let Some(address) = state.view.address_conflict(placed.node.record.id, placed.endpoint) {
-                differences.push(format!(
+                differences.push(Difference::new(format!(
                     "addresses: endpoint {} on {} uses {address}, which is in no block of that host",
                     placed.endpoint.name, placed.node.record.name
-                ));
+                )));
             }
         }
         Ok(differences)
@@ -96,11 +120,15 @@ mod tests {
 
     /// Returns after how many looks the comparison is over, and what the last one saw. One look takes 100 ms.
     fn compare(look: impl Fn(u32) -> Vec<String>) -> (u32, Vec<String>) {
+        compare_all(|at| look(at).into_iter().map(Difference::new).collect())
+    }
+
+    fn compare_all(look: impl Fn(u32) -> Vec<Difference>) -> (u32, Vec<String>) {
         let mut looks = Looks::default();
         for at in 0..1_000 {
             let differences = look(at);
             if looks.record(Duration::from_millis(100) * at, &differences) {
-                return (at, differences);
+                return (at, differences.into_iter().map(|found| found.text).collect());
             }
         }
         panic!("the comparison does not end");
@@ -111,6 +139,15 @@ mod tests {
         assert_eq!(compare(|_| vec!["a".into()]), (5, vec!["a".to_owned()]));
         // Among work in flight too.
         assert_eq!(compare(|at| vec![at.to_string(), "a".into()]).0, 5);
+    }
+
+    #[test]
+    fn peer_has_time_to_repeat_what_it_announces() {
+        let until = |end: u32| {
+            compare_all(|at| if at < end { vec![Difference::announced("a".into())] } else { Vec::new() })
+        };
+        assert_eq!(until(20), (20, Vec::new()));
+        assert_eq!(until(100), (30, vec!["a".to_owned()]));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use ovl_control::{Bandwidth, CniError, Rate};
 use serde_json::{Map, Value};
 
-use super::args::{field, invalid, wrong};
+use super::value::{field, invalid, wrong};
 
 /// The key in `runtimeConfig`.
 const KEY: &str = "runtimeConfig.bandwidth";

@@ -11,7 +11,8 @@ use ovl_proto::publish::Publish;
 use ring::digest::{SHA256, digest};
 use serde_json::{Map, Value};
 
-use super::args::{MAX_NAME, is_identifier, is_identifier_char, list, wishes, wrong};
+use super::args::{MAX_NAME, is_identifier, is_identifier_char, wishes};
+use super::value::{list, wrong};
 use super::{Attachment, Version, code, error};
 
 /// A parsed call.

@@ -7,7 +7,7 @@ use ovl_control::CniError;
 use ovl_proto::publish::{Ports, Publish, Transport};
 use serde_json::Value;
 
-use super::args::{field, invalid, list, wrong};
+use super::value::{field, invalid, list, wrong};
 
 /// The key in `runtimeConfig`.
 const KEY: &str = "runtimeConfig.portMappings";
