@@ -81,13 +81,21 @@ fn added_in_state(host: &Host) -> Result<BTreeSet<String>> {
     Ok(found)
 }
 
-fn wait_added_in_state(host: &Host, expected: &[&str]) {
-    wait_until(SOON, &format!("{expected:?} in the state file of {}", host.name()), || {
-        let found = added_in_state(host)?;
+/// Waits until the added field is in these places of a host's state file. The daemon writes that file whole when it stops,
+/// so it is restarted for each look.
+fn wait_added_in_state(lab: &Lab, name: &str, expected: &[&str]) {
+    let host = &lab[name];
+    wait_until(SOON, &format!("{expected:?} in the state file of {name}"), || {
+        host.stop()?;
+        let found = added_in_state(host);
+        host.start()?;
+        host.wait_ready(SOON)?;
+        let found = found?;
         ensure!(expected.iter().all(|each| found.contains(*each)), "{found:?}");
         Ok(())
     })
     .unwrap();
+    lab.wait_all_alive(SOON).unwrap();
 }
 
 /// Waits until a host has the added field in these endpoints of other hosts, and in no others.
@@ -136,8 +144,8 @@ fn roll(first: &str, second: &str) {
     ping_all_pairs(&[red, also_red], SOON).unwrap();
     let record = format!("record of {first}");
     wait_added_endpoints(&lab[second], &["c", "e"]);
-    wait_added_in_state(&lab[second], &["network red", &record]);
-    wait_added_in_state(&lab[first], &["file", "network red"]);
+    wait_added_in_state(&lab, second, &["network red", &record]);
+    wait_added_in_state(&lab, first, &["file", "network red"]);
 
     // Both have it. Either of them makes a map, as the coordinator.
     change_release(&lab, second, true);
@@ -150,7 +158,7 @@ fn roll(first: &str, second: &str) {
     let everything =
         ["file", "map", "network red", &format!("network of-{first}"), &format!("network of-{second}")];
     for host in lab.hosts() {
-        wait_added_in_state(host, &everything);
+        wait_added_in_state(&lab, host.name(), &everything);
     }
 
     // The way back: what is not known any more is still there, after changes too.
@@ -162,7 +170,7 @@ fn roll(first: &str, second: &str) {
     lab[first].ctl_ok(&["endpoint", "unready", "c"]).unwrap();
     lab[first].ctl_ok(&["endpoint", "ready", "c"]).unwrap();
     for host in lab.hosts() {
-        wait_added_in_state(host, &everything);
+        wait_added_in_state(&lab, host.name(), &everything);
         let problems = problems(host).unwrap();
         assert!(!problems.iter().any(|each| each.contains("later release")), "{problems:?}");
     }
@@ -173,7 +181,7 @@ fn roll(first: &str, second: &str) {
     change_release(&lab, first, true);
     change_release(&lab, second, true);
     for host in lab.hosts() {
-        wait_added_in_state(host, &everything);
+        wait_added_in_state(&lab, host.name(), &everything);
         let on = |name: &str, host: &str| format!("{name} on {host} is ready");
         let endpoints = [
             on("a", "h1"),

@@ -237,6 +237,8 @@ fn networks_have_ipv6_where_the_host_turns_it_off_by_sysctl() {
             ping_all_pairs(&all, SOON).unwrap();
             if !before {
                 turn_off();
+                // The devices of other networks have lost their addresses too.
+                wait_clean(lab.hosts(), SOON * 3).unwrap();
                 ping_all_pairs(&all, SOON * 3).unwrap();
             }
         }
