@@ -278,14 +278,21 @@ fn forgotten_host_cannot_put_itself_back_and_is_not_given_the_next_key() {
     }
 }
 
+/// Kills h3 and takes it out of the cluster. Its link is down afterwards.
+fn forget_h3(lab: &Lab) -> Result<()> {
+    let (h1, h3) = (&lab["h1"], &lab["h3"]);
+    h3.kill9()?;
+    h3.link_down()?;
+    wait_until(SOON, "h3 to be dead", || -> Result<bool> { Ok(peer(h1, "h3")?["state"] == "dead") })?;
+    h1.ctl_ok(&["peers", "forget", "h3"])?;
+    Ok(())
+}
+
 #[test]
 fn forgotten_host_returns_after_it_is_admitted_again() {
     let lab = start_lab(3).unwrap();
     let (h1, h3) = (&lab["h1"], &lab["h3"]);
-    h3.kill9().unwrap();
-    h3.link_down().unwrap();
-    wait_until(SOON, "h3 to be dead", || -> Result<bool> { Ok(peer(h1, "h3")?["state"] == "dead") }).unwrap();
-    h1.ctl_ok(&["peers", "forget", "h3"]).unwrap();
+    forget_h3(&lab).unwrap();
     h3.link_up().unwrap();
     h3.start().unwrap();
     let problem = wait_problem(h3, &["not admitted", "peers forget"], SOON).unwrap();
@@ -302,10 +309,7 @@ fn forgotten_host_returns_after_it_is_admitted_again() {
 fn forgotten_host_can_be_admitted_by_name_before_it_is_heard_from() {
     let lab = start_lab(3).unwrap();
     let (h1, h3) = (&lab["h1"], &lab["h3"]);
-    h3.kill9().unwrap();
-    h3.link_down().unwrap();
-    wait_until(SOON, "h3 to be dead", || -> Result<bool> { Ok(peer(h1, "h3")?["state"] == "dead") }).unwrap();
-    h1.ctl_ok(&["peers", "forget", "h3"]).unwrap();
+    forget_h3(&lab).unwrap();
     std::thread::scope(|scope| {
         let admit = scope.spawn(|| h1.ctl_ok(&["peers", "admit", "h3"]).map(drop));
         h3.link_up().unwrap();

@@ -21,19 +21,25 @@ fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().and_then(|text| text.parse().ok())
 }
 
-/// Runs a storm in the world of each seed: `OVL_SIM_SEED` alone, or the first `OVL_SIM_SEEDS`, by default `many`. Then
-/// everything is healed, and every host gets what it asks for. Returns the sums if at least `many` seeds ran.
+/// Runs a storm in the world of each seed. Then everything is healed, and every host gets what it asks for. See
+/// [`run_seeds`].
 fn run_storms(many: u64, world_of: impl Fn(u64) -> World) -> Option<Stats> {
+    run_seeds(many, world_of, |world| {
+        world.storm(5000);
+        world.heal_and_claim();
+    })
+}
+
+/// Runs something in the world of each seed: `OVL_SIM_SEED` alone, or the first `OVL_SIM_SEEDS`, by default `many`. Returns
+/// the sums if at least `many` seeds ran.
+fn run_seeds(many: u64, world_of: impl Fn(u64) -> World, each: impl Fn(&mut World)) -> Option<Stats> {
     let only = number("OVL_SIM_SEED");
     let count = number("OVL_SIM_SEEDS").unwrap_or(many);
     let mut total = Stats::default();
     for seed in only.map_or(0..count, |seed| seed..seed + 1) {
         let mut world = world_of(seed);
         // The panic message does not contain the seed.
-        let run = std::panic::AssertUnwindSafe(|| {
-            world.storm(5000);
-            world.heal_and_claim();
-        });
+        let run = std::panic::AssertUnwindSafe(|| each(&mut world));
         if std::panic::catch_unwind(run).is_err() {
             panic!("seed {seed} failed");
         }

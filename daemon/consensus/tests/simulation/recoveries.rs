@@ -4,7 +4,7 @@ use ovl_consensus::LOST_MS;
 use ovl_proto::alloc::Change;
 
 use super::world::{Stats, World};
-use super::{number, storm::Weather};
+use super::{run_seeds, storm::Weather};
 
 impl World {
     /// Passes time in which hosts look around, and nothing else happens.
@@ -121,32 +121,21 @@ impl World {
 }
 
 fn run(many: u64, faults: bool) -> Option<Stats> {
-    let only = number("OVL_SIM_SEED");
-    let count = number("OVL_SIM_SEEDS").unwrap_or(many);
-    let mut total = Stats::default();
-    for seed in only.map_or(0..count, |seed| seed..seed + 1) {
-        let mut world = World::new(seed, 3 + (seed % 4) as usize);
-        let run = std::panic::AssertUnwindSafe(|| {
-            world.heal_and_claim();
-            world.storm(1000);
-            world.heal_and_claim();
-            // Some of these are not decided when the majority is lost.
-            for _ in 0..10 {
-                let node = world.random.below(world.nodes.len() as u64) as usize;
-                world.request_any(node);
-                world.step();
-            }
-            let lost = world.lose_and_recover(faults);
-            world.return_and_accept(&lost, faults);
-            world.heal_and_claim();
-        });
-        if std::panic::catch_unwind(run).is_err() {
-            panic!("seed {seed} failed");
+    let world_of = |seed| World::new(seed, 3 + (seed % 4) as usize);
+    run_seeds(many, world_of, |world| {
+        world.heal_and_claim();
+        world.storm(1000);
+        world.heal_and_claim();
+        // Some of these are not decided when the majority is lost.
+        for _ in 0..10 {
+            let node = world.random.below(world.nodes.len() as u64) as usize;
+            world.request_any(node);
+            world.step();
         }
-        total.add(&world.stats);
-    }
-    println!("{total:?}");
-    (only.is_none() && count >= many).then_some(total)
+        let lost = world.lose_and_recover(faults);
+        world.return_and_accept(&lost, faults);
+        world.heal_and_claim();
+    })
 }
 
 #[test]
