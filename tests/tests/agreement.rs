@@ -31,6 +31,7 @@ struct Liar {
     identity: Arc<Identity>,
     streams: Streams,
     events: mpsc::Receiver<StreamEvent>,
+    hosts: BTreeMap<NodeId, SocketAddr>,
     /// Whether a host sent it a cluster key.
     has_new_key: bool,
 }
@@ -72,7 +73,7 @@ impl Liar {
         let (tell, events) = mpsc::channel(1024);
         let streams = Streams::start(config, tell).await?;
         streams.set_peers(hosts.clone());
-        let mut liar = Self { identity, streams, events, has_new_key: false };
+        let mut liar = Self { identity, streams, events, hosts: hosts.clone(), has_new_key: false };
         let mut up = BTreeSet::new();
         while up.len() < hosts.len() {
             if let StreamEvent::Up(host) = liar.event().await? {
@@ -98,11 +99,18 @@ impl Liar {
     /// Asks a host for its map. The answer comes after the host has read everything that was sent before.
     async fn map_of(&mut self, host: NodeId) -> Result<Decision> {
         let end = Instant::now() + SOON;
-        let mut asked = None;
+        let (mut asked, mut connected) = (None, Instant::now());
         while Instant::now() < end {
+            // With each change of the map, hosts disconnect from those that were taken out.
+            if connected.elapsed() > Duration::from_secs(3) {
+                self.streams.set_peers(BTreeMap::new());
+                tokio::time::sleep(Duration::from_millis(300)).await;
+                self.streams.set_peers(self.hosts.clone());
+                connected = Instant::now();
+            }
             // The host answers on its own stream to this one, which may not be up yet.
             if asked.is_none_or(|at: Instant| at.elapsed() > Duration::from_millis(300)) {
-                self.say(host, AllocMessage::Ask { known: 0 })?;
+                self.streams.send(host, &Message::Alloc(AllocMessage::Ask { known: 0 }));
                 asked = Some(Instant::now());
             }
             let next = tokio::time::timeout(Duration::from_millis(100), self.event()).await;
