@@ -9,12 +9,14 @@
 //! | [`object`] | cluster objects: networks and Kubernetes objects; many writers, the last write wins |
 //! | [`resource`] | Kubernetes objects |
 //! | [`publish`] | published ports |
+//! | [`bandwidth`] | limits of an endpoint's traffic |
 //! | [`alloc`] | the allocation map: members and address blocks, agreed on by a majority |
 //! | [`sync`] | messages of the encrypted stream between two daemons |
 //! | [`secret`] | values that are never printed |
 //! | [`wire`] | the binary codec that all of the above share |
 
 pub mod alloc;
+pub mod bandwidth;
 pub mod clock;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;

@@ -7,7 +7,8 @@ use std::process;
 
 use clap::ArgGroup;
 use ipnet::IpNet;
-use ovl_control::{Attach, Bandwidth, EndpointInfo, NetnsRef, Reply, Request};
+use ovl_control::{Attach, EndpointInfo, NetnsRef, Reply, Request};
+use ovl_proto::bandwidth::Bandwidth;
 use ovl_proto::id::Mac;
 use ovl_proto::publish::Publish;
 

@@ -10,6 +10,7 @@ use netlink_packet_route::link::LinkAttribute;
 use nix::libc::{EACCES, EEXIST, EOPNOTSUPP, EXFULL};
 use ovl_dataplane::device::Device;
 use ovl_dataplane::state::Link;
+use ovl_proto::bandwidth::Rate;
 use ovl_proto::id::Mac;
 
 use super::apply::{Devices, Located, with_mtu_has_inet6};
@@ -23,7 +24,7 @@ use super::socket::{Batch, Refusal, Route};
 use super::sweep::Sweeper;
 use super::sys::LOOPBACK;
 use super::sysctl;
-use super::{CreatedEndpoint, EndpointSpec, HostEnd, Mended, PeerSpec, SendRate, rate};
+use super::{CreatedEndpoint, EndpointSpec, HostEnd, Mended, PeerSpec, rate};
 
 /// An interface name that the kernel completes with the first free number.
 const ANY_NAME: &str = "eth%d";
@@ -45,7 +46,17 @@ pub(super) fn create(
     spec: EndpointSpec,
 ) -> Result<CreatedPair> {
     let EndpointSpec {
-        device, name, netns, ifname, mac, mtu, host_end, addresses, gateways, resolver, ..
+        device,
+        name,
+        netns,
+        ifname,
+        mac,
+        mtu,
+        host_end,
+        addresses,
+        gateways,
+        resolver,
+        bandwidth,
     } = spec;
     if let Some(name) = &ifname
         && !is_plain_name(name)
@@ -104,12 +115,12 @@ pub(super) fn create(
     };
     let done = up.and_then(|answer| {
         let view = LinkView::parse(&answer).ok_or(KernelError::NoDevice(device))?;
-        if let Some(rate) = spec.ingress {
+        if let Some(rate) = bandwidth.ingress {
             rate::limit(route, (view.index, device.as_str()), mtu, rate)?;
         }
         match netns {
             Some(netns) => {
-                let egress = spec.egress.map(|rate| (rate, mtu));
+                let egress = bandwidth.egress.map(|rate| (rate, mtu));
                 let inside = Inside { ifname, addresses, gateways, host_end, resolver, egress };
                 finish(view, inside, netns_worker, netns.fd)
             }
@@ -160,7 +171,7 @@ struct Inside {
     host_end: HostEnd,
     resolver: Option<Resolver>,
     /// The limit of what it sends, and its MTU in bytes.
-    egress: Option<(SendRate, u16)>,
+    egress: Option<(Rate, u16)>,
 }
 
 fn finish(

@@ -61,6 +61,7 @@ use ovl_dataplane::nft::Table;
 use ovl_dataplane::observed::Inside;
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
+use ovl_proto::bandwidth::Bandwidth;
 use ovl_proto::id::Mac;
 use ovl_tunnel::PrivateKey;
 use tokio::sync::{mpsc, oneshot};
@@ -131,19 +132,8 @@ pub struct EndpointSpec {
     pub gateways: Vec<IpAddr>,
     /// The routes to the resolver; `None` if the endpoint uses no resolver of ovl.
     pub resolver: Option<Resolver>,
-    /// The limit of what the endpoint receives. `None`: there is none.
-    pub ingress: Option<SendRate>,
-    /// The limit of what the endpoint sends. `None`: there is none.
-    pub egress: Option<SendRate>,
-}
-
-/// A limit of the rate at which a device sends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SendRate {
-    /// Bits in a second, with the Ethernet headers.
-    pub bits_per_second: u64,
-    /// The bits that may be sent at once after a pause.
-    pub burst_bits: u64,
+    /// The limits of the endpoint's traffic.
+    pub bandwidth: Bandwidth,
 }
 
 /// How the host's interface of a veth pair is connected.

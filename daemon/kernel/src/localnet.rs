@@ -19,6 +19,7 @@ use ovl_dataplane::resolver::LOOPBACK;
 
 use super::attribute::{Attributes, attributes, text, u32_at};
 use super::error::{KernelError, Result};
+use super::message::{TRAFFIC_CONTROL, traffic_control};
 use super::socket::{Batch, Refusal, Route};
 
 /// The parent of a `clsact` queueing discipline, and of the filters at the ingress of its device (`linux/pkt_sched.h`).
@@ -31,8 +32,6 @@ const HANDLE: u32 = 1;
 /// `tcm_info`: the priority, and the protocol in network order. All protocols, since a frame with a VLAN tag is not one
 /// of IPv4 to a filter; the program looks behind the tag.
 const INFO: u32 = PRIORITY << 16 | (libc::ETH_P_ALL as u16).to_be() as u32;
-/// The length of `struct tcmsg`.
-const HEADER: usize = 20;
 
 /// Attributes of a filter of the kind `bpf` (`linux/pkt_cls.h`); `libc` does not define them.
 const TCA_BPF_OPS_LEN: u16 = 4;
@@ -82,10 +81,10 @@ const PROGRAM: [(u16, u8, u8, u32); 10] = {
 pub(super) fn allow(route: &mut Route, device: Device) -> Result<()> {
     let index = if_nametoindex(device.as_str()).map_err(|_| KernelError::NoDevice(device))?;
     let mut batch = Batch::default();
-    let mut discipline = Attributes::after(&header(index, CLSACT_HANDLE, CLSACT, 0));
+    let mut discipline = Attributes::after(&traffic_control(index, CLSACT_HANDLE, CLSACT, 0));
     discipline.put_text(libc::TCA_KIND, "clsact");
     batch.push_built(libc::RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, discipline.bytes());
-    let mut filter = Attributes::after(&header(index, HANDLE, INGRESS, INFO));
+    let mut filter = Attributes::after(&traffic_control(index, HANDLE, INGRESS, INFO));
     filter.put_text(libc::TCA_KIND, "bpf");
     filter.nest(libc::TCA_OPTIONS, |options| {
         options.put(TCA_BPF_OPS_LEN, &(PROGRAM.len() as u16).to_ne_bytes());
@@ -118,7 +117,7 @@ fn explained(refusal: Refusal, device: Device) -> KernelError {
 pub(super) fn forbid(route: &mut Route, device: Device) -> Result<()> {
     set(device, false)?;
     let Ok(index) = if_nametoindex(device.as_str()) else { return Ok(()) };
-    let mut filter = Attributes::after(&header(index, HANDLE, INGRESS, INFO));
+    let mut filter = Attributes::after(&traffic_control(index, HANDLE, INGRESS, INFO));
     filter.put_text(libc::TCA_KIND, "bpf");
     let mut batch = Batch::default();
     batch.push_built(libc::RTM_DELTFILTER, 0, filter.bytes());
@@ -134,27 +133,20 @@ pub(super) fn forbid(route: &mut Route, device: Device) -> Result<()> {
 /// Whether ovl's filter is at the ingress of a device.
 pub(super) fn is_filtered(route: &mut Route, index: u32) -> Result<bool> {
     let mut batch = Batch::default();
-    batch.push_built(libc::RTM_GETTFILTER, 0, &header(index, 0, INGRESS, 0));
+    batch.push_built(libc::RTM_GETTFILTER, 0, &traffic_control(index, 0, INGRESS, 0));
     let Ok(dump) = route.dump_built(batch)? else { return Ok(false) };
     let is_ours = |payload: &[u8]| {
         let has = |at, value| u32_at(payload, at) == Some(value);
         has(8, HANDLE)
             && has(16, INFO)
-            && attributes(payload, HEADER).any(|(kind, value)| kind == libc::TCA_KIND && text(value) == "bpf")
-            && attributes(payload, HEADER)
+            && attributes(payload, TRAFFIC_CONTROL)
+                .any(|(kind, value)| kind == libc::TCA_KIND && text(value) == "bpf")
+            && attributes(payload, TRAFFIC_CONTROL)
                 .filter(|(kind, _)| *kind == libc::TCA_OPTIONS)
                 .flat_map(|(_, options)| attributes(options, 0))
                 .any(|(kind, value)| kind == TCA_BPF_OPS && value == program())
     };
     Ok(dump.messages().any(|message| message.kind == libc::RTM_NEWTFILTER && is_ours(message.payload)))
-}
-
-/// Returns a `struct tcmsg`.
-pub(super) fn header(index: u32, handle: u32, parent: u32, info: u32) -> [u8; HEADER] {
-    let mut bytes = [0; HEADER];
-    let fields = [0, index, handle, parent, info].into_iter().flat_map(u32::to_ne_bytes);
-    bytes.iter_mut().zip(fields).for_each(|(at, byte)| *at = byte);
-    bytes
 }
 
 fn program() -> Vec<u8> {

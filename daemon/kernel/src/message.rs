@@ -468,3 +468,14 @@ pub fn port_mac(device: Device) -> Mac {
         Some(Role::Bridge(_) | Role::Vxlan(_) | Role::Tunnel(_)) | None => Mac([0x16, 0, 0, 0, 0, 0]),
     }
 }
+
+/// The length of `struct tcmsg`.
+pub(super) const TRAFFIC_CONTROL: usize = 20;
+
+/// Returns the `struct tcmsg` of a queueing discipline or a filter of the device with this index.
+pub(super) fn traffic_control(index: u32, handle: u32, parent: u32, info: u32) -> [u8; TRAFFIC_CONTROL] {
+    let mut bytes = [0; TRAFFIC_CONTROL];
+    let fields = [0, index, handle, parent, info].into_iter().flat_map(u32::to_ne_bytes);
+    bytes.iter_mut().zip(fields).for_each(|(at, byte)| *at = byte);
+    bytes
+}

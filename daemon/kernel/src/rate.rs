@@ -4,11 +4,11 @@
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
 use nix::libc::{self, ENOENT};
+use ovl_proto::bandwidth::Rate;
 
-use super::SendRate;
 use super::attribute::Attributes;
 use super::error::{KernelError, Result};
-use super::localnet::header;
+use super::message::traffic_control;
 use super::socket::{Batch, Route};
 
 /// The parent of a root queueing discipline (`linux/pkt_sched.h`).
@@ -27,8 +27,8 @@ const LATENCY_MS: u64 = 25;
 /// # Errors
 ///
 /// The kernel has no token buckets, or refuses this one.
-pub(super) fn limit(route: &mut Route, (index, name): (u32, &str), mtu: u16, rate: SendRate) -> Result<()> {
-    let mut discipline = Attributes::after(&header(index, 0, ROOT, 0));
+pub(super) fn limit(route: &mut Route, (index, name): (u32, &str), mtu: u16, rate: Rate) -> Result<()> {
+    let mut discipline = Attributes::after(&traffic_control(index, 0, ROOT, 0));
     discipline.put_text(libc::TCA_KIND, "tbf");
     let Bucket { bytes_per_second, burst, queue } = bucket(rate, mtu);
     discipline.nest(libc::TCA_OPTIONS, |options| {
@@ -61,10 +61,10 @@ struct Bucket {
     queue: u32,
 }
 
-fn bucket(SendRate { bits_per_second, burst_bits }: SendRate, mtu: u16) -> Bucket {
-    let bytes_per_second = (bits_per_second / 8).max(1);
+fn bucket(Rate { rate, burst }: Rate, mtu: u16) -> Bucket {
+    let bytes_per_second = (rate / 8).max(1);
     // A packet that is longer than the bucket would never pass.
-    let burst = (burst_bits / 8).max(u64::from(mtu).saturating_mul(2));
+    let burst = (burst / 8).max(u64::from(mtu).saturating_mul(2));
     let queue = burst.saturating_add(bytes_per_second.saturating_mul(LATENCY_MS) / 1000);
     let narrow = |bytes: u64| u32::try_from(bytes).unwrap_or(u32::MAX);
     Bucket { bytes_per_second, burst: narrow(burst), queue: narrow(queue) }
@@ -88,7 +88,7 @@ mod tests {
 
     #[test]
     fn bucket_holds_two_packets_and_values_stay_in_range() {
-        let of = |bits_per_second, burst_bits| bucket(SendRate { bits_per_second, burst_bits }, 1450);
+        let of = |rate, burst| bucket(Rate { rate, burst }, 1450);
         assert_eq!(
             of(8_000_000, 800_000),
             Bucket { bytes_per_second: 1_000_000, burst: 100_000, queue: 125_000 }

@@ -8,13 +8,11 @@ use std::path::{Path, PathBuf};
 use ipnet::IpNet;
 use ovl_cluster::addresses as ipam;
 use ovl_cluster::view::{Placed, View};
-use ovl_control::{Attach, EndpointInfo, EndpointState, FailureKind, NetnsRef, PodInfo, PodRef, Rate};
+use ovl_control::{Attach, EndpointInfo, EndpointState, FailureKind, NetnsRef, PodInfo, PodRef};
 use ovl_dataplane::device::{Device, Role};
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
-use ovl_kernel::{
-    CreatedEndpoint, EndpointSpec, HostEnd, Netns, PeerLocation, Resolver, RetiredEndpoint, SendRate,
-};
+use ovl_kernel::{CreatedEndpoint, EndpointSpec, HostEnd, Netns, PeerLocation, Resolver, RetiredEndpoint};
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
 use ovl_proto::object::{Driver, Mode, Network, Subnet};
 use ovl_proto::resource::Name;
@@ -68,10 +66,6 @@ impl Drop for Place<'_> {
             self.node.work.notify_one();
         }
     }
-}
-
-fn send_rate(Rate { rate, burst }: Rate) -> SendRate {
-    SendRate { bits_per_second: rate, burst_bits: burst }
 }
 
 impl Node {
@@ -166,8 +160,7 @@ impl Node {
             addresses: endpoint.addresses.clone(),
             gateways,
             resolver: self.ways_to_resolver(network, &endpoint, resolver),
-            ingress: request.bandwidth.ingress.map(send_rate),
-            egress: request.bandwidth.egress.map(send_rate),
+            bandwidth: request.bandwidth,
         };
         let Part { before: ops, wants } = part;
         let (outcomes, made) = self.kernel.prepare_and_create(ops, spec).await;

@@ -9,9 +9,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::PathBuf;
 
-use ovl_control::{Attach, Bandwidth, EndpointInfo, NetnsRef, SandboxCreate, SandboxInfo};
+use ovl_control::{Attach, EndpointInfo, NetnsRef, SandboxCreate, SandboxInfo};
 use ovl_dataplane::device::{Device, Role};
 use ovl_kernel::{self as kernel, MountPoint, NetnsHandle, Process};
+use ovl_proto::bandwidth::Bandwidth;
 use ovl_proto::id::{EndpointId, NetworkId};
 use ovl_subsystems::names::resolver::resolv_conf;
 

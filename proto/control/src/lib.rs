@@ -6,7 +6,6 @@
 //!
 //! `ovlctl -o json` prints the types of this crate. Field names are stable, see `docs/cli.md`.
 
-mod bandwidth;
 mod client;
 mod cni;
 mod docker;
@@ -19,7 +18,6 @@ mod stored;
 
 pub use ovl_proto::record::PeerState;
 
-pub use bandwidth::{Bandwidth, Rate};
 pub use client::{Client, ClientError};
 pub use cni::{CNI_VERSIONS, CniDeleted};
 pub use docker::DockerDeleted;

@@ -8,13 +8,12 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::resources::{Apply, Document, ResourceQuery};
+use ovl_proto::bandwidth::Bandwidth;
 use ovl_proto::id::{Mac, NodeId};
 use ovl_proto::object::{Backend, Driver, Mode};
 use ovl_proto::publish::Publish;
 use ovl_proto::resource::ResourceKey;
 use ovl_proto::secret::Secret;
-
-use crate::Bandwidth;
 
 /// A request. Each variant's documentation names its reply.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -199,8 +199,7 @@ impl Container {
             host_end: HostEnd::Port(bridge(), false),
             addresses: vec![net(&format!("10.1.0.{n}/16")), net(&format!("fd00:1::{n:x}/64"))],
             resolver: None,
-            ingress: None,
-            egress: None,
+            bandwidth: Default::default(),
             gateways: vec![ip("10.1.0.1"), ip("fd00:1::1")],
         }
     }

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use ovl_control::{Bandwidth, CniError};
+use ovl_control::CniError;
+use ovl_proto::bandwidth::Bandwidth;
 use ovl_proto::id::Mac;
 use ovl_proto::publish::Publish;
 use serde_json::{Map, Value};

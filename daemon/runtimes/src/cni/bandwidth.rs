@@ -1,6 +1,7 @@
 //! The capability `bandwidth`: limits of a container's traffic (CNI conventions, "Dynamic Plugin specific Fields").
 
-use ovl_control::{Bandwidth, CniError, Rate};
+use ovl_control::CniError;
+use ovl_proto::bandwidth::{Bandwidth, Rate};
 use serde_json::{Map, Value};
 
 use super::value::{field, invalid, wrong};

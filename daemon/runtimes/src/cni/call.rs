@@ -5,7 +5,8 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use ipnet::IpNet;
-use ovl_control::{Bandwidth, CNI_VERSIONS, CniCall, CniCommand, CniError, PodRef};
+use ovl_control::{CNI_VERSIONS, CniCall, CniCommand, CniError, PodRef};
+use ovl_proto::bandwidth::Bandwidth;
 use ovl_proto::id::{Mac, NodeId};
 use ovl_proto::publish::Publish;
 use ring::digest::{SHA256, digest};

@@ -1,7 +1,8 @@
-use ovl_control::{Bandwidth, CniCall, CniCommand, PodRef, Rate};
+use ovl_control::{CniCall, CniCommand, PodRef};
 use std::net::IpAddr;
 
 use ovl_dataplane::observed::Inside;
+use ovl_proto::bandwidth::{Bandwidth, Rate};
 use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
 use ovl_proto::publish::Publish;
 use ovl_proto::table::Endpoint;

@@ -11,11 +11,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Error, Result, bail, ensure};
 use ipnet::IpNet;
-use ovl_control::{
-    Attach, Bandwidth, EndpointInfo, Failure, FailureKind, NetnsRef, NetworkCreate, Reply, Request,
-};
+use ovl_control::{Attach, EndpointInfo, Failure, FailureKind, NetnsRef, NetworkCreate, Reply, Request};
 use ovl_kernel::{SimulatedKernel, Underlay};
 use ovl_mesh::keys::ClusterKey;
+use ovl_proto::bandwidth::Bandwidth;
 use ovl_proto::object::{Driver, Mode};
 use ovl_proto::secret::Secret;
 use ovld::{Config, Inspection};
