@@ -373,7 +373,9 @@ fn tell_entries(state: &mut State, host: NodeId, before: &[Entry], after: &[Entr
         .iter()
         .filter_map(endpoint)
         .filter(|(id, old)| {
-            new.get(id).is_some_and(|new| **new == Endpoint { groups: new.groups.clone(), ..(*old).clone() })
+            new.get(id).is_some_and(|new| {
+                new.groups != old.groups && **new == Endpoint { groups: new.groups.clone(), ..(*old).clone() }
+            })
         })
         .map(|(id, old)| (id, old.network))
         .collect();

@@ -172,7 +172,7 @@ impl Subsystem for Networks {
             Change::Attaching(endpoint) => {
                 self.touched.entry(endpoint.network).or_default().note_attach(endpoint.id);
             }
-            Change::Groups(network) => drop(self.touched.entry(network).or_default()),
+            Change::Groups(network) => self.touched.entry(network).or_default().note_groups(),
             Change::Rights(network) | Change::Network(network) | Change::Built(network) => self.mark(network),
             Change::Tunnel => {
                 let networks = cluster.view.networks.values().map(|found| &found.network);

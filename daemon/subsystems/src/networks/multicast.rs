@@ -3,7 +3,7 @@
 //! Each host says in its owner table which groups its endpoints have joined. Frames for the MAC address of a group go to the
 //! hosts that have joined one with that address ([`Dataplane::groups`]), and frames of groups that no other host has joined
 //! do not leave ([`ovl_dataplane::multicast`]). A host that does not follow groups, such as one of an earlier release, gets
-//! the frames of all groups. As long as there is one, frames of groups that nobody has joined go to all hosts.
+//! the frames of all groups. As long as there is one, frames of groups without members go to all hosts.
 //!
 //! The module owns no state. Begin to read at [`part`].
 

@@ -33,6 +33,8 @@ pub struct TouchedEndpoints {
     hosts: BTreeSet<NodeId>,
     macs: BTreeSet<Mac>,
     addresses: BTreeSet<IpAddr>,
+    /// Whether other hosts may get other multicast: their endpoints, or groups of them, have changed.
+    groups: bool,
 }
 
 impl TouchedEndpoints {
@@ -40,6 +42,8 @@ impl TouchedEndpoints {
     pub fn note(&mut self, me: NodeId, host: NodeId, endpoint: &Endpoint) {
         if host == me {
             self.own.insert(endpoint.id);
+        } else {
+            self.groups = true;
         }
         self.hosts.insert(host);
         self.macs.insert(endpoint.mac);
@@ -52,9 +56,15 @@ impl TouchedEndpoints {
         self.own.insert(endpoint);
     }
 
+    /// Records that endpoints have joined or left multicast groups.
+    pub fn note_groups(&mut self) {
+        self.groups = true;
+    }
+
     /// Adds the endpoints of another set.
     pub fn merge(&mut self, other: Self) {
-        let Self { own, hosts, macs, addresses } = other;
+        let Self { own, hosts, macs, addresses, groups } = other;
+        self.groups |= groups;
         self.own.extend(own);
         self.hosts.extend(hosts);
         self.macs.extend(macs);
@@ -140,7 +150,7 @@ fn switched(
 ) -> (Dataplane, Dataplane) {
     let id = network.id;
     let (bridge, vxlan) = (Device::bridge(id), Device::vxlan(id));
-    let TouchedEndpoints { own: ids, mut hosts, mut macs, mut addresses } = touched;
+    let TouchedEndpoints { own: ids, mut hosts, mut macs, mut addresses, groups } = touched;
     // An endpoint that is allowed to send from one of the addresses may do so only while no other has it.
     for placed in addresses.iter().flat_map(|address| view.all_allowing_address(id, *address)) {
         macs.insert(placed.endpoint.mac);
@@ -153,8 +163,10 @@ fn switched(
     }
     let routes = FrameRoutes::of(view, network);
     let (mut was, mut is) = (Dataplane::default(), Dataplane::default());
-    multicast::part(&mut is, view, network, &routes);
-    multicast::sent(&mut was, applied);
+    if groups {
+        multicast::part(&mut is, view, network, &routes);
+        multicast::sent(&mut was, applied);
+    }
     let remotes: BTreeSet<Remote> =
         hosts.iter().filter_map(|host| routes.to(view.nodes.get(host)?)).collect();
 
