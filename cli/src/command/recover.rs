@@ -55,19 +55,16 @@ pub(crate) fn run(context: &Context, args: &Args) -> Result<()> {
         say(&render(&plan))?;
     }
     let lost = plan.members.iter().filter(|member| !member.survives).count();
-    let ask = |question: &str| ask(question, io::stdin().is_terminal());
-    let sure = "Are these hosts lost for good, and off? [y/N] ";
-    if !args.yes && !matches!(ask(sure)?.as_str(), "y" | "Y" | "yes") {
-        return Err(Error::Failed("nothing was changed".to_owned()));
-    }
+    confirm(args.yes, "Are these hosts lost for good, and off?")?;
     let count = match args.lost {
         Some(count) => Some(count),
-        None => ask(&format!(
-            "The {} above that are given up cannot return by themselves. Type their number to go on: ",
-            plural(lost as u64, "host")
-        ))?
-        .parse()
-        .ok(),
+        None => {
+            let hosts = plural(lost as u64, "host");
+            let question = format!(
+                "The {hosts} above that are given up cannot return by themselves. Type their number to go on: "
+            );
+            ask(&question, io::stdin().is_terminal())?.parse().ok()
+        }
     };
     if count != Some(lost) {
         return Err(Error::Failed(format!(
@@ -106,10 +103,8 @@ fn answer(context: &Context, args: &Args) -> Result<()> {
     };
     if !args.yes {
         say(&format!("{}{meaning}\n", recovery("Recovered without this host", left_out)))?;
-        if !matches!(ask("Go on? [y/N] ", io::stdin().is_terminal())?.as_str(), "y" | "Y" | "yes") {
-            return Err(Error::Failed("nothing was changed".to_owned()));
-        }
     }
+    confirm(args.yes, "Go on?")?;
     let done = request(context, step)?;
     if args.accept {
         context.note(
@@ -131,6 +126,19 @@ fn say(text: &str) -> Result<()> {
     io::stderr()
         .write_all(format!("{}\n", printable_lines(text)).as_bytes())
         .map_err(|error| Error::output(&error))
+}
+
+/// Asks at a terminal whether to go on, unless `yes` answers it.
+fn confirm(yes: bool, question: &str) -> Result<()> {
+    if yes
+        || matches!(
+            ask(&format!("{question} [y/N] "), io::stdin().is_terminal())?.as_str(),
+            "y" | "Y" | "yes"
+        )
+    {
+        return Ok(());
+    }
+    Err(Error::Failed("nothing was changed".to_owned()))
 }
 
 /// Asks at a terminal.

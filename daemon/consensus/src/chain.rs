@@ -73,7 +73,7 @@ impl Durable {
             map: self.learned.clone(),
             proof: self.proof.clone(),
             history: self.history.proofs().iter().filter(since).cloned().collect(),
-            // Whoever knows a map of this cluster needs none.
+            // A host that knows a map of this cluster needs none.
             recoveries: if known == 0 { self.recoveries.clone() } else { Vec::new() },
         }
     }

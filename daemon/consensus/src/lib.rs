@@ -122,7 +122,7 @@
 //!    moves when it learns the map with all signatures, and rule 1 still holds for it at that moment. To consent is no promise
 //!    to be kept on disk: before the move, a host is a member of the old cluster as if nothing had been, and it moves in one
 //!    write to the disk.
-//! 3. Whoever consented to a recovery gives up one that it requested itself.
+//! 3. A host that consented to a recovery gives up one that it requested itself.
 //! 4. The lost members are banned in the first map, and their blocks are free.
 //! 5. A host that learns of a verified recovery of its cluster, and does not move by rule 2, is *left out*. It takes part in
 //!    no agreement from then on, also after restarts: it neither promises, accepts nor proposes, and tells the other members
@@ -147,7 +147,7 @@
 //! the majority decided last, and no survivor learned, is lost.
 //!
 //! **A member that lies** can recover itself alone whenever it likes, because a recovery by one survivor has one signature.
-//! Nobody follows it: a survivor needs its own signature, and all others an act of their operator. A majority that lives goes
+//! No other host follows it: a survivor needs its own signature, and all others an act of their operator. A majority that lives goes
 //! on (rule 6), and takes along those that restart. What a liar gains: hosts that have all just started, with no
 //! majority seen for [`LOST_MS`], stop agreeing until their operators reject the recovery; and hosts of a minority that lost
 //! its majority for as long consent to what it requests, without an operator. They are then in a cluster with the liar,
@@ -287,7 +287,7 @@ impl Output {
     }
 }
 
-/// Returns the majority of a number of members.
-fn majority(of: usize) -> usize {
+/// Returns how many of this number of members are a majority.
+pub fn majority(of: usize) -> usize {
     of / 2 + 1
 }

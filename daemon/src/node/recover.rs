@@ -4,12 +4,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use ovl_consensus::{LOST_MS, RecoveryEnd};
+use ovl_consensus::{LOST_MS, RecoveryEnd, majority};
 use ovl_control::{PeerState, RecoverStep, RecoveryInfo, RecoveryMember, RecoveryPlan, RecoveryState};
 use ovl_proto::alloc::{Dissent, RecoveryProof};
 use ovl_proto::clock::timestamp;
 use ovl_proto::id::NodeId;
-use ovl_proto::table::Entry;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -49,17 +48,17 @@ impl Node {
         let last = state.allocator.recoveries().last().map(|proof| info(&state, proof));
         let left_out = state.allocator.held().map(|proof| info(&state, proof));
         let refused = self.no_recovery_because(&state, &members);
-        let majority = state.allocator.majority_lost_for(state.now()).is_none();
+        let has_majority = state.allocator.majority_lost_for(state.now()).is_none();
         let costs = if refused.is_none() { costs(&members) } else { Vec::new() };
         RecoveryPlan {
             state: match &refused {
                 _ if left_out.is_some() => RecoveryState::LeftOut,
-                Some(_) if majority && state.is_member() && last.is_some() => RecoveryState::Recovered,
+                Some(_) if has_majority && state.is_member() && last.is_some() => RecoveryState::Recovered,
                 Some(_) => RecoveryState::Refused,
                 None => RecoveryState::Possible,
             },
             version: alloc.version,
-            needed: u32::try_from(alloc.members.len() / 2 + 1).unwrap_or(u32::MAX),
+            needed: u32::try_from(majority(alloc.members.len())).unwrap_or(u32::MAX),
             members,
             refused,
             costs,
@@ -355,8 +354,7 @@ fn member(state: &State, id: NodeId) -> RecoveryMember {
     let node = state.view.nodes.get(&id);
     let here = node.is_some_and(|node| !is_foreign(state, &node.record));
     let verdict = node.map_or(PeerState::Dead, |node| node.state);
-    let endpoints = node
-        .map_or(0, |node| node.table.entries().filter(|entry| matches!(entry, Entry::Endpoint(_))).count());
+    let endpoints = node.map_or(0, |node| node.table.endpoints().count());
     let blocks = state.view.alloc.blocks.values().filter(|holder| **holder == id).count();
     let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
     RecoveryMember {
@@ -412,7 +410,7 @@ fn dissent(state: &State, by: Option<NodeId>, why: &Dissent) -> String {
     match why {
         Dissent::Majority { present } => {
             let present: Vec<NodeId> = present.iter().copied().collect();
-            let seen = if present.is_empty() { "nobody now".to_owned() } else { state.names_of(&present) };
+            let seen = if present.is_empty() { "none now".to_owned() } else { state.names_of(&present) };
             format!(
                 "nothing was changed: {who} saw a majority of the members within the last {} s ({seen}). If the majority is \
                  lost for good, wait as long, and run the command again",

@@ -186,7 +186,7 @@ impl Replica {
             self.consent(recovery, &statement(&*self.signatures, recovery.ballot, &map))
         });
         if result.is_ok() {
-            // Whoever consented to another recovery does not complete its own, so of two only one is completed.
+            // A host that consented to another recovery does not complete its own, so of two only one is completed.
             self.end_proposal(RecoveryEnd::Changed, out);
         }
         out.send(from, AllocMessage::Consent { cluster: recovery.cluster, result });
