@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn a_group_is_told_at_once_and_taken_back_when_nobody_answers() {
+    fn a_group_is_told_at_once_and_taken_back_without_an_answer() {
         let mut multicast = Multicast::default();
         assert!(!multicast.is_time_to_tell(1_000));
         assert!(multicast.report(&found(&["239.1.2.3", "ff15::7"]), 1_000).is_empty());

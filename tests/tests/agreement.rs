@@ -32,6 +32,8 @@ struct Liar {
     streams: Streams,
     events: mpsc::Receiver<StreamEvent>,
     hosts: BTreeMap<NodeId, SocketAddr>,
+    /// The hosts to which its streams are connected.
+    up: BTreeSet<NodeId>,
     /// Whether a host sent it a cluster key.
     has_new_key: bool,
 }
@@ -73,26 +75,37 @@ impl Liar {
         let (tell, events) = mpsc::channel(1024);
         let streams = Streams::start(config, tell).await?;
         streams.set_peers(hosts.clone());
-        let mut liar = Self { identity, streams, events, hosts: hosts.clone(), has_new_key: false };
-        let mut up = BTreeSet::new();
-        while up.len() < hosts.len() {
-            if let StreamEvent::Up(host) = liar.event().await? {
-                up.insert(host);
-            }
+        let mut liar =
+            Self { identity, streams, events, hosts: hosts.clone(), up: BTreeSet::new(), has_new_key: false };
+        while liar.up.len() < hosts.len() {
+            liar.event().await?;
         }
         Ok(liar)
     }
 
     async fn event(&mut self) -> Result<StreamEvent> {
         let event = tokio::time::timeout(SOON, self.events.recv()).await?.context("streams ended")?;
-        if let StreamEvent::Message { message: Message::ClusterKey(_), .. } = &event {
-            self.has_new_key = true;
+        match &event {
+            StreamEvent::Message { message: Message::ClusterKey(_), .. } => self.has_new_key = true,
+            StreamEvent::Up(host) => drop(self.up.insert(*host)),
+            StreamEvent::Down(host) => drop(self.up.remove(host)),
+            _ => {}
         }
         Ok(event)
     }
 
     fn say(&self, to: NodeId, message: AllocMessage) -> Result<()> {
         ensure!(self.streams.send(to, &Message::Alloc(message)), "no stream to {to}");
+        Ok(())
+    }
+
+    /// Closes the streams to all hosts, and connects again.
+    async fn connect_again(&mut self) -> Result<()> {
+        self.streams.set_peers(BTreeMap::new());
+        while !self.up.is_empty() {
+            self.event().await?;
+        }
+        self.streams.set_peers(self.hosts.clone());
         Ok(())
     }
 
@@ -103,9 +116,7 @@ impl Liar {
         while Instant::now() < end {
             // With each change of the map, hosts disconnect from those that were taken out.
             if connected.elapsed() > Duration::from_secs(3) {
-                self.streams.set_peers(BTreeMap::new());
-                tokio::time::sleep(Duration::from_millis(300)).await;
-                self.streams.set_peers(self.hosts.clone());
+                self.connect_again().await?;
                 connected = Instant::now();
             }
             // The host answers on its own stream to this one, which may not be up yet.

@@ -106,7 +106,7 @@ fn elements(host: &Host, set: &str) -> String {
     listed.split_once("elements").map(|(_, elements)| elements.to_owned()).unwrap_or_default()
 }
 
-/// Waits until hosts send no multicast that nobody has joined.
+/// Waits until hosts send no multicast of groups without members.
 fn wait_followed(lab: &Lab) {
     for host in lab.hosts() {
         wait_until(SOON, "groups to be followed", || elements(host, "open").is_empty()).unwrap();

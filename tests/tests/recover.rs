@@ -115,7 +115,7 @@ fn one_survivor_of_three_recovers_and_the_dead_return_one_by_one() {
     wait_possible(h1);
     let seen = plan(h1).unwrap();
     assert_eq!(strings(&seen["costs"]).len(), 4, "{seen}");
-    // Nobody confirms, or something else is confirmed.
+    // Without a confirmation, or with a wrong one.
     let asked = h1.ctl(&["recover", "--from-majority-loss"]).unwrap();
     assert_eq!(asked.code(), Some(2));
     assert_contains(&asked.stderr, &["h2", "given up", "What it may cost", "--lost COUNT"]);

@@ -43,6 +43,21 @@ fn assert_file_refused(host: &Host, path: &Path, bytes: &[u8], parts: &[&str]) -
     Ok(())
 }
 
+/// Deletes a file of the state directory and starts the daemon, which must refuse to start and name the file.
+fn assert_missing_refused(host: &Host, path: &Path) -> Result<()> {
+    fs::remove_file(path)?;
+    let log = start_error_with(host, 78)?;
+    assert_contains(&log, &[&path.display().to_string(), "missing", "ovlctl peers forget"]);
+    Ok(())
+}
+
+/// Returns the bytes with a bit of one of them changed.
+fn flipped(bytes: &[u8], at: usize) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    bytes[at] ^= 0x10;
+    bytes
+}
+
 /// A lab of two hosts with a network and an endpoint on each. `h1` knows all of it, and is killed.
 fn killed() -> Result<(Lab, ovl_tests::Attached, ovl_tests::Attached)> {
     let lab = start_lab(2)?;
@@ -75,11 +90,7 @@ fn damaged_state_file_is_refused_by_name_and_left_as_it_is() {
     let path = h1.state_dir().join("state");
     let good = fs::read(&path).unwrap();
     assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-    let with_flipped = |at: usize| {
-        let mut bytes = good.clone();
-        bytes[at] ^= 0x10;
-        bytes
-    };
+    let with_flipped = |at| flipped(&good, at);
     let other_version = [b"ovl state 9\n", &good[12..]].concat();
     let longer = [&good[..], b"x"].concat();
     for (what, bytes) in [
@@ -101,11 +112,7 @@ fn damaged_state_file_is_refused_by_name_and_left_as_it_is() {
             .unwrap();
     }
     // A directory in its place, or a missing file, must not start an empty state either.
-    fs::remove_file(&path).unwrap();
-    assert_contains(
-        &start_error_with(h1, 78).unwrap(),
-        &[path.to_str().unwrap(), "missing", "ovlctl peers forget"],
-    );
+    assert_missing_refused(h1, &path).unwrap();
     assert!(!path.exists());
     fs::create_dir(&path).unwrap();
     assert_contains(&start_error(h1).unwrap(), &[path.to_str().unwrap()]);
@@ -138,11 +145,7 @@ fn journal_of_the_state_file_is_cut_where_a_crash_left_it_and_refused_if_it_is_d
     let good = fs::read(&path).unwrap();
     assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     assert!(good.len() > 200, "nothing was written to the journal");
-    let with_flipped = |at: usize| {
-        let mut bytes = good.clone();
-        bytes[at] ^= 0x10;
-        bytes
-    };
+    let with_flipped = |at| flipped(&good, at);
     for (what, bytes) in [
         ("empty", Vec::new()),
         ("garbage", vec![0x5a; 4096]),
@@ -154,12 +157,8 @@ fn journal_of_the_state_file_is_cut_where_a_crash_left_it_and_refused_if_it_is_d
             .with_context(|| what)
             .unwrap();
     }
-    fs::remove_file(&path).unwrap();
-    assert_contains(
-        &start_error_with(h1, 78).unwrap(),
-        &[path.to_str().unwrap(), "missing", "ovlctl peers forget"],
-    );
-    // A record that was not written completely: nobody was told of it.
+    assert_missing_refused(h1, &path).unwrap();
+    // A record that was not written completely: nothing depends on it.
     fs::write(&path, [&good[..], b"ovlr half of a record"].concat()).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
     assert_recovers(&lab, &a, &b).unwrap();

@@ -444,12 +444,17 @@ mod tests {
         }
     }
 
+    /// Returns an admission that knows this number of hosts, none of which is in the state of chitchat.
+    fn with_hosts(count: usize) -> (Admission, Inside, Vec<Identity>) {
+        let mut admission = Admission::new(own());
+        let hosts: Vec<Identity> = (0..count).map(|_| Identity::ephemeral()).collect();
+        admission.set_known(hosts.iter().map(Identity::id).collect());
+        (admission, Inside::default(), hosts)
+    }
+
     #[test]
     fn digest_stays_small_when_all_hosts_are_restarted_again_and_again() {
-        let mut admission = Admission::new(own());
-        let mut inside = Inside::default();
-        let hosts: Vec<Identity> = (0..100).map(|_| Identity::ephemeral()).collect();
-        admission.set_known(hosts.iter().map(Identity::id).collect());
+        let (mut admission, mut inside, hosts) = with_hosts(100);
         let mut now = Instant::now();
         let mut former: Vec<Incarnation> = Vec::new();
         for restart in 0..1_000_u64 {
@@ -471,10 +476,7 @@ mod tests {
 
     #[test]
     fn rolling_upgrade_of_many_hosts_never_fills_the_digest() {
-        let mut admission = Admission::new(own());
-        let mut inside = Inside::default();
-        let hosts: Vec<Identity> = (0..600).map(|_| Identity::ephemeral()).collect();
-        admission.set_known(hosts.iter().map(Identity::id).collect());
+        let (mut admission, mut inside, hosts) = with_hosts(600);
         let now = Instant::now();
         for generation in 1..=2 {
             let at = now + RUN_EVERY * generation;
