@@ -493,7 +493,7 @@ mod tests {
         }
         fs::remove_file(&path).unwrap();
         assert!(disk.read().unwrap_err().to_string().contains("missing"));
-        // The last record was not written completely, so nobody was told of it.
+        // The last record was not written completely, so nothing depends on it.
         fs::write(&path, &good[..good.len() - 1]).unwrap();
         assert_eq!(disk.generation(), 2);
     }

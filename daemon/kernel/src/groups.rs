@@ -212,7 +212,7 @@ mod tests {
         groups.note(&message(&[info(3, "239.1.2.3", None), info(3, "ff15::7", None)]), false, &ours());
         assert!(of(&groups, 3).is_empty() && of(&groups, 4) == ["239.9.9.9"]);
         assert!(groups.take_changed());
-        // Neighbour discovery wakes nobody.
+        // Groups of neighbour discovery are not followed, so they are no change.
         groups.note(&message(&[info(3, "ff02::1:ff00:7", None)]), false, &ours());
         assert!(!groups.take_changed());
         groups.forget(4);

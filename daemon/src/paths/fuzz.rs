@@ -39,7 +39,10 @@ pub(crate) fn run(bytes: &[u8]) {
                 let silent = input.small();
                 let due = paths.tick(now, RUN, |host| host != peer(silent));
                 for (frame, mtu) in due.probes {
-                    assert!(frame.from == ME && candidates.contains_key(&frame.to), "a probe for nobody");
+                    assert!(
+                        frame.from == ME && candidates.contains_key(&frame.to),
+                        "a probe for a host that is no candidate"
+                    );
                     assert_read_back(&frame, mtu, &key, &ring);
                 }
                 for (host, limit) in due.limits {

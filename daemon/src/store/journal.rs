@@ -15,7 +15,7 @@
 //! | content: an encoded [`Change`] | |
 //!
 //! A record is written with one call and synced before anything that depends on it is told to others. So what a crash
-//! leaves half written is the last record, and nobody relies on it: it is cut off. A record that is damaged although a
+//! leaves half written is the last record, and nothing depends on it: it is cut off. A record that is damaged although a
 //! later one is whole was damaged afterwards, which is an error.
 
 use ovl_files::sha256;
