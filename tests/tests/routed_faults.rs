@@ -451,6 +451,42 @@ fn kill_of_a_daemon_loses_no_packet_with_any_backend() {
     ping_all_pairs(&[fresh, a, b], SOON).unwrap();
 }
 
+/// A packet that meets no route is lost, however soon the route comes back.
+#[test]
+fn restart_deletes_no_route() {
+    let lab = start_lab(2).unwrap();
+    create_routed_network(&lab, "pods", BOTH).unwrap();
+    create_routed_network(&lab, "flat", DIRECT).unwrap();
+    for network in ["pods", "flat"] {
+        let [a, b] = pair(network, &lab);
+        ping_all_pairs(&[a, b], SOON).unwrap();
+    }
+    wait_clean(lab.hosts(), SOON).unwrap();
+    let host = &lab["h2"];
+    let monitor = host.spawn(["ip", "monitor", "route"]).unwrap();
+    let wait_shown = |marker: &str| {
+        wait_until(SOON, "`ip monitor` to show a route", || -> Result<bool> {
+            for action in ["add", "del"] {
+                host.exec_ok(["ip", "route", action, "blackhole", marker])?;
+            }
+            Ok(monitor.stdout().contains(marker))
+        })
+        .unwrap();
+    };
+    wait_shown("198.51.100.1");
+    // What it needs to know arrives in another order each time.
+    for _ in 0..8 {
+        host.kill9().unwrap();
+        host.start().unwrap();
+        host.wait_ready(SOON).unwrap();
+        wait_clean(lab.hosts(), SOON).unwrap();
+    }
+    wait_shown("198.51.100.2");
+    let output = monitor.stdout();
+    let deleted = output.lines().filter(|line| line.starts_with("Deleted") && !line.contains("blackhole"));
+    assert_eq!(deleted.collect::<Vec<_>>(), Vec::<&str>::new());
+}
+
 #[test]
 fn routes_are_deleted_with_a_pods_namespace_and_with_a_dead_host() {
     let lab = start_lab(3).unwrap();

@@ -268,6 +268,9 @@ impl Node {
         let keys = keys::Keys::new(Arc::clone(&keyring), key_file);
         let mut state = first_state(&config, &environment, &identity, (&record, &signed), &saved, keys);
         state.local.key_epochs.set_own_previous(secret.previous());
+        // Routes in use depend on it. A full pass without it would delete them.
+        state.local.underlay.set_segment(link.prefix);
+        state.local.underlay.set_by_peers(link.by_peers);
         state
             .subsystems
             .announcements
