@@ -202,6 +202,10 @@ impl Node {
         }
         peer.pulled_at = Some(now);
         let connected = self.links().connected();
+        // It sends its table as soon as it is connected. When many hosts start at once, that is so for most of them.
+        if !again && !connected.contains(&owner) {
+            return;
+        }
         // If the owner did not answer, ask it and the other hosts in turn: it may be the only one that has
         // the table, or the only one that cannot be reached.
         let others: Vec<NodeId> = connected.iter().copied().filter(|id| *id != owner).collect();

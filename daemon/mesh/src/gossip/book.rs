@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::Contact;
 use super::mtu::{PathMtu, Probe};
-use super::statement::{Hints, Sequence};
+use super::statement::{Budget, Hints, Sequence};
 
 /// A peer that has signed an answer within this time is alive.
 const ALIVE_FOR: Duration = Duration::from_millis(2500);
@@ -34,6 +34,11 @@ const RELAY_AFTER: Duration = Duration::from_millis(400);
 const RELAY_EVERY: Duration = Duration::from_millis(500);
 /// The number of other peers through which a peer is pinged.
 const RELAYS: usize = 3;
+/// The maximum number of pings a second that are sent sooner than the interval, because earlier ones were not answered.
+/// Where many peers are silent at once, this host or the network is overloaded, and more pings make that worse.
+const EARLY_PINGS: u32 = 60;
+/// The maximum number of requests a second to ping a peer. Each costs four datagrams and a signature.
+const RELAYED_PINGS: u32 = 30;
 /// The time for which a peer that gossip has just named, or that was alive until now, is pinged without being dialled.
 const EAGER: Duration = Duration::from_secs(3);
 const DIAL_EVERY: Duration = Duration::from_secs(1);
@@ -88,6 +93,8 @@ pub(super) struct PeerBook {
     alive_for: Duration,
     /// The interval between pings that are answered.
     ping_every: Duration,
+    early_pings: Budget,
+    relayed_pings: Budget,
     random: SystemRandom,
     /// The peer that is asked next to ping another one.
     next_relay: usize,
@@ -118,12 +125,14 @@ pub(super) enum Due {
 
 impl PeerBook {
     /// Creates an empty book.
-    pub(super) fn new(link_mtu: u16) -> Self {
+    pub(super) fn new(link_mtu: u16, now: Instant) -> Self {
         Self {
             peers: BTreeMap::new(),
             link_mtu,
             alive_for: ALIVE_FOR,
             ping_every: PING_EVERY,
+            early_pings: Budget::new(EARLY_PINGS, now),
+            relayed_pings: Budget::new(RELAYED_PINGS, now),
             random: SystemRandom::new(),
             next_relay: 0,
             turn: 0,
@@ -356,19 +365,25 @@ impl PeerBook {
     fn due_pings(&mut self, now: Instant, due: &mut Vec<Due>) {
         let live: Vec<(NodeId, SocketAddr)> =
             self.peers.iter().filter(|(_, peer)| peer.alive).map(|(node, peer)| (*node, peer.addr)).collect();
-        self.ping_every = ping_every(live.len());
+        let is_pinged = |peer: &Peer| peer.alive || now < peer.eager_until;
+        // Silent ones count, or a host that has lost many would ping the others more often.
+        self.ping_every = ping_every(self.peers.values().filter(|peer| is_pinged(peer)).count());
         let silent_after = self.ping_every + RELAY_AFTER;
         let nodes: Vec<NodeId> = self.peers.keys().copied().collect();
         for node in nodes {
             let Some(nonce) = self.nonce() else { return };
             let Some(peer) = self.peers.get_mut(&node) else { continue };
-            if !peer.alive && now >= peer.eager_until {
+            if !is_pinged(peer) {
                 continue;
             }
             if now >= peer.next_ping {
-                let again = PING_AGAIN.max(peer.rtt.unwrap_or_default() * 2);
-                peer.next_ping = now + if peer.alive { again } else { PING_EVERY };
-                due.push(peer.pinged(nonce, now));
+                let last = peer.pings.back().map(|(_, sent)| *sent);
+                let early = last.is_some_and(|sent| now < sent + self.ping_every);
+                if !early || self.early_pings.take(now) {
+                    let again = PING_AGAIN.max(peer.rtt.unwrap_or_default() * 2);
+                    peer.next_ping = now + if peer.alive { again } else { PING_EVERY };
+                    due.push(peer.pinged(nonce, now));
+                }
             }
             let silent = peer.last_heard.is_none_or(|at| now.saturating_duration_since(at) > silent_after);
             if silent && peer.listed && now >= peer.next_relay {
@@ -380,13 +395,15 @@ impl PeerBook {
                 self.next_relay = first.wrapping_add(RELAYS) % live.len().max(1);
                 let others = live.iter().cycle().skip(first).take(live.len());
                 let others = others.filter(|(other, _)| *other != node).take(RELAYS);
+                let others = others.filter(|_| self.relayed_pings.take(now));
                 due.extend(others.map(|(_, to)| Due::PingFor { to: *to, node, nonce }));
             }
         }
     }
 
-    /// The peers to dial now: up to `most` that are not alive, those first that have waited longest.
-    pub(super) fn dials(&mut self, now: Instant, most: usize) -> Vec<(SocketAddr, Due)> {
+    /// The pings to peers that are dialled now: up to `most` that are not alive, those first that have waited longest. A
+    /// peer that answers has proved to be live, and gossip with it begins at once.
+    pub(super) fn dials(&mut self, now: Instant, most: usize) -> Vec<Due> {
         let due = self.peers.iter().filter(|(_, peer)| !peer.alive && now >= peer.next_dial);
         let mut due: Vec<(Instant, NodeId)> = due.map(|(node, peer)| (peer.next_dial, *node)).collect();
         due.sort_unstable();
@@ -396,7 +413,7 @@ impl PeerBook {
             let Some(nonce) = self.nonce() else { break };
             if let Some(peer) = self.peers.get_mut(&node) {
                 peer.next_dial = now + DIAL_EVERY;
-                dials.push((peer.addr, peer.pinged(nonce, now)));
+                dials.push(peer.pinged(nonce, now));
             }
         }
         dials
@@ -522,7 +539,7 @@ mod tests {
 
     #[test]
     fn host_that_is_late_itself_waits_longer_for_others() {
-        let mut book = PeerBook::new(1500);
+        let mut book = PeerBook::new(1500, Instant::now());
         let (now, peer) = (Instant::now(), NodeId([1; 10]));
         book.entry(peer, SocketAddr::from(([192, 0, 2, 1], 7940)), now);
         book.proved(peer, now);

@@ -142,7 +142,7 @@ impl Hub {
         let sealers = keyring.all().map(Sealer::new).collect::<anyhow::Result<Vec<_>>>()?;
         let (node, now) = (record.id, Instant::now());
         let state = State {
-            book: PeerBook::new(record.link_mtu),
+            book: PeerBook::new(record.link_mtu, now),
             rounds: Rounds::new(now),
             admission: Admission::new(Incarnation {
                 node,

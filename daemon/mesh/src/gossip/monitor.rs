@@ -16,7 +16,7 @@ use super::GossipEvent;
 use super::admission::KEY_RECORD;
 use super::cluster::{Cluster, name_of};
 use super::hub::Hub;
-use super::statement::Hints;
+use super::statement::{Budget, Hints};
 use crate::keys::{self, RecordError};
 
 /// The time after which two live generations of a host are a clash. It is longer than the old generation of a
@@ -25,6 +25,9 @@ const CLASH_AFTER: Duration = Duration::from_secs(15);
 const CLASH_EVERY: Duration = Duration::from_secs(10);
 /// The maximum gap between ticks. After a longer one this process was suspended, and its liveness data is stale.
 const MAX_TICK_GAP: Duration = Duration::from_secs(1);
+/// The maximum number of hosts a second with which gossip begins at once because they have just proved to be live. What
+/// the others have to tell comes with the rounds.
+const GREETINGS: u32 = 10;
 /// The time after a suspension in which no host is declared dead.
 const RECOVERY: Duration = Duration::from_secs(2);
 
@@ -33,11 +36,12 @@ pub(super) async fn run(hub: Arc<Hub>, cluster: Arc<Cluster>, events: mpsc::Send
     let mut monitor = Monitor::default();
     let mut last = Instant::now();
     let mut trust_from = last;
+    let mut greetings = Budget::new(GREETINGS, last);
     loop {
         hub.news.notified().await;
-        let proved = hub.lock().take_proved();
-        proved.into_iter().for_each(|to| cluster.gossip(to));
         let now = Instant::now();
+        let proved = hub.lock().take_proved();
+        proved.into_iter().filter(|_| greetings.take(now)).for_each(|to| cluster.gossip(to));
         if now.saturating_duration_since(last) > MAX_TICK_GAP {
             trust_from = now + RECOVERY;
         }

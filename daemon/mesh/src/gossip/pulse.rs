@@ -135,11 +135,11 @@ fn dial(hub: &Hub, cluster: &Cluster, seeds: &Seeds, now: Instant) {
     partner.into_iter().for_each(|to| cluster.gossip(to));
     let known = hub.lock().book.dials(now, MAX_DIALS);
     let more = seeds.due(hub, now, MAX_DIALS.saturating_sub(known.len()));
-    for to in known.iter().map(|(to, _)| *to).chain(more) {
+    for to in more {
         debug!(%to, "dialling");
         cluster.gossip(to);
     }
-    hub.send_due(known.into_iter().map(|(_, ping)| ping).collect());
+    hub.send_due(known);
 }
 
 /// The host and port of an entry, with the default port if it has none.

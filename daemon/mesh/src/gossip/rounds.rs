@@ -3,7 +3,8 @@
 //! A round names all hosts to three others, and each answers with as much, so it costs more the more hosts there are.
 //! Most rounds bring nothing: records seldom change, and whether a host is alive is decided by signed answers to pings.
 //! So while nothing changes, a round is let through only now and then, such that what a host sends does not grow with
-//! the number of hosts. After a change, all rounds are let through for a while.
+//! the number of hosts. After a change, all rounds are let through for a while, in a large cluster as many as are needed
+//! to spread it.
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -13,6 +14,11 @@ use tokio::time::Instant;
 
 /// How long all rounds are sent after a change.
 const LIVELY_FOR: Duration = Duration::from_secs(5);
+/// With up to this many hosts, all rounds are sent after a change.
+const LIVELY_HOSTS: usize = 20;
+/// The interval between rounds after a change, for each further host. A round has three hosts, so a change reaches 60
+/// hosts in four rounds or five.
+const LIVELY_EACH: Duration = Duration::from_millis(10);
 /// The interval between rounds while nothing changes, for each host of the cluster.
 const CALM_EACH: Duration = Duration::from_millis(40);
 /// The minimum of that interval.
@@ -30,13 +36,13 @@ pub(super) struct Rounds {
     lively_until: Instant,
     /// The end of the round in progress.
     open_until: Instant,
-    /// When the next round begins while nothing changes.
-    next: Instant,
+    /// When the last round began.
+    last: Option<Instant>,
 }
 
 impl Rounds {
     pub(super) fn new(now: Instant) -> Self {
-        Self { asked: HashSet::new(), lively_until: now + LIVELY_FOR, open_until: now, next: now }
+        Self { asked: HashSet::new(), lively_until: now + LIVELY_FOR, open_until: now, last: None }
     }
 
     /// Notes that the record of a host has changed.
@@ -54,14 +60,20 @@ impl Rounds {
 
     /// Whether the first message of an exchange is sent to an address now. `hosts` is the number of known hosts.
     pub(super) fn permits(&mut self, to: SocketAddr, hosts: usize, now: Instant) -> bool {
-        if self.asked.remove(&to) || now < self.lively_until || now < self.open_until {
+        if self.asked.remove(&to) || now < self.open_until {
             return true;
         }
-        if now < self.next {
+        let times = |hosts: usize| u32::try_from(hosts).unwrap_or(u32::MAX);
+        let every = if now < self.lively_until {
+            LIVELY_EACH * times(hosts.saturating_sub(LIVELY_HOSTS))
+        } else {
+            (CALM_EACH * times(hosts)).max(MIN_CALM)
+        };
+        if self.last.is_some_and(|last| now < last + every) {
             return false;
         }
         self.open_until = now + ROUND;
-        self.next = now + (CALM_EACH * u32::try_from(hosts).unwrap_or(u32::MAX)).max(MIN_CALM);
+        self.last = Some(now);
         true
     }
 }
@@ -88,12 +100,14 @@ mod tests {
     fn what_is_sent_does_not_grow_with_the_hosts_unless_something_changes() {
         let start = Instant::now();
         let mut calm = Rounds::new(start);
-        assert_eq!(rounds(&mut calm, 60, start), 25 + 23, "lively at first, then every 2.4 s");
+        assert_eq!(rounds(&mut calm, 60, start), 13 + 23, "lively at first, then every 2.4 s");
         let at = |minutes: u64| start + Duration::from_secs(60 * minutes);
         assert_eq!(rounds(&mut calm, 8, at(1)), 100);
         assert_eq!(rounds(&mut calm, 100, at(2)), 15);
         calm.stir(at(3));
         assert!(calm.permits(TO, 100, at(3)) && calm.permits(TO, 100, at(3) + LIVELY_FOR / 2));
+        let mut few = Rounds::new(at(4));
+        assert_eq!(rounds(&mut few, LIVELY_HOSTS, at(4)), 25 + 68, "all of them at first, then every 0.8 s");
     }
 
     #[test]
