@@ -281,7 +281,7 @@ impl State {
         }
         match change {
             Change::Entry { host, entry } => match entry {
-                Entry::Lease { network, .. } => self.changed(Change::Rights(*network)),
+                Entry::Lease { network, address, .. } => self.rights_to(*network, *address),
                 Entry::PathMtu { .. } => self.rights_of(host),
                 Entry::Endpoint(_) | Entry::Held(_) | Entry::Announced(_) | Entry::Opaque(_) => {}
             },
@@ -304,6 +304,15 @@ impl State {
         self.workloads.changed(&change, &self.view);
         let (cluster, subsystems) = self.parts();
         subsystems.into_iter().for_each(|subsystem| subsystem.changed(&change, &cluster));
+    }
+
+    /// Reports that the right to an address may have changed: the endpoints with it may be valid now or no longer.
+    fn rights_to(&mut self, network: NetworkId, address: IpAddr) {
+        let holders = self.view.all_with_address(network, address);
+        let holders: Vec<(NodeId, Entry)> =
+            holders.map(|placed| (placed.node.record.id, Entry::Endpoint(placed.endpoint.clone()))).collect();
+        holders.iter().for_each(|(host, entry)| self.changed(Change::Entry { host: *host, entry }));
+        self.reconcile.mark_rights();
     }
 
     /// Reports that the rights to addresses may have changed on the networks on which a host has endpoints,

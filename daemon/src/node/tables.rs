@@ -145,15 +145,15 @@ impl Node {
             return Err(None);
         }
         let node = state.view.nodes.get_mut(&owner).ok_or(None)?;
+        // Older than what is known: neither verified nor reported.
+        if update.head.revision <= node.table.revision() {
+            return Err(Some(Rejected::Stale(update.head.revision)));
+        }
         let signed = wire::encode_body(&update.head)
             .is_ok_and(|body| keys::verify(&node.record.public_key, Domain::Table, &body, &update.signature));
         if !signed {
             tracing::warn!(%owner, %from, "refused a table that its owner did not sign");
             return Err(None);
-        }
-        // Older than what is known: neither checked nor reported.
-        if update.head.revision <= node.table.revision() {
-            return Err(Some(Rejected::Stale(update.head.revision)));
         }
         if let Some(error) = update.set.iter().find_map(|entry| check_entry(entry).err()) {
             drop(guard);

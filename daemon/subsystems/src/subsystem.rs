@@ -39,15 +39,15 @@ impl Cluster<'_> {
 /// A change in the cluster or on the local host.
 #[derive(Debug, Clone, Copy)]
 pub enum Change<'a> {
-    /// An entry of a host's owner table: the old value or the new one. Each value is reported once.
+    /// An entry of a host's owner table: the old value or the new one. Each value is reported once. An endpoint is reported
+    /// again if its right to an address may have changed by a lease.
     Entry {
         /// The owner of the table.
         host: NodeId,
         /// The entry.
         entry: &'a Entry,
     },
-    /// The set of endpoints of this network with a valid address may have changed: blocks, leases, liveness, or whole
-    /// tables.
+    /// The set of endpoints of this network with a valid address may have changed: blocks, liveness, or whole tables.
     Rights(NetworkId),
     /// A network was added, changed or removed.
     Network(NetworkId),

@@ -10,9 +10,10 @@ use tokio::time::Instant;
 
 use super::Contact;
 use super::mtu::{PathMtu, Probe};
+use super::pair::{Pair, PairId};
 use super::statement::{Budget, Hints, Sequence};
 
-/// A peer that has signed an answer within this time is alive.
+/// A peer that has given an authentic answer within this time is alive.
 const ALIVE_FOR: Duration = Duration::from_millis(2500);
 /// The maximum of that time on a host that is late itself.
 const MAX_ALIVE_FOR: Duration = Duration::from_secs(10);
@@ -20,8 +21,8 @@ const MAX_ALIVE_FOR: Duration = Duration::from_secs(10);
 const PUNCTUAL: Duration = Duration::from_millis(100);
 /// The minimum interval between pings that are answered.
 const PING_EVERY: Duration = Duration::from_millis(600);
-/// The interval grows by this for each peer beyond those that [`PING_EVERY`] is enough for: a host signs 40 pongs a
-/// second, and verifies as many, whatever the number of peers up to 60.
+/// The interval grows by this for each peer beyond those that [`PING_EVERY`] is enough for: a host answers 40 pings a
+/// second, and takes as many answers, whatever the number of peers up to 60.
 const PING_EACH: Duration = Duration::from_millis(25);
 /// The maximum of the interval. A peer that has become silent is pinged several times before it counts as such.
 const MAX_PING_EVERY: Duration = Duration::from_millis(1500);
@@ -68,6 +69,8 @@ pub(super) struct Peer {
     /// What its wall clock said in its last answer, in milliseconds since 1970, and when that arrived.
     clock: Option<(u64, Instant)>,
     rtt: Option<Duration>,
+    /// The keys of the local host and its last run that has signed a public key.
+    pair: Option<Pair>,
     /// The share of recent pings that were answered.
     answered: f64,
     /// The pending pings, the oldest first.
@@ -108,6 +111,8 @@ pub(super) enum Due {
     Ping {
         to: SocketAddr,
         nonce: u64,
+        /// The key with which it may be answered.
+        pair: Option<PairId>,
     },
     /// A request to another peer to ping `node`.
     PingFor {
@@ -225,7 +230,7 @@ impl PeerBook {
         self.peers.get_mut(&node).and_then(|peer| peer.relayed.take_if(|sent| *sent == nonce)).is_some()
     }
 
-    /// Notes that a peer has signed an answer to a ping of the local host, which was sent at this time.
+    /// Notes that a peer has answered a ping of the local host, which was sent at this time.
     pub(super) fn answered(&mut self, node: NodeId, sent: Instant, now: Instant) {
         let ping_every = self.ping_every;
         let Some(peer) = self.peers.get_mut(&node) else { return };
@@ -235,6 +240,18 @@ impl PeerBook {
         peer.pings.retain(|(_, other)| *other > sent);
         peer.next_ping = peer.next_ping.max(sent + ping_every);
         (peer.last_heard, peer.proved) = (Some(now), Some(now));
+    }
+
+    /// The keys of the local host and a peer.
+    pub(super) fn pair(&self, node: NodeId) -> Option<&Pair> {
+        self.peers.get(&node)?.pair.as_ref()
+    }
+
+    /// Replaces the keys of the local host and a peer.
+    pub(super) fn set_pair(&mut self, node: NodeId, pair: Option<Pair>) {
+        if let Some(peer) = self.peers.get_mut(&node) {
+            peer.pair = pair;
+        }
     }
 
     /// Notes that a peer has signed an answer, through any path: to a challenge, or to a ping through others. Returns
@@ -489,6 +506,7 @@ impl PeerBook {
             hinted: None,
             clock: None,
             rtt: None,
+            pair: None,
             answered: 1.0,
             pings: VecDeque::new(),
             next_ping: now + spread,
@@ -510,6 +528,8 @@ fn ping_every(live: usize) -> Duration {
 
 impl Peer {
     fn pinged(&mut self, nonce: u64, now: Instant) -> Due {
+        // A peer that has not answered the last one may have been replaced by an earlier release.
+        let usual = self.alive && self.pings.is_empty();
         if !self.pings.is_empty() {
             self.answered -= self.answered / 16.0;
         }
@@ -517,7 +537,7 @@ impl Peer {
         if self.pings.len() > MAX_PINGS {
             self.pings.pop_front();
         }
-        Due::Ping { to: self.addr, nonce }
+        Due::Ping { to: self.addr, nonce, pair: self.pair.as_ref().filter(|_| usual).map(Pair::id) }
     }
 
     fn is_alive(&self, now: Instant, alive_for: Duration) -> bool {

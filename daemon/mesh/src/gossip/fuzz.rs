@@ -10,6 +10,7 @@ use super::admission::Admission;
 use super::decode::{Exchange, Incarnation};
 use super::fragment::Joiner;
 use super::packet::Packet;
+use super::pair::{Agreement, Pair};
 use super::seal::{Opener, Sealer};
 use crate::keys::{self, ClusterKey, Keyring};
 
@@ -32,8 +33,12 @@ pub fn message(bytes: &[u8]) {
                 }
             }
             Packet::Announce(signed) => drop(keys::open_record(&signed)),
-            Packet::Ping { .. } | Packet::PingFor { .. } | Packet::Probe { .. } | Packet::ProbeAck { .. } => {
-            }
+            Packet::PairPong(made) => drop(made.open(pair())),
+            Packet::Ping { .. }
+            | Packet::PairPing { .. }
+            | Packet::PingFor { .. }
+            | Packet::Probe { .. }
+            | Packet::ProbeAck { .. } => {}
         }
     }
     exchange(bytes, now);
@@ -41,6 +46,13 @@ pub fn message(bytes: &[u8]) {
     if let Some((kind, rest)) = bytes.split_first() {
         exchange(&[&[0x53, 0xb0, 0, kind % 3], rest].concat(), now);
     }
+}
+
+/// The keys of this host and another one.
+#[allow(clippy::unwrap_used, reason = "only for tests, which clippy does not recognise by this cfg")]
+fn pair() -> &'static Pair {
+    static PAIR: OnceLock<Pair> = OnceLock::new();
+    PAIR.get_or_init(|| Agreement::new(NODE).unwrap().pair(NodeId([8; 10]), [9; 32]).unwrap())
 }
 
 fn exchange(bytes: &[u8], now: Instant) {

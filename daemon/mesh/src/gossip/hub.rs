@@ -22,9 +22,10 @@ use super::book::{Due, PeerBook};
 use super::decode::{DecodeError, Exchange, Incarnation};
 use super::fragment::{Joiner, Splitter};
 use super::packet::{Fragment, Packet};
+use super::pair::{Agreement, PairStatement};
 use super::rounds::Rounds;
 use super::seal::{OpenError, Opener, RunId, Sealer, Sender};
-use super::statement::{Answer, Budget, Hints, SignedStatement, Statement};
+use super::statement::{AgreementKey, Answer, Budget, Hints, SignedStatement, Statement};
 use super::strangers::Strangers;
 use super::{GossipConfig, GossipEvent, WallClock};
 use crate::keys::{self, ClusterKey, Identity, Keyring, RecordError};
@@ -89,6 +90,7 @@ impl KeySelection {
 pub(super) struct Hub {
     pub(super) node: NodeId,
     identity: Arc<Identity>,
+    agreement: Agreement,
     socket: Box<dyn Datagrams>,
     wall_clock: WallClock,
     state: Mutex<State>,
@@ -172,7 +174,9 @@ impl Hub {
             datagram: Vec::new(),
         };
         let (identity, wall_clock) = (Arc::clone(&config.identity), Arc::clone(&config.wall_clock));
-        Ok(Self { node, identity, socket, wall_clock, state: Mutex::new(state), news: Notify::new() })
+        let agreement = Agreement::new(node)?;
+        let (state, news) = (Mutex::new(state), Notify::new());
+        Ok(Self { node, identity, agreement, socket, wall_clock, state, news })
     }
 
     /// Locks the state. The guard must not be held across an await.
@@ -237,6 +241,12 @@ impl Hub {
         }
     }
 
+    /// What the local host says of itself now.
+    fn statement(&self, state: &State, answer: Option<Answer>, agreement: Option<AgreementKey>) -> Statement {
+        let wall_ms = (self.wall_clock)();
+        Statement { answer, sequence: state.sequence, hints: state.hints, wall_ms, agreement }
+    }
+
     /// Signs a statement. It cannot fail, because statements have a fixed size.
     fn sign(&self, statement: &Statement) -> Option<SignedStatement> {
         SignedStatement::sign(&self.identity, statement).ok()
@@ -276,8 +286,11 @@ impl Hub {
                         debug!(%to, %error, "cannot send a request for a ping");
                     }
                 }
-                Due::Ping { to, nonce } => {
-                    let ping = Packet::Ping { nonce };
+                Due::Ping { to, nonce, pair } => {
+                    let ping = match pair {
+                        Some(pair) => Packet::PairPing { nonce, pair },
+                        None => Packet::Ping { nonce },
+                    };
                     if let Err(error) = state.send(&*self.socket, to, &ping) {
                         debug!(%to, %error, "cannot send a ping");
                     }
@@ -342,8 +355,10 @@ impl Hub {
             return;
         };
         state.counters.received += 1;
-        if let Packet::Pong(signed) = &packet {
-            self.pong(state, run, signed, from, now);
+        match &packet {
+            Packet::Pong(signed) => self.pong(state, run, signed, from, now),
+            Packet::PairPong(made) => self.pair_pong(state, run, made, from, now),
+            _ => {}
         }
         let sender = state.opener.sender(&run);
         let challenge = match sender {
@@ -417,11 +432,21 @@ impl Hub {
                     return None;
                 }
                 let answer = Some(Answer { nonce, run: state.sealer(from)?.run() });
-                let wall_ms = (self.wall_clock)();
-                let statement = Statement { answer, sequence: state.sequence, hints: state.hints, wall_ms };
-                self.sign(&statement).map(Packet::Pong)
+                let agreement = Some(self.agreement.public());
+                self.sign(&self.statement(state, answer, agreement)).map(Packet::Pong)
             }
-            Packet::Pong(_) => None,
+            Packet::PairPing { nonce, pair } => {
+                let run_id = state.sealer(from)?.run();
+                let shared =
+                    proved.and_then(|node| state.book.pair(node)).filter(|shared| shared.id() == pair);
+                let Some(shared) = shared else {
+                    // A run with another key, or none: it learns the key from a signed answer.
+                    return self.answer(state, run, sender, Packet::Ping { nonce }, from, now);
+                };
+                let statement = self.statement(state, Some(Answer { nonce, run: run_id }), None);
+                PairStatement::new(shared, &statement).ok().map(Packet::PairPong)
+            }
+            Packet::Pong(_) | Packet::PairPong(_) => None,
             Packet::Hints(signed) => {
                 let (node, statement) = signed.claim()?;
                 let fresh = proved == Some(node) && state.book.is_later(node, statement.sequence);
@@ -473,10 +498,8 @@ impl Hub {
 
     /// Handles a pong: it proves that its sender is alive, or is passed on to the host that asked for it.
     fn pong(&self, state: &mut State, run: RunId, signed: &SignedStatement, from: SocketAddr, now: Instant) {
-        let Some((node, Statement { answer: Some(answer), sequence, hints, wall_ms })) = signed.claim()
-        else {
-            return;
-        };
+        let Some((node, statement)) = signed.claim() else { return };
+        let Statement { answer: Some(answer), agreement, .. } = statement else { return };
         if answer.run != run {
             return;
         }
@@ -495,12 +518,43 @@ impl Hub {
             state.counters.dropped_malformed += 1;
             return;
         }
+        if !agreement.is_some_and(|key| state.book.pair(node).is_some_and(|pair| pair.is_with(&key))) {
+            state.book.set_pair(node, agreement.and_then(|key| self.agreement.pair(node, key)));
+        }
+        self.believe(state, (run, node), &statement, pinged, from, now);
+    }
+
+    /// Handles the answer to a ping of the local host that is authenticated with the key of the two.
+    fn pair_pong(&self, state: &mut State, run: RunId, made: &PairStatement, from: SocketAddr, now: Instant) {
+        let Sender::Proved(node) = state.opener.sender(&run) else { return };
+        let Some(pair) = state.book.pair(node) else { return };
+        let Some((statement, answer)) = made.open(pair).and_then(|made| Some((made, made.answer?))) else {
+            state.counters.dropped_malformed += 1;
+            return;
+        };
+        if answer.run == run
+            && let Some(sent) = state.book.take_ping(node, answer.nonce)
+        {
+            self.believe(state, (run, node), &statement, Some(sent), from, now);
+        }
+    }
+
+    /// Takes what a host says of itself in an authenticated answer to a ping, which was sent at `pinged`, or to a challenge.
+    fn believe(
+        &self,
+        state: &mut State,
+        (run, node): (RunId, NodeId),
+        statement: &Statement,
+        pinged: Option<Instant>,
+        from: SocketAddr,
+        now: Instant,
+    ) {
         if let Some(sent) = pinged {
             state.book.answered(node, sent, now);
         }
-        state.book.take_clock(node, wall_ms, now);
+        state.book.take_clock(node, statement.wall_ms, now);
         let mut news = state.book.proved(node, now);
-        news |= state.book.take_hints(node, sequence, hints, now);
+        news |= state.book.take_hints(node, statement.sequence, statement.hints, now);
         if state.opener.prove(&run, node) {
             if state.proved.len() < MAX_PROVED {
                 state.proved.push(from);

@@ -25,6 +25,7 @@ mod hub;
 mod monitor;
 mod mtu;
 mod packet;
+mod pair;
 mod pulse;
 mod replay;
 mod rounds;
@@ -97,7 +98,7 @@ pub enum GossipEvent {
         signed: SignedRecord,
         /// The hints of the peer.
         hints: Hints,
-        /// Whether it has lately signed an answer to a ping, directly or through other hosts.
+        /// Whether it has lately given an authentic answer to a ping, directly or through other hosts.
         alive: bool,
     },
     /// A peer was dead for so long that gossip has forgotten it.
@@ -140,7 +141,7 @@ pub enum GossipEvent {
 /// The state of the direct path to a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Contact {
-    /// The time of its last signed answer to a ping of the local host.
+    /// The time of its last authentic answer to a ping of the local host.
     pub last_heard: Instant,
     /// The smoothed round-trip time; `None` before the first.
     pub rtt: Option<Duration>,
@@ -275,12 +276,12 @@ impl Gossip {
         self.hub.lock().book.contacts()
     }
 
-    /// When a peer last signed that its hints are those of its last [`GossipEvent::Peer`]. `None` if it never did.
+    /// When a peer last said that its hints are those of its last [`GossipEvent::Peer`]. `None` if it never did.
     pub fn hinted(&self, node: NodeId) -> Option<Instant> {
         self.hub.lock().book.hinted(node)
     }
 
-    /// What the wall clock of each peer says now, in milliseconds since 1970, as far as its last signed answer tells.
+    /// What the wall clock of each peer says now, in milliseconds since 1970, as far as its last answer tells.
     pub fn clocks(&self) -> BTreeMap<NodeId, u64> {
         self.hub.lock().book.clocks(Instant::now())
     }

@@ -6,6 +6,7 @@ use ovl_proto::wire::{self, WireError};
 use serde::{Deserialize, Serialize};
 
 use super::bytes::Bytes;
+use super::pair::{PairId, PairStatement};
 use super::seal::OVERHEAD;
 use super::statement::SignedStatement;
 use crate::socket;
@@ -34,6 +35,11 @@ pub(super) enum Packet {
     Probe { nonce: u64, padding: Bytes },
     /// The acknowledgement of a probe, with its nonce.
     ProbeAck { nonce: u64 },
+    /// A request for a pong from a host that has a key with the sender. It is sent only to hosts that have signed a public
+    /// key, because earlier releases do not know it.
+    PairPing { nonce: u64, pair: PairId },
+    /// The reply to it, from a host that has the same key. Other hosts reply with a signed pong.
+    PairPong(PairStatement),
 }
 
 /// A fragment of a message.

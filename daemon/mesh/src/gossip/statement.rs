@@ -1,7 +1,8 @@
-//! Signed statements: only they prove that a host is alive, and set its hints.
+//! Signed statements: only they, and those of the module `pair`, prove that a host is alive, and set its hints.
 //!
 //! Every host with the cluster key can seal a datagram as any other host. So liveness and hints are believed only if the
-//! host's identity has signed them: as the answer to a random nonce, or with a sequence number that only grows.
+//! host's identity has signed them: as the answer to a random nonce, or with a sequence number that only grows. Or the host
+//! has authenticated the answer with a key of which it has signed the public half.
 
 use std::time::Duration;
 
@@ -33,6 +34,9 @@ ovl_proto::fields! { Hints { 1 table, 2 objects, 3 alloc } }
 /// change.
 pub(super) type Sequence = (u64, u64);
 
+/// The public X25519 key of a run of a host.
+pub(super) type AgreementKey = [u8; 32];
+
 /// What a host says of itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Statement {
@@ -40,12 +44,17 @@ pub(super) struct Statement {
     pub(super) answer: Option<Answer>,
     pub(super) sequence: Sequence,
     pub(super) hints: Hints,
-    /// Its wall clock when it signed an answer, in milliseconds since 1970. 0 without an answer, and in releases that do
+    /// Its wall clock when it made an answer, in milliseconds since 1970. 0 without an answer, and in releases that do
     /// not say it.
     pub(super) wall_ms: u64,
+    /// The key with which the other host computes the key of the two, see the module `pair`. Only in signed answers; `None` in
+    /// releases that have none.
+    pub(super) agreement: Option<AgreementKey>,
 }
 
-ovl_proto::fields! { Statement { 1 answer optional, 2 sequence, 3 hints, 4 wall_ms optional } }
+ovl_proto::fields! {
+    Statement { 1 answer optional, 2 sequence, 3 hints, 4 wall_ms optional, 5 agreement optional }
+}
 
 /// The answer to a ping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -127,7 +136,13 @@ mod tests {
     fn only_the_host_itself_makes_valid_statements() {
         let (identity, other) = (Identity::ephemeral(), Identity::ephemeral());
         let answer = Some(Answer { nonce: 5, run: [1; 16] });
-        let statement = Statement { answer, sequence: (1, 2), hints: Hints::default(), wall_ms: 7 };
+        let statement = Statement {
+            answer,
+            sequence: (1, 2),
+            hints: Hints::default(),
+            wall_ms: 7,
+            agreement: Some([3; 32]),
+        };
         let signed = SignedStatement::sign(&identity, &statement).unwrap();
         assert_eq!(signed.claim(), Some((identity.id(), statement)));
         assert!(signed.is_valid());
@@ -152,7 +167,13 @@ mod tests {
     fn cost_of_statements() {
         let identity = Identity::ephemeral();
         let answer = Some(Answer { nonce: u64::MAX, run: [1; 16] });
-        let statement = Statement { answer, sequence: (u64::MAX, 2), hints: Hints::default(), wall_ms: 7 };
+        let statement = Statement {
+            answer,
+            sequence: (u64::MAX, 2),
+            hints: Hints::default(),
+            wall_ms: 7,
+            agreement: Some([3; 32]),
+        };
         let start = std::time::Instant::now();
         let signed: Vec<_> =
             (0..2000).map(|_| SignedStatement::sign(&identity, &statement).unwrap()).collect();

@@ -292,6 +292,7 @@ async fn clash_of_a_cloned_host_is_reported() {
 struct KeyHolder {
     socket: tokio::net::UdpSocket,
     identity: Identity,
+    agreement: pair::Agreement,
     sealer: seal::Sealer,
     opener: seal::Opener,
 }
@@ -304,6 +305,7 @@ impl KeyHolder {
             socket: tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap(),
             sealer: seal::Sealer::new(&key).unwrap(),
             opener: seal::Opener::new(identity.id(), keyring),
+            agreement: pair::Agreement::new(identity.id()).unwrap(),
             identity,
         }
     }
@@ -312,6 +314,20 @@ impl KeyHolder {
         let mut datagram = Vec::new();
         self.sealer.seal(&packet.encode().unwrap(), None, &mut datagram).unwrap();
         self.socket.send_to(&datagram, to).await.unwrap();
+    }
+
+    /// The next pong of another host, signed or not.
+    async fn pong(&mut self) -> Packet {
+        let mut buffer = [0; 2000];
+        loop {
+            let (length, _) =
+                timeout(Duration::from_secs(5), self.socket.recv_from(&mut buffer)).await.unwrap().unwrap();
+            let Ok((_, plain)) = self.opener.open(&mut buffer[..length]) else { continue };
+            let packet = Packet::decode(plain).unwrap();
+            if let Packet::Pong(_) | Packet::PairPong(_) = packet {
+                return packet;
+            }
+        }
     }
 
     /// Signs answers to pings for a while.
@@ -323,8 +339,13 @@ impl KeyHolder {
             let Ok((_, plain)) = self.opener.open(&mut buffer[..length]) else { continue };
             if let Packet::Ping { nonce } = Packet::decode(plain).unwrap() {
                 let answer = Some(statement::Answer { nonce, run: self.sealer.run() });
-                let statement =
-                    statement::Statement { answer, sequence: (1, 0), hints: Hints::default(), wall_ms: 0 };
+                let statement = statement::Statement {
+                    answer,
+                    sequence: (1, 0),
+                    hints: Hints::default(),
+                    wall_ms: 0,
+                    agreement: Some(self.agreement.public()),
+                };
                 let signed = statement::SignedStatement::sign(&self.identity, &statement).unwrap();
                 self.send(from, &Packet::Pong(signed)).await;
             }
@@ -344,6 +365,7 @@ async fn holder_of_the_key_cannot_keep_a_host_alive_or_set_its_hints() {
     holder.send(a.record.address, &Packet::Ping { nonce: 1 }).await;
     holder.answer_for(Duration::from_millis(300)).await;
     let host = decode::Incarnation { node: idc, generation: 1, address: c.record.address };
+    let own_pair = holder.agreement.pair(a.record.id, [9; 32]).unwrap();
     drop(c);
     let start = Instant::now();
     let a_address = a.record.address;
@@ -360,12 +382,16 @@ async fn holder_of_the_key_cannot_keep_a_host_alive_or_set_its_hints() {
                 sequence: (u64::MAX, round),
                 hints: Hints { alloc: 99, ..Hints::default() },
                 wall_ms: 0,
+                agreement: None,
             };
             let signed = statement::SignedStatement::sign(&holder.identity, &statement).unwrap();
             let forged = signed.with_key(*c_key(&a, idc));
             holder.send(a_address, &Packet::Hints(forged.clone())).await;
             holder.send(a_address, &Packet::Pong(forged.clone())).await;
             holder.send(a_address, &Packet::Relayed(forged)).await;
+            // With a key that only the holder has.
+            let forged = pair::PairStatement::new(&own_pair, &statement).unwrap();
+            holder.send(a_address, &Packet::PairPong(forged)).await;
             holder.answer_for(Duration::from_millis(100)).await;
         }
     };
@@ -381,6 +407,61 @@ async fn holder_of_the_key_cannot_keep_a_host_alive_or_set_its_hints() {
     let (_, hints, alive) = &a.peers[&idc];
     assert!(!alive, "alive {:?} after it was killed", start.elapsed());
     assert_eq!(*hints, told);
+}
+
+#[tokio::test]
+async fn answers_are_authenticated_with_the_key_of_two_hosts_once_both_know_it() {
+    let a = node(&[]).await;
+    let mut holder = KeyHolder::new().await;
+    let (id, address) = (holder.identity.id(), holder.socket.local_addr().unwrap());
+    a.gossip.set_known(vec![(id, address)]);
+    // It signs answers to the pings of the other host, which has the key from then on.
+    holder.answer_for(Duration::from_millis(1500)).await;
+    holder.send(a.record.address, &Packet::Ping { nonce: 1 }).await;
+    let Packet::Pong(signed) = holder.pong().await else { panic!("not signed") };
+    let (_, statement) = signed.claim().unwrap();
+    let pair = holder.agreement.pair(a.record.id, statement.agreement.unwrap()).unwrap();
+    holder.send(a.record.address, &Packet::PairPing { nonce: 2, pair: pair.id() }).await;
+    let Packet::PairPong(made) = holder.pong().await else { panic!("signed") };
+    let answer = made.open(&pair).unwrap().answer.unwrap();
+    assert_eq!(
+        (answer.nonce, Some(answer.run)),
+        (2, signed.claim().unwrap().1.answer.map(|answer| answer.run))
+    );
+    // With another key, as after a restart of the other host.
+    holder.send(a.record.address, &Packet::PairPing { nonce: 3, pair: [7; 8] }).await;
+    let Packet::Pong(signed) = holder.pong().await else { panic!("not signed") };
+    assert!(signed.is_valid() && signed.claim().unwrap().1.answer.unwrap().nonce == 3);
+}
+
+#[tokio::test]
+async fn two_hosts_agree_on_a_key_again_after_a_restart() {
+    let mut a = node(&[]).await;
+    let mut b = node(&[a.record.address]).await;
+    let (ida, idb, address) = (a.record.id, b.record.id, b.record.address);
+    let pair = |node: &Node, of| node.gossip.hub.lock().book.pair(of).map(pair::Pair::id);
+    let mut earlier = None;
+    for generation in 2..4 {
+        a.wait_alive(idb).await;
+        b.wait_alive(ida).await;
+        let start = Instant::now();
+        let agreed = loop {
+            let (one, other) = (pair(&a, idb), pair(&b, ida));
+            if one.is_some() && one == other && one != earlier {
+                break one;
+            }
+            assert!(start.elapsed() < Duration::from_secs(10), "{one:?} {other:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        };
+        earlier = agreed;
+        // Both stay alive by answers that are not signed.
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        assert!(a.gossip.hub.lock().book.is_alive(idb, Instant::now()));
+        assert!(b.gossip.hub.lock().book.is_alive(ida, Instant::now()));
+        b.gossip.shutdown().await;
+        b = node_of(b.identity, address, generation, &[a.record.address], 1).await;
+        a.wait_peer(idb, |record, _, _| record.generation == generation).await;
+    }
 }
 
 /// The public key of a peer.

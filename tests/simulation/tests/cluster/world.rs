@@ -121,7 +121,7 @@ impl World {
         // Several worlds of one process may have one seed.
         static WORLDS: AtomicU64 = AtomicU64::new(0);
         let number = WORLDS.fetch_add(1, Ordering::Relaxed);
-        let directory = std::env::temp_dir().join(format!("ovl-simulation-{}-{number}", std::process::id()));
+        let directory = files().join(format!("ovl-simulation-{}-{number}", std::process::id()));
         std::fs::create_dir_all(&directory)?;
         std::fs::write(directory.join("ovld.toml"), "")?;
         let keys = vec![new_key(&mut random)];
@@ -749,6 +749,12 @@ impl Drop for World {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.directory);
     }
+}
+
+/// Where the files of hosts are: in memory if possible. Daemons write some hundred times in a simulated second.
+fn files() -> PathBuf {
+    let memory = PathBuf::from("/dev/shm");
+    if memory.is_dir() { memory } else { std::env::temp_dir() }
 }
 
 fn new_key(random: &mut Random) -> ClusterKey {
