@@ -7,6 +7,7 @@
 //!
 //! Types without numbered fields have a fixed shape: what is added goes into the type that has them.
 
+mod labels;
 mod pod;
 mod policy;
 mod port;
@@ -19,6 +20,7 @@ use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
+pub use self::labels::*;
 pub use self::pod::*;
 pub use self::policy::*;
 pub use self::port::*;
@@ -182,9 +184,6 @@ impl<'de> Deserialize<'de> for Created {
         }
     }
 }
-
-/// Labels: keys and values.
-pub type Labels = BTreeMap<String, String>;
 
 /// The metadata of an object.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]

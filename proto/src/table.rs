@@ -1,7 +1,6 @@
 //! Owner tables: what one host owns. A table has one writer, a revision, and a signature, so that any host can
 //! forward it and none can change it.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -13,7 +12,7 @@ use crate::fields;
 use crate::id::{EndpointId, Mac, NetworkId, NodeId};
 use crate::publish::Published;
 use crate::record::Signature;
-use crate::resource::Name;
+use crate::resource::{Labels, Name};
 use crate::wire::fields::{Unknown, deserialize_numbered, serialize_numbered};
 use crate::wire::{self, Bytes, WireError};
 
@@ -59,7 +58,7 @@ pub struct Endpoint {
     /// Further names that resolve to it.
     pub aliases: Vec<String>,
     /// The labels that selectors match. The v1 Pod of the endpoint may add labels: see [`Self::pod_name`].
-    pub labels: BTreeMap<String, String>,
+    pub labels: Labels,
     /// Whether Services send it connections. Set by the client that attached it.
     pub ready: bool,
     /// The published ports of its host.
@@ -70,7 +69,8 @@ pub struct Endpoint {
     /// MAC addresses that it may send from, beside its own. At most [`Self::MAX_ALLOWED_MACS`].
     pub allowed_macs: Vec<Mac>,
     /// The pod that it belongs to. `None` if no container runtime named one.
-    pub pod: Option<PodIdentity>,
+    /// Boxed, because most endpoints of a cluster without pods have none.
+    pub pod: Option<Box<PodIdentity>>,
     /// The multicast groups that it has joined and that its host follows ([`is_followed`]), in ascending order, at most
     /// [`Self::MAX_GROUPS`]. `None` if its host does not follow them: it then gets the packets of all groups.
     pub groups: Option<Vec<IpAddr>>,

@@ -244,7 +244,7 @@ impl Backends {
 
 /// Returns the v1 Pod that describes a selectable.
 fn pod_of<'a>(view: &'a View, selectable: &Selectable) -> Option<&'a Pod> {
-    view.resources.pods().get(selectable.pod.as_ref()?)
+    view.resources.pods().get(&*selectable.name).filter(|_| selectable.has_pod)
 }
 
 fn backend_of_selectable(view: &View, service: &Service, selectable: &Selectable) -> Backend {

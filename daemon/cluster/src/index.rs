@@ -11,7 +11,7 @@ use ovl_proto::table::Endpoint;
 const FIRST: EndpointId = EndpointId([0; 5]);
 const LAST: EndpointId = EndpointId([u8::MAX; 5]);
 
-/// The endpoints of one table by network, address, MAC address, name and pod.
+/// The endpoints of one table by network, address, MAC address and name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct EndpointIndex {
     networks: BTreeMap<NetworkId, BTreeSet<EndpointId>>,
@@ -21,8 +21,6 @@ pub(crate) struct EndpointIndex {
     allowed: BTreeSet<(NetworkId, IpAddr, EndpointId)>,
     /// MAC addresses that endpoints may send from, beside their own.
     allowed_macs: BTreeSet<(NetworkId, Mac, EndpointId)>,
-    /// Those with a pod, by its name.
-    pods: BTreeSet<(Box<str>, EndpointId)>,
     /// By the canonical forms of names, aliases and names of pods.
     called: BTreeSet<(Box<str>, EndpointId)>,
     /// The subnets with which endpoints were attached, and the number of endpoints of each.
@@ -40,9 +38,6 @@ impl EndpointIndex {
         self.macs.insert((network, mac, id));
         self.allowed.extend(endpoint.allowed_addresses().map(|address| (network, address, id)));
         self.allowed_macs.extend(endpoint.allowed_macs.iter().map(|mac| (network, *mac, id)));
-        if let Some(pod) = &endpoint.pod {
-            self.pods.insert((pod.name.as_str().into(), id));
-        }
         self.called.extend(endpoint.canonical_names().map(|name| (name.into(), id)));
         for net in &endpoint.addresses {
             self.addresses.insert((network, net.addr(), id));
@@ -65,9 +60,6 @@ impl EndpointIndex {
         }
         for mac in &endpoint.allowed_macs {
             self.allowed_macs.remove(&(network, *mac, id));
-        }
-        if let Some(pod) = &endpoint.pod {
-            self.pods.remove(&(pod.name.as_str().into(), id));
         }
         for name in endpoint.canonical_names() {
             self.called.remove(&(name.into(), id));
@@ -115,12 +107,8 @@ impl EndpointIndex {
         self.allowed_macs.range((network, mac, FIRST)..=(network, mac, LAST)).map(|(_, _, id)| *id)
     }
 
-    pub(crate) fn of_pod<'a>(&'a self, name: &str) -> impl Iterator<Item = EndpointId> + use<'a> {
-        with_text(&self.pods, name)
-    }
-
     pub(crate) fn called<'a>(&'a self, name: &str) -> impl Iterator<Item = EndpointId> + use<'a> {
-        with_text(&self.called, name)
+        self.called.range((name.into(), FIRST)..=(name.into(), LAST)).map(|(_, id)| *id)
     }
 
     pub(crate) fn ranges(&self, network: NetworkId) -> impl Iterator<Item = IpNet> {
@@ -145,14 +133,6 @@ fn count_down<K: Ord>(counts: &mut BTreeMap<K, usize>, key: &K) {
             counts.remove(key);
         }
     }
-}
-
-/// Returns the endpoints with a text.
-fn with_text<'a>(
-    all: &'a BTreeSet<(Box<str>, EndpointId)>,
-    text: &str,
-) -> impl Iterator<Item = EndpointId> + use<'a> {
-    all.range((text.into(), FIRST)..=(text.into(), LAST)).map(|(_, id)| *id)
 }
 
 fn take<K: Ord>(sets: &mut BTreeMap<K, BTreeSet<EndpointId>>, key: &K, id: EndpointId) {

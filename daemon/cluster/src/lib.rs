@@ -10,6 +10,7 @@ pub mod digest;
 pub mod fuzz;
 mod index;
 pub mod keys;
+mod labels;
 pub mod liveness;
 pub mod networks;
 pub mod objects;

@@ -42,7 +42,7 @@ impl View {
         let is_behind = |other: &Placed<'_>| {
             let of_other = |identity| self.rank(other.node.record.id, &name, identity) > rank;
             other.endpoint.network == endpoint.network
-                && other.endpoint.pod.as_ref().is_some_and(of_other)
+                && other.endpoint.pod.as_deref().is_some_and(of_other)
                 && self.is_counted(other)
         };
         !self.all_of_pod(&name).any(|other| is_behind(&other))
@@ -63,11 +63,7 @@ impl View {
             None if endpoint.pod.is_some() && endpoint.labels.is_empty() => None,
             None => Some(Cow::Borrowed(&endpoint.labels)),
             Some(pod) if endpoint.labels.is_empty() => Some(Cow::Borrowed(&pod.metadata.labels)),
-            Some(pod) => {
-                let mut labels = endpoint.labels.clone();
-                labels.extend(pod.metadata.labels.clone());
-                Some(Cow::Owned(labels))
-            }
+            Some(pod) => Some(Cow::Owned(endpoint.labels.overlaid(&pod.metadata.labels))),
         }
     }
 

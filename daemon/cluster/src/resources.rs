@@ -112,10 +112,11 @@ impl Resources {
 
     /// Returns the labels of a namespace: those of its object, if there is one, and [`NAMESPACE_NAME_LABEL`].
     pub fn namespace_labels(&self, namespace: &str) -> Labels {
-        let mut labels =
-            self.namespaces.get(namespace).map(|it| it.metadata.labels.clone()).unwrap_or_default();
-        labels.insert(NAMESPACE_NAME_LABEL.to_owned(), namespace.to_owned());
-        labels
+        let named = Labels::from([(NAMESPACE_NAME_LABEL.to_owned(), namespace.to_owned())]);
+        match self.namespaces.get(namespace) {
+            Some(object) => object.metadata.labels.overlaid(&named),
+            None => named,
+        }
     }
 }
 

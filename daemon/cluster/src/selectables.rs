@@ -8,6 +8,7 @@ use std::sync::Arc;
 use ovl_proto::id::{EndpointId, NetworkId, NodeId};
 use ovl_proto::resource::{Labels, Name, Pod, has_all};
 
+use crate::labels::SharedLabels;
 use crate::view::{Placed, View};
 
 /// The key of a selectable.
@@ -23,9 +24,9 @@ pub enum SelectableId {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Selectable {
     /// The Kubernetes namespace and name: that of its pod, or its own if another endpoint stands for the pod.
-    pub name: Name,
-    /// The key of the v1 Pod that describes it, if there is one.
-    pub pod: Option<Name>,
+    pub name: Arc<Name>,
+    /// Whether a v1 Pod describes it: that of its name.
+    pub has_pod: bool,
     /// The network that it is attached to. `None` for a Pod that is not an endpoint.
     pub network: Option<NetworkId>,
     /// The host, if known.
@@ -33,7 +34,7 @@ pub struct Selectable {
     /// The addresses, one for each address family.
     pub addresses: Vec<IpAddr>,
     /// The effective labels: its own, overlaid by its Pod's. Selectables with the same labels share them.
-    pub labels: Arc<Labels>,
+    pub labels: Labels,
     /// Whether Services send it connections: neither its endpoint nor its Pod is marked as not ready.
     pub ready: bool,
 }
@@ -46,11 +47,11 @@ type LabelKey = (String, String, String);
 pub struct Selectables {
     all: BTreeMap<SelectableId, Box<Selectable>>,
     /// The labels that selectables have.
-    labels: BTreeSet<Arc<Labels>>,
+    labels: SharedLabels,
     by_label: BTreeMap<LabelKey, BTreeSet<SelectableId>>,
-    by_pod: BTreeMap<Name, BTreeSet<SelectableId>>,
-    /// Every endpoint, whether it is used or not, with its network and its pod.
-    endpoints: BTreeMap<(NodeId, EndpointId), (NetworkId, Name)>,
+    by_pod: BTreeMap<Arc<Name>, BTreeSet<SelectableId>>,
+    /// Every endpoint, whether it is used or not, with its network and its pod. It shares the name with its selectable.
+    endpoints: BTreeMap<(NodeId, EndpointId), (NetworkId, Arc<Name>)>,
     by_network: BTreeMap<NetworkId, BTreeSet<(NodeId, EndpointId)>>,
 }
 
@@ -115,15 +116,17 @@ impl Selectables {
         if let Some((network, _)) = &was {
             take(&mut self.by_network, network, &(host, id));
         }
-        let is = found.map(|Placed { endpoint, .. }| (endpoint.network, endpoint.pod_name()));
+        let is = found.map(|Placed { endpoint, .. }| (endpoint.network, Arc::new(endpoint.pod_name())));
+        // An unchanged selectable goes on to share the name.
+        let is = if was == is { was.clone() } else { is };
         if let Some((network, name)) = &is {
-            self.endpoints.insert((host, id), (*network, name.clone()));
+            self.endpoints.insert((host, id), (*network, Arc::clone(name)));
             self.by_network.entry(*network).or_default().insert((host, id));
         }
         let mut changes: Vec<_> = self.refresh(view, host, id).into_iter().collect();
         let names = was.into_iter().chain(is).map(|(_, name)| name);
         for name in BTreeSet::from_iter(names) {
-            changes.extend(self.refresh_pod(view, name, Some((host, id))));
+            changes.extend(self.refresh_pod(view, &name, Some((host, id))));
         }
         changes
     }
@@ -133,10 +136,10 @@ impl Selectables {
     fn refresh_pod(
         &mut self,
         view: &View,
-        pod: Name,
+        pod: &Name,
         except: Option<(NodeId, EndpointId)>,
     ) -> Vec<SelectableChange> {
-        let all = view.all_of_pod(&pod).map(|placed| (placed.node.record.id, placed.endpoint.id));
+        let all = view.all_of_pod(pod).map(|placed| (placed.node.record.id, placed.endpoint.id));
         let others = all.filter(|id| Some(*id) != except);
         let mut changes: Vec<_> = others.filter_map(|(host, id)| self.refresh(view, host, id)).collect();
         changes.extend(self.touch_bare_pod(view, pod));
@@ -160,26 +163,26 @@ impl Selectables {
 
     /// Updates a Pod that was added, changed or removed, and its endpoints.
     pub fn touch_pod(&mut self, view: &View, name: &Name) -> Vec<SelectableChange> {
-        self.refresh_pod(view, name.clone(), None)
+        self.refresh_pod(view, name, None)
     }
 
     /// Updates the selectable of a Pod, which exists while the Pod describes no endpoint of any host.
-    fn touch_bare_pod(&mut self, view: &View, name: Name) -> Option<SelectableChange> {
+    fn touch_bare_pod(&mut self, view: &View, name: &Name) -> Option<SelectableChange> {
         let describes = |placed: Placed<'_>| view.pod_of(placed.node.record.id, placed.endpoint).is_some();
-        let owned = || view.all_of_pod(&name).any(describes);
-        let pod = view.resources.pods().get(&name);
+        let owned = || view.all_of_pod(name).any(describes);
+        let pod = view.resources.pods().get(name);
         // The addresses of a finished pod may be those of another one by now.
         let pod = pod.filter(|pod| !pod.status.pod_ips.is_empty() && !pod.is_finished());
         let after = pod.filter(|_| !owned()).map(|pod| Selectable {
-            name: name.clone(),
-            pod: Some(name.clone()),
+            name: Arc::new(name.clone()),
+            has_pod: true,
             network: None,
             host: None,
             addresses: pod.status.pod_ips.iter().map(|pod_ip| pod_ip.ip).collect(),
-            labels: Arc::new(pod.metadata.labels.clone()),
+            labels: pod.metadata.labels.clone(),
             ready: pod.is_ready(),
         });
-        self.set(SelectableId::Pod(Box::new(name)), after)
+        self.set(SelectableId::Pod(Box::new(name.clone())), after)
     }
 
     fn set(&mut self, id: SelectableId, mut after: Option<Selectable>) -> Option<SelectableChange> {
@@ -189,36 +192,37 @@ impl Selectables {
         let before = self.all.remove(&id).map(|selectable| *selectable);
         if let Some(selectable) = &before {
             self.unlist(&id, selectable);
+            self.labels.release(&selectable.labels);
         }
         if let Some(selectable) = &mut after {
-            match self.labels.get(&selectable.labels) {
-                Some(same) => selectable.labels = Arc::clone(same),
-                None => drop(self.labels.insert(Arc::clone(&selectable.labels))),
+            self.labels.share(&mut selectable.labels);
+            if let SelectableId::Endpoint(host, endpoint) = id
+                && let Some((_, name)) = self.endpoints.get(&(host, endpoint))
+                && *name == selectable.name
+            {
+                selectable.name = Arc::clone(name);
             }
             self.list(&id, selectable);
             self.all.insert(id.clone(), Box::new(selectable.clone()));
-        }
-        if self.labels.len() > 2 * (self.all.len() + 32) {
-            self.labels.retain(|labels| Arc::strong_count(labels) > 1);
         }
         Some(SelectableChange { id, before, after })
     }
 
     fn list(&mut self, id: &SelectableId, selectable: &Selectable) {
-        for label in &*selectable.labels {
+        for label in &selectable.labels {
             self.by_label.entry(label_key(&selectable.name.namespace, label)).or_default().insert(id.clone());
         }
-        if let Some(pod) = &selectable.pod {
-            self.by_pod.entry(pod.clone()).or_default().insert(id.clone());
+        if selectable.has_pod {
+            self.by_pod.entry(Arc::clone(&selectable.name)).or_default().insert(id.clone());
         }
     }
 
     fn unlist(&mut self, id: &SelectableId, selectable: &Selectable) {
-        for label in &*selectable.labels {
+        for label in &selectable.labels {
             take(&mut self.by_label, &label_key(&selectable.name.namespace, label), id);
         }
-        if let Some(pod) = &selectable.pod {
-            take(&mut self.by_pod, pod, id);
+        if selectable.has_pod {
+            take(&mut self.by_pod, &selectable.name, id);
         }
     }
 }
@@ -236,12 +240,13 @@ fn of_endpoint(view: &View, placed: Placed<'_>) -> Selectable {
         false => Name::new(&endpoint.namespace, &endpoint.name),
     };
     Selectable {
-        pod: pod.map(|_| endpoint.pod_name()),
-        name,
+        // The endpoint that a Pod describes has the Pod's name.
+        has_pod: pod.is_some(),
+        name: Arc::new(name),
         network: Some(endpoint.network),
         host: Some(host),
         addresses: endpoint.addresses.iter().map(|net| net.addr()).collect(),
-        labels: Arc::new(view.labels(host, endpoint).into_owned()),
+        labels: view.labels(host, endpoint).into_owned(),
         ready: endpoint.ready && pod.is_none_or(Pod::is_ready),
     }
 }

@@ -12,6 +12,7 @@ use ovl_proto::wire::fields::Unknown;
 
 use crate::digest::{Digest, Hash, hash};
 use crate::index::EndpointIndex;
+use crate::labels::SharedLabels;
 
 /// Why an update was rejected.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -58,9 +59,10 @@ pub struct Table {
 /// The entries of a table with their indexes, which are updated with each entry.
 #[derive(Debug, Clone, Default)]
 struct TableContents {
-    /// The entries by key. Entries without a hash are private to the owner: they are not in the digest and not sent. Boxed,
-    /// because half of the places in the nodes of a map are empty.
-    entries: BTreeMap<Key, (Box<Entry>, Option<Hash>)>,
+    /// The entries by key, with their hashes. Entries without a hash are private to the owner: they are not in the digest
+    /// and not sent. Boxed, because half of the places in the nodes of a map are empty.
+    entries: BTreeMap<Key, Box<(Entry, Option<Hash>)>>,
+    labels: SharedLabels,
     /// The size of the encoded entries.
     bytes: usize,
     /// How many entries are not understood.
@@ -84,7 +86,7 @@ impl Table {
 
     /// Returns all entries by key.
     pub fn entries(&self) -> impl Iterator<Item = &Entry> {
-        self.contents.entries.values().map(|(entry, _)| &**entry)
+        self.contents.entries.values().map(|stored| &stored.0)
     }
 
     /// Returns all endpoints by id.
@@ -139,9 +141,11 @@ impl Table {
 
     /// Returns the endpoints of a pod by its name, on any network and in any namespace: see [`Endpoint::pod_name`].
     pub fn of_pod<'a>(&'a self, name: &str) -> impl Iterator<Item = &'a Endpoint> + use<'a> {
-        let pods = self.contents.index.of_pod(name).filter_map(|id| self.endpoint(id));
+        let called = self.contents.index.called(&canonical_name(name)).filter_map(|id| self.endpoint(id));
         let name = name.to_owned();
-        pods.chain(self.named(&name).filter(move |endpoint| endpoint.pod.is_none() && endpoint.name == name))
+        called.filter(move |endpoint| {
+            endpoint.pod.as_ref().map_or(&endpoint.name, |pod| &pod.name).as_str() == name
+        })
     }
 
     /// Returns the endpoints with a name, alias or pod's name, given in its canonical form, on any network.
@@ -169,7 +173,7 @@ impl Table {
     /// Returns the path MTUs that are less than the MTU of the owner's link. They are few, at the end of the table.
     pub fn path_mtus(&self) -> impl Iterator<Item = (NodeId, u16)> {
         let entries = self.contents.entries.range(Key::PathMtu(NodeId::default())..);
-        entries.filter_map(|(_, (entry, _))| match &**entry {
+        entries.filter_map(|(_, stored)| match &stored.0 {
             Entry::PathMtu { peer, mtu } => Some((*peer, *mtu)),
             Entry::Endpoint(_)
             | Entry::Lease { .. }
@@ -206,7 +210,7 @@ impl Table {
     /// Returns all addresses that the owner announces.
     pub fn announced(&self) -> impl Iterator<Item = IpAddr> {
         let lowest = Key::Announced(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
-        self.contents.entries.range(lowest..).filter_map(|(_, (entry, _))| match &**entry {
+        self.contents.entries.range(lowest..).filter_map(|(_, stored)| match &stored.0 {
             Entry::Announced(address) => Some(*address),
             Entry::Endpoint(_)
             | Entry::Lease { .. }
@@ -218,7 +222,7 @@ impl Table {
 
     /// Returns an entry.
     pub fn get(&self, key: &Key) -> Option<&Entry> {
-        self.contents.entries.get(key).map(|(entry, _)| &**entry)
+        self.contents.entries.get(key).map(|stored| &stored.0)
     }
 
     /// Applies an update whose signature was verified.
@@ -312,7 +316,7 @@ impl Table {
 
     /// Whether an entry exists and is private to the owner.
     pub fn is_kept(&self, key: &Key) -> bool {
-        self.contents.entries.get(key).is_some_and(|(_, hash)| hash.is_none())
+        self.contents.entries.get(key).is_some_and(|stored| stored.1.is_none())
     }
 }
 
@@ -330,11 +334,11 @@ fn as_endpoint(entry: &Entry) -> Option<&Endpoint> {
 impl TableContents {
     /// Returns the entries that are sent to peers.
     fn shared(&self) -> impl Iterator<Item = &Entry> {
-        self.entries.values().filter(|(_, hash)| hash.is_some()).map(|(entry, _)| &**entry)
+        self.entries.values().filter(|stored| stored.1.is_some()).map(|stored| &stored.0)
     }
 
     /// Adds or replaces an entry. Returns the replaced entry.
-    fn put(&mut self, entry: Entry, shared: bool) -> Option<Entry> {
+    fn put(&mut self, mut entry: Entry, shared: bool) -> Option<Entry> {
         // An entry that cannot be encoded was never received or sent either. Its hash is then that of no bytes,
         // which no peer has.
         let encoded = wire::encode_body(&entry).unwrap_or_default();
@@ -342,30 +346,36 @@ impl TableContents {
         let key = entry.key();
         let old = self.take(&key);
         self.bytes += encoded.len();
-        match &entry {
-            Entry::Endpoint(endpoint) => self.index.insert(endpoint),
+        match &mut entry {
+            Entry::Endpoint(endpoint) => {
+                self.labels.share(&mut endpoint.labels);
+                self.index.insert(endpoint);
+            }
             Entry::Opaque(_) => self.opaque += 1,
             Entry::Lease { .. } | Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) => {}
         }
         if let Some(hash) = hash {
             self.digest.insert(hash);
         }
-        self.entries.insert(key, (Box::new(entry), hash));
+        self.entries.insert(key, Box::new((entry, hash)));
         old
     }
 
     fn take(&mut self, key: &Key) -> Option<Entry> {
-        let (entry, hash) = self.entries.remove(key)?;
+        let (entry, hash) = *self.entries.remove(key)?;
         self.bytes -= wire::encode_body(&entry).map_or(0, |bytes| bytes.len());
-        match &*entry {
-            Entry::Endpoint(endpoint) => self.index.remove(endpoint),
+        match &entry {
+            Entry::Endpoint(endpoint) => {
+                self.labels.release(&endpoint.labels);
+                self.index.remove(endpoint);
+            }
             Entry::Opaque(_) => self.opaque -= 1,
             Entry::Lease { .. } | Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) => {}
         }
         if let Some(hash) = hash {
             self.digest.remove(&hash);
         }
-        Some(*entry)
+        Some(entry)
     }
 
     /// Applies a change, or undoes it if the digest does not match.

@@ -1,7 +1,7 @@
 //! Answers queries from the zone, or decides that they are forwarded. Pure functions, which allocate nothing
 //! for the usual record types.
 
-use ovl_zone::{Client, Name, NetworkKey, Records, Resolution, Zone};
+use ovl_zone::{Client, Name, NetworkKey, OtherRecords, Records, Resolution, Zone};
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use crate::wire::{HEADER, QR, Query, QueryError, RA, Rcode, RecordType, Writer};
@@ -89,13 +89,13 @@ fn answer_query(
         return empty_response(buffer, Rcode::REFUSED, false);
     }
     match zone.find(client, &query.name) {
-        Resolution::Found(_, Records { alias: Some(target), .. }) if query.kind != RecordType::CNAME => {
-            answer_alias(zone, client, limit, message, query, buffer, turn, &target.name())
-        }
         Resolution::SearchPath(target) => {
             answer_alias(zone, client, limit, message, query, buffer, turn, &target)
         }
         Resolution::Found(network, records) => {
+            if let Some(target) = records.alias().filter(|_| query.kind != RecordType::CNAME) {
+                return answer_alias(zone, client, limit, message, query, buffer, turn, &target.name());
+            }
             let mut writer = Writer::answer(buffer, limit, message, query, Rcode::NO_ERROR, true)?;
             match write_records(&mut writer, None, zone, client, query.kind, network, records, turn) {
                 (0, true) => {
@@ -132,7 +132,7 @@ fn answer_alias(
     target: &Name,
 ) -> Option<Outcome> {
     match zone.find(client, target) {
-        Resolution::Found(network, records) if records.alias.is_none() => {
+        Resolution::Found(network, records) if records.alias().is_none() => {
             let mut writer = Writer::answer(buffer, limit, message, query, Rcode::NO_ERROR, true)?;
             let named = writer.record(None, RecordType::CNAME, TTL, &[target.as_bytes(), &[0]]);
             let (count, whole) =
@@ -186,13 +186,13 @@ pub fn target(zone: &Zone, client: Client, message: &[u8]) -> Option<Target> {
     // An external Service may be an alias of another one; the limit ends loops.
     for _ in 0..8 {
         match zone.find(client, &name) {
-            Resolution::Found(_, Records { alias: Some(alias), .. }) => name = alias.name(),
+            Resolution::Found(_, records) => name = records.alias()?.name(),
             Resolution::SearchPath(to) => {
                 walk = Some(zone.apex(&query.name));
                 name = *to;
             }
             Resolution::External => return Some(Target { name, walk }),
-            Resolution::Found(..) | Resolution::NotFound => return None,
+            Resolution::NotFound => return None,
         }
     }
     None
@@ -211,7 +211,7 @@ fn write_records(
     records: &Records,
     turn: usize,
 ) -> (u16, bool) {
-    let Records { v4, v6, names, services, alias, text, above: _, unready: _ } = records;
+    let Records { v4, v6, names, others, above: _, unready: _ } = records;
     let (mut count, mut whole) = (0, true);
     let mut note = |fits: bool| {
         count += u16::from(fits);
@@ -232,6 +232,7 @@ fn write_records(
             note(writer.record(owner, RecordType::PTR, TTL, &[name.as_bytes(), &[0]]));
         }
     }
+    let Some(OtherRecords { services, alias, text }) = others.as_deref() else { return (count, whole) };
     if kind == RecordType::SRV || kind == RecordType::ANY {
         // Records of equal priority and weight share the load (RFC 2782).
         for (port, target) in rotated(services, turn) {

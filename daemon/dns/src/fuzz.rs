@@ -17,9 +17,9 @@ pub fn zone() -> Zone {
     let subnets = "10.0.0.0/24".parse().into_iter().collect();
     zone.set_network(1, Name::parse("blue").unwrap_or(Name::ROOT), subnets);
     if let Some(web) = Name::parse("web") {
-        let v4 = vec![Ipv4Addr::new(10, 0, 0, 2), Ipv4Addr::new(10, 0, 0, 3)];
+        let v4 = [Ipv4Addr::new(10, 0, 0, 2), Ipv4Addr::new(10, 0, 0, 3)].into();
         zone.set(1, &web, Records { v4, ..Records::default() });
-        zone.set(1, &Name::reverse_of(FROM), Records { names: vec![web.into()], ..Records::default() });
+        zone.set(1, &Name::reverse_of(FROM), Records { names: [web.into()].into(), ..Records::default() });
     }
     let context =
         ClientContext { networks: Arc::from([1]), search: Name::parse("default.svc"), external: true };

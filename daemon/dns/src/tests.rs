@@ -140,7 +140,7 @@ mod search_lists {
     use crate::wire::{Query, RecordType, question};
     use ovl_zone::Client;
     use ovl_zone::Name;
-    use ovl_zone::{ClientContext, Records, Zone};
+    use ovl_zone::{ClientContext, OtherRecords, Records, Zone};
 
     const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2));
 
@@ -153,14 +153,17 @@ mod search_lists {
         let mut zone = Zone::new(None);
         zone.begin_cluster(name("cluster.local"), walks);
         for (full, last) in [("db.shop.svc.cluster.local", 50), ("api.prod.svc.cluster.local", 51)] {
-            let v4 = vec![Ipv4Addr::new(10, 96, 0, last)];
+            let v4 = [Ipv4Addr::new(10, 96, 0, last)].into();
             zone.set_cluster(&name(full), Records { v4, ..Records::default() });
         }
         let alias = Some(name("db.example.org").into());
-        zone.set_cluster(&name("ext.shop.svc.cluster.local"), Records { alias, ..Records::default() });
+        zone.set_cluster(
+            &name("ext.shop.svc.cluster.local"),
+            OtherRecords { alias, ..OtherRecords::default() }.into(),
+        );
         let services = vec![(5432, name("db.shop.svc.cluster.local").into())];
-        let srv = Records { services, ..Records::default() };
-        zone.set_cluster(&name("_pg._tcp.db.shop.svc.cluster.local"), srv);
+        let srv = OtherRecords { services, ..OtherRecords::default() };
+        zone.set_cluster(&name("_pg._tcp.db.shop.svc.cluster.local"), srv.into());
         let unready = Records { unready: true, ..Records::default() };
         zone.set_cluster(&name("late.shop.svc.cluster.local"), unready);
         let context =

@@ -57,10 +57,21 @@ pub trait Listener: Send + Sync {
     fn local_addr(&self) -> io::Result<SocketAddr>;
 }
 
-/// One stream. It fails when the other end has acknowledged nothing for ten seconds.
+/// The side of a stream that this host is on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// It dialled, and writes messages.
+    Dialled,
+    /// It accepted, and reads messages.
+    Accepted,
+}
+
+/// One stream. On the side that dialled, it fails when the other one has acknowledged nothing for ten seconds. On the other
+/// side it does so within two minutes: only a descriptor depends on it, and each probe of an idle stream costs both hosts
+/// a packet, for each of their peers.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Sync + Unpin {
     /// Disables the delay of small writes and enables the detection of dead peers.
-    fn tune(&self) -> io::Result<()>;
+    fn tune(&self, side: Side) -> io::Result<()>;
 }
 
 /// The sockets of this host.
@@ -120,14 +131,44 @@ impl Listener for TcpListener {
 }
 
 impl Stream for TcpStream {
-    fn tune(&self) -> io::Result<()> {
+    fn tune(&self, side: Side) -> io::Result<()> {
         self.set_nodelay(true)?;
         let socket = SockRef::from(self);
-        let keepalive = TcpKeepalive::new()
-            .with_time(Duration::from_secs(4))
-            .with_interval(Duration::from_secs(2))
-            .with_retries(3);
-        socket.set_tcp_keepalive(&keepalive)?;
-        socket.set_tcp_user_timeout(Some(DEAD_AFTER))
+        let keepalive = TcpKeepalive::new().with_retries(3);
+        match side {
+            Side::Dialled => {
+                let (time, interval) = (Duration::from_secs(4), Duration::from_secs(2));
+                socket.set_tcp_keepalive(&keepalive.with_time(time).with_interval(interval))?;
+                socket.set_tcp_user_timeout(Some(DEAD_AFTER))
+            }
+            // Without a user timeout, which would end the stream after one lost probe.
+            Side::Accepted => {
+                let (time, interval) = (Duration::from_secs(60), Duration::from_secs(10));
+                socket.set_tcp_keepalive(&keepalive.with_time(time).with_interval(interval))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn only_the_side_that_dialled_probes_often() {
+        let any: SocketAddr = ([127, 0, 0, 1], 0).into();
+        let listener = tokio::net::TcpListener::bind(any).await.unwrap();
+        let to = listener.local_addr().unwrap();
+        let (dialled, accepted) = tokio::join!(TcpStream::connect(to), listener.accept());
+        let (dialled, (accepted, _)) = (dialled.unwrap(), accepted.unwrap());
+        dialled.tune(Side::Dialled).unwrap();
+        accepted.tune(Side::Accepted).unwrap();
+        let options = |stream: &TcpStream| {
+            let socket = SockRef::from(stream);
+            assert!(socket.keepalive().unwrap() && stream.nodelay().unwrap());
+            (socket.tcp_keepalive_time().unwrap().as_secs(), socket.tcp_user_timeout().unwrap())
+        };
+        assert_eq!(options(&dialled), (4, Some(DEAD_AFTER)));
+        assert_eq!(options(&accepted), (60, None));
     }
 }

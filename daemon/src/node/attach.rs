@@ -1,7 +1,6 @@
 //! Endpoints of this host: attach, detach, and endpoints that disappear with their network namespace.
 
-use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
@@ -127,7 +126,7 @@ impl Node {
             mac,
             addresses: reserved.iter().map(|reserved| reserved.net).collect(),
             aliases: request.aliases.clone(),
-            labels: request.labels.clone(),
+            labels: request.labels.clone().into(),
             ready: !request.not_ready,
             publish: ports.published().to_vec(),
             allowed: IpNet::aggregate(&request.allowed),
@@ -197,7 +196,7 @@ impl Node {
     }
 
     /// Returns the identity of the pod that an endpoint is attached for.
-    fn identify(&self, request: &Attach, cni: Option<&Attachment>) -> Option<PodIdentity> {
+    fn identify(&self, request: &Attach, cni: Option<&Attachment>) -> Option<Box<PodIdentity>> {
         let PodRef { name, uid } = request.pod.clone()?;
         let state = self.state.borrow();
         let namespace = request.namespace.as_deref().unwrap_or("default");
@@ -212,7 +211,7 @@ impl Node {
         let own = state.own_endpoints().filter(|endpoint| endpoint.pod_name() == known);
         let of_sandbox = own.filter(of_same_sandbox).filter_map(created).max();
         let last = all.filter_map(created).max().unwrap_or(0);
-        Some(PodIdentity { name, uid, created: sandbox_time(of_sandbox, last, state.wall_ms()) })
+        Some(Box::new(PodIdentity { name, uid, created: sandbox_time(of_sandbox, last, state.wall_ms()) }))
     }
 
     /// Requests a full pass, which deletes the set elements that a failed attach may have left in the kernel.
@@ -288,7 +287,7 @@ impl Node {
         {
             return Err(Failed::invalid(format!("'{ifname}' is no name for an interface")));
         }
-        check_sizes(&request.aliases, &request.labels).map_err(Failed::invalid)?;
+        check_sizes(&request.aliases, request.labels.iter()).map_err(Failed::invalid)?;
         if let Some(PodRef { name, uid }) = &request.pod {
             check_pod(name, uid).map_err(Failed::invalid)?;
         }
@@ -684,7 +683,7 @@ impl Node {
             mac: endpoint.mac,
             addresses: endpoint.addresses.clone(),
             aliases: endpoint.aliases.clone(),
-            labels: known.clone().unwrap_or(Cow::Borrowed(&endpoint.labels)).into_owned(),
+            labels: known.as_deref().unwrap_or(&endpoint.labels).into(),
             state: if !own && !state.view.counts(node) {
                 EndpointState::Suspended
             } else if isolated {
@@ -760,10 +759,14 @@ pub(super) fn check_pod(name: &str, uid: &str) -> Result<(), String> {
 /// # Errors
 ///
 /// A sentence with the limits.
-pub(super) fn check_sizes(aliases: &[String], labels: &BTreeMap<String, String>) -> Result<(), String> {
-    let length: usize = labels.iter().map(|(key, value)| key.len() + value.len()).sum();
-    let clean = labels.iter().all(|(key, value)| !key.chars().chain(value.chars()).any(char::is_control));
-    if aliases.len() > 64 || labels.len() > 64 || length > 8192 || !clean {
+pub(super) fn check_sizes<'a>(
+    aliases: &[String],
+    labels: impl ExactSizeIterator<Item = (&'a String, &'a String)> + Clone,
+) -> Result<(), String> {
+    let count = labels.len();
+    let length: usize = labels.clone().map(|(key, value)| key.len() + value.len()).sum();
+    let clean = { labels }.all(|(key, value)| !key.chars().chain(value.chars()).any(char::is_control));
+    if aliases.len() > 64 || count > 64 || length > 8192 || !clean {
         return Err(
             "at most 64 aliases, and 64 labels of 8 KiB together without control characters, are allowed"
                 .to_owned(),

@@ -16,6 +16,7 @@ use super::peers::is_foreign;
 use super::state::State;
 use super::{Failed, Node};
 use crate::problems::Code;
+use ovl_subsystems::Change;
 
 /// How long a requested recovery may take: the survivors have 5 s to consent, and the disk the rest.
 const RECOVER_WITHIN: Duration = Duration::from_secs(15);
@@ -258,7 +259,12 @@ impl Node {
             let asked = others.into_iter().filter(|_| ask);
             let outputs: Vec<_> = asked.map(|id| state.allocator.ask_recovery(id)).collect();
             self.note_recoveries(state);
-            (outputs, state.allocator.held().is_some())
+            let closed = state.allocator.held().is_some();
+            if state.subsystems.announcements.set_left_out(closed) {
+                state.changed(Change::Uplink);
+                self.work.notify_one();
+            }
+            (outputs, closed)
         };
         outputs.into_iter().for_each(|output| self.carry_out(output));
         if closed {
@@ -320,9 +326,10 @@ impl Node {
         let by = state.view.name_of(held.recovery.ballot.node);
         format!(
             "the cluster was recovered on host {by} at {} from the loss of its majority, without this host. So this host \
-             takes part in no agreement, attaches nothing, and the members do not use its endpoints. To return, run \
-             `ovlctl recover --accept` here, and then `ovlctl peers admit {}` on {by}. If a majority of the old cluster was \
-             not lost and is to go on, run `ovlctl recover --reject` on each of its hosts",
+             takes part in no agreement, attaches nothing, and announces no addresses of LoadBalancers, and the members do \
+             not use its endpoints. To return, run `ovlctl recover --accept` here, and then `ovlctl peers admit {}` on {by}. \
+             If a majority of the old cluster was not lost and is to go on, run `ovlctl recover --reject` on each of its \
+             hosts",
             timestamp(held.recovery.at_ms),
             state.view.me
         )

@@ -343,10 +343,10 @@ fn check_entry(entry: &Entry) -> Result<(), String> {
     {
         return Err(format!("endpoint {} with {} multicast groups", endpoint.name, groups.len()));
     }
-    if let Some(PodIdentity { name, uid, .. }) = &endpoint.pod {
+    if let Some(PodIdentity { name, uid, .. }) = endpoint.pod.as_deref() {
         super::attach::check_pod(name, uid)?;
     }
-    super::attach::check_sizes(&endpoint.aliases, &endpoint.labels)
+    super::attach::check_sizes(&endpoint.aliases, endpoint.labels.iter())
 }
 
 /// Whether an address can be that of an endpoint or a LoadBalancer.

@@ -70,7 +70,7 @@ pub enum Change<'a> {
     Backends(&'a Settled),
     /// The hosts that announce LoadBalancer addresses changed.
     Announcers,
-    /// The device on which the local host announces addresses changed.
+    /// The device on which the local host announces addresses changed, or whether it may announce any.
     Uplink,
 }
 

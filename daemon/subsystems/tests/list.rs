@@ -2,7 +2,7 @@
 //! quick plans of the real ones lead to what a full one wants.
 #![cfg(test)]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use ovl_cluster::addresses;
 use ovl_cluster::backends::Backends;
@@ -14,7 +14,7 @@ use ovl_proto::id::EndpointId;
 use ovl_proto::object::{Backend, Mode, Network};
 use ovl_proto::publish::{Published, Transport};
 use ovl_proto::record::{PeerState, Signature};
-use ovl_proto::resource::{Kind, Name, ResourceKey};
+use ovl_proto::resource::{Kind, Labels, Name, ResourceKey};
 use ovl_proto::table::{Endpoint, Entry, Key};
 use ovl_subsystems::local::Local;
 use ovl_subsystems::local::ranges::{Conflict, Needed};
@@ -222,7 +222,7 @@ fn happen(event: &Event, world: &mut World, local: &mut Local, real: &mut Subsys
         Event::Endpoint { host, endpoint: n, there, label, port } => {
             let address = format!("10.9.0.{}/24", 8 * host + n + 1);
             let Entry::Endpoint(bare) = endpoint(10 * host + n, &address) else { panic!() };
-            let labels = if label { BTreeMap::from([("app".into(), "web".into())]) } else { BTreeMap::new() };
+            let labels = if label { Labels::from([("app".into(), "web".into())]) } else { Labels::new() };
             let publish = if port { vec![published(8000 + u16::from(n))] } else { Vec::new() };
             let allowed = if label { vec![net("10.9.0.200/32")] } else { vec![] };
             let new = Entry::Endpoint(Endpoint { labels, publish, allowed, ..bare });

@@ -15,7 +15,7 @@ use ovl_proto::object::{Backend, Driver, Mode, Network, Subnet};
 use ovl_proto::record::PeerState;
 use ovl_proto::record::WireVersions;
 use ovl_proto::record::{NodeRecord, Presence, Signature, Tunnel};
-use ovl_proto::resource::{Kind, Name, Resource, ResourceKey};
+use ovl_proto::resource::{Kind, Labels, Name, Resource, ResourceKey};
 use ovl_proto::table::{Endpoint, Entry, Key, PodIdentity};
 use ovl_proto::wire::fields::Unknown;
 use serde_json::{Value, json};
@@ -125,7 +125,7 @@ pub(crate) fn endpoint(n: u8, address: &str) -> Entry {
         mac: addresses::mac_of(NET, net.addr()),
         addresses: vec![net],
         aliases: vec![],
-        labels: BTreeMap::new(),
+        labels: Labels::new(),
         ready: true,
         publish: vec![],
         allowed: vec![],
@@ -197,7 +197,7 @@ impl World {
     /// Attaches an endpoint of a pod without labels of its own.
     pub(crate) fn attach_pod(&mut self, host: u8, n: u8, pod: PodIdentity) {
         let Entry::Endpoint(bare) = endpoint(n, &format!("10.9.0.{}/24", 8 * host + n)) else { panic!() };
-        give(&mut self.view, host, vec![Entry::Endpoint(Endpoint { pod: Some(pod), ..bare })]);
+        give(&mut self.view, host, vec![Entry::Endpoint(Endpoint { pod: Some(Box::new(pod)), ..bare })]);
         self.backends.touch_endpoint(&self.view, id(host), EndpointId([n; 5]));
     }
 

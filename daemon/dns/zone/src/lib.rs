@@ -7,4 +7,4 @@ mod name;
 mod zone;
 
 pub use name::{KeptName, Name};
-pub use zone::{Client, ClientContext, NetworkKey, Records, Resolution, Zone};
+pub use zone::{Client, ClientContext, NetworkKey, OtherRecords, Records, Resolution, Zone};

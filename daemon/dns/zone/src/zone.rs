@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use ipnet::IpNet;
 
@@ -25,41 +25,52 @@ pub type NetworkKey = u64;
 /// The number of shards of a map of names. A change copies one shard.
 const SHARDS: usize = 64;
 
-/// The records of a name.
+/// The records of a name. There are several of them for each endpoint of the cluster, so they are small.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Records {
     /// The addresses of A records.
-    pub v4: Vec<Ipv4Addr>,
+    pub v4: Box<[Ipv4Addr]>,
     /// The addresses of AAAA records.
-    pub v6: Vec<Ipv6Addr>,
+    pub v6: Box<[Ipv6Addr]>,
     /// The targets of PTR records, without the label of the network.
-    pub names: Vec<KeptName>,
-    /// The ports and targets of SRV records.
-    pub services: Vec<(u16, KeptName)>,
-    /// The target of a CNAME record.
-    pub alias: Option<KeptName>,
-    /// The text of a TXT record.
-    pub text: Option<&'static str>,
+    pub names: Box<[KeptName]>,
+    /// Records of types that no name of an endpoint has.
+    pub others: Option<Box<OtherRecords>>,
     /// There are names below this one, so it exists even without records (RFC 8020).
     pub above: bool,
     /// The name does not exist, and is not forwarded either: a Service without ready endpoints.
     pub unready: bool,
 }
 
+/// The records of a name that has others than of types A, AAAA and PTR.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct OtherRecords {
+    /// The ports and targets of SRV records.
+    pub services: Vec<(u16, KeptName)>,
+    /// The target of a CNAME record.
+    pub alias: Option<KeptName>,
+    /// The text of a TXT record.
+    pub text: Option<&'static str>,
+}
+
+impl From<OtherRecords> for Records {
+    fn from(others: OtherRecords) -> Self {
+        let others = (others != OtherRecords::default()).then(|| Box::new(others));
+        Self { others, ..Self::default() }
+    }
+}
+
 impl Records {
     /// Returns whether the name does not exist.
     pub fn is_empty(&self) -> bool {
-        let Self { v4, v6, names, services, alias, text, above, unready } = self;
-        let bare = v4.is_empty() && v6.is_empty() && names.is_empty() && services.is_empty();
-        bare && alias.is_none() && text.is_none() && !above && !unready
+        let Self { v4, v6, names, others, above, unready } = self;
+        v4.is_empty() && v6.is_empty() && names.is_empty() && others.is_none() && !above && !unready
     }
 
-    /// Gives memory back that is not used: there are several records for each endpoint of the cluster.
-    fn shrink(&mut self) {
-        self.v4.shrink_to_fit();
-        self.v6.shrink_to_fit();
-        self.names.shrink_to_fit();
-        self.services.shrink_to_fit();
+    /// Returns the target of a CNAME record.
+    #[inline]
+    pub fn alias(&self) -> Option<&KeptName> {
+        self.others.as_ref()?.alias.as_ref()
     }
 }
 
@@ -115,8 +126,7 @@ impl RecordMap {
         self.0.get(Self::shard(name.as_bytes()))?.get(name.as_bytes())
     }
 
-    fn set(&mut self, name: &Name, mut records: Records) {
-        records.shrink();
+    fn set(&mut self, name: &Name, records: Records) {
         let key = name.as_bytes();
         let known = self.get(name).is_some_and(|known| **known == records);
         if known || (records.is_empty() && self.get(name).is_none()) {
@@ -204,16 +214,7 @@ pub struct Zone {
 const CLUSTER: NetworkKey = NetworkKey::MAX;
 
 /// The records of a name that has none, but has names below it.
-static ABOVE: Records = Records {
-    v4: Vec::new(),
-    v6: Vec::new(),
-    names: Vec::new(),
-    services: Vec::new(),
-    alias: None,
-    text: None,
-    above: true,
-    unready: false,
-};
+static ABOVE: LazyLock<Records> = LazyLock::new(|| Records { above: true, ..Records::default() });
 
 impl fmt::Debug for Zone {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

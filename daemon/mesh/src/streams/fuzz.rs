@@ -12,10 +12,10 @@ use tokio::io::{AsyncWriteExt as _, DuplexStream, duplex};
 use super::frame::Opening;
 use super::noise;
 use crate::keys::{ClusterKey, Identity, Keyring};
-use crate::transport::Stream;
+use crate::transport::{Side, Stream};
 
 impl Stream for DuplexStream {
-    fn tune(&self) -> io::Result<()> {
+    fn tune(&self, _: Side) -> io::Result<()> {
         Ok(())
     }
 }

@@ -21,7 +21,7 @@ use super::noise::AuthenticatedStream;
 use super::{HANDSHAKE, Shared, StreamEvent, noise};
 use crate::gossip::Strangers;
 use crate::keys::Keyring;
-use crate::transport::{Listener, Stream};
+use crate::transport::{Listener, Side, Stream};
 
 /// The maximum number of unauthenticated connections from addresses that are not those of peers.
 const MAX_UNKNOWN: usize = 64;
@@ -189,7 +189,7 @@ pub(super) async fn run(listener: Box<dyn Listener>, shared: Arc<Shared>) {
 async fn connection(mut stream: Box<dyn Stream>, from: SocketAddr, shared: Arc<Shared>) {
     let unknown = shared.inbound.admit(from.ip());
     let handshake = async {
-        stream.tune()?;
+        stream.tune(Side::Accepted)?;
         noise::listen(&mut *stream, &shared.keyring(), &shared.identity, &shared.record()).await
     };
     let handshake = async {

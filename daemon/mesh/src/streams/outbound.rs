@@ -19,7 +19,7 @@ use super::frame::Sealing;
 use super::noise::{self, AuthenticatedStream};
 use super::{HANDSHAKE, Shared, StreamEvent};
 use crate::keys::{ClusterKey, Keyring};
-use crate::transport::Stream;
+use crate::transport::{Side, Stream};
 
 /// The maximum size of a queue in bytes. If it is exceeded, the stream is closed and dialled again.
 const MAX_QUEUE: usize = 16 << 20;
@@ -263,7 +263,7 @@ async fn dial_with(
 ) -> Result<(Box<dyn Stream>, AuthenticatedStream), DialError> {
     let connect = async {
         let stream = shared.transport.connect(addr).await?;
-        stream.tune()?;
+        stream.tune(Side::Dialled)?;
         anyhow::Ok(stream)
     };
     let mut stream = connect.await.map_err(DialError::Connect)?;

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ovl_proto::resource::Name as ResourceName;
-use ovl_zone::{Name, Records, Zone};
+use ovl_zone::{Name, OtherRecords, Records, Zone};
 
 use super::cluster_names::{self, ClusterNames, Set, VERSION};
 use super::zone::records_of;
@@ -24,7 +24,7 @@ pub(super) fn begin(zone: &mut Zone, domain: &str, walks: bool) {
         }
     }
     if let Some(name) = Name::parse(&format!("dns-version.{domain}")) {
-        zone.set_cluster(&name, Records { text: Some(VERSION), ..Records::default() });
+        zone.set_cluster(&name, OtherRecords { text: Some(VERSION), ..OtherRecords::default() }.into());
     }
 }
 
@@ -120,12 +120,11 @@ impl Owners {
         let mut all = Set::default();
         owners.iter().filter_map(|owner| self.of.get(owner)?.sets.get(name)).for_each(|set| all.merge(set));
         let (above, unready) = (all == Set::default(), all.unready);
-        let mut records = Records { above, unready, ..records_of(all.addresses) };
-        records.alias = all.alias.and_then(|name| Name::parse(&name)).map(Into::into);
+        let alias = all.alias.and_then(|name| Name::parse(&name)).map(Into::into);
         let services =
             all.services.iter().filter_map(|(port, name)| Some((*port, Name::parse(name)?.into())));
-        records.services = services.collect();
-        records
+        let others = OtherRecords { services: services.collect(), alias, text: None };
+        Records { above, unready, others: Records::from(others).others, ..records_of(all.addresses) }
     }
 }
 

@@ -59,14 +59,14 @@ pub(super) fn key(network: NetworkId) -> NetworkKey {
 
 /// Returns the records of A and AAAA of these addresses.
 pub(super) fn records_of(addresses: BTreeSet<IpAddr>) -> Records {
-    let mut records = Records::default();
+    let (mut v4, mut v6) = (Vec::new(), Vec::new());
     for address in addresses {
         match address {
-            IpAddr::V4(address) => records.v4.push(address),
-            IpAddr::V6(address) => records.v6.push(address),
+            IpAddr::V4(address) => v4.push(address),
+            IpAddr::V6(address) => v6.push(address),
         }
     }
-    records
+    Records { v4: v4.into(), v6: v6.into(), ..Records::default() }
 }
 
 /// Sets the label, the subnets and all names of a network. Names that no endpoint has any more are removed.

@@ -26,6 +26,8 @@ pub struct Announcements {
     hosts_changed: bool,
     /// The device on which addresses are announced. `None` if there is none, or if this host leaves the cluster.
     uplink: Option<Device>,
+    /// Whether other hosts recovered the cluster without this one. They announce the addresses too.
+    is_left_out: bool,
 }
 
 impl Announcements {
@@ -37,6 +39,17 @@ impl Announcements {
     /// Sets the device on which addresses are announced, and returns whether it changed.
     pub fn set_uplink(&mut self, uplink: Option<Device>) -> bool {
         std::mem::replace(&mut self.uplink, uplink) != uplink
+    }
+
+    /// Sets whether other hosts recovered the cluster from the loss of its majority without this one, which then announces
+    /// nothing. Returns whether it changed.
+    pub fn set_left_out(&mut self, is_left_out: bool) -> bool {
+        std::mem::replace(&mut self.is_left_out, is_left_out) != is_left_out
+    }
+
+    /// Returns the device on which this host may announce addresses.
+    fn device(&self) -> Option<Device> {
+        self.uplink.filter(|_| !self.is_left_out)
     }
 
     /// Returns the addresses that this host's owner table should name as announced.
@@ -60,7 +73,8 @@ impl Announcements {
         }
         let changed = std::mem::take(&mut self.changed);
         let all = std::mem::take(&mut self.hosts_changed) || all;
-        self.planned.plan(cluster.view, cluster.backends, changed.iter(), all, self.uplink)
+        let device = self.device();
+        self.planned.plan(cluster.view, cluster.backends, changed.iter(), all, device)
     }
 }
 
@@ -86,7 +100,7 @@ impl Subsystem for Announcements {
 
     fn desired(&self, cluster: &Cluster<'_>) -> Dataplane {
         match cluster.caught_up {
-            true => self.planned.desired(cluster.view, cluster.backends, self.uplink),
+            true => self.planned.desired(cluster.view, cluster.backends, self.device()),
             false => self.planned.dataplane(),
         }
     }
@@ -123,6 +137,7 @@ impl Subsystem for Announcements {
     }
 
     fn withdraw(&mut self) {
-        *self = Self { uplink: self.uplink, ..Self::new(self.planned.ranges().clone()) };
+        let Self { uplink, is_left_out, .. } = *self;
+        *self = Self { uplink, is_left_out, ..Self::new(self.planned.ranges().clone()) };
     }
 }

@@ -12,10 +12,14 @@ use ovl_proto::record::PeerState;
 use ovl_proto::record::Signature;
 use ovl_proto::resource::{Kind, Name};
 use ovl_proto::table::{Entry, Key};
+use ovl_subsystems::local::Local;
+use ovl_subsystems::services::Announcements;
+use ovl_subsystems::services::allocation::Ranges;
 use ovl_subsystems::services::ingress::Ingress;
+use ovl_subsystems::{Change, Subsystem};
 use serde_json::{Value, json};
 
-use super::host::ranges;
+use super::host::{cluster, ranges};
 use super::world::{NET, id};
 use super::world::{World, read};
 
@@ -91,6 +95,42 @@ impl Cluster {
 
 fn addresses() -> Vec<String> {
     (1..60).map(|n| format!("192.0.2.{n}")).collect()
+}
+
+/// The recovered cluster announces the address from one of its hosts. The host that was left out still has the old view,
+/// in which it is a member and the only one that lives.
+#[test]
+fn host_that_was_left_out_of_a_recovery_announces_nothing_until_it_rejects_the_recovery() {
+    for address in ["192.0.2.1", "2001:db8::1"] {
+        let mut all = Cluster::new(Mode::L3);
+        all.world.attach(1, 1, WEB, true);
+        all.service("s", address, json!({}));
+        all.world.host(2, PeerState::Dead);
+        all.world.host(3, PeerState::Dead);
+        all.world.settle();
+        let (local, address) = (Local::default(), address.parse().unwrap());
+        let mut subsystem = Announcements::new(Ranges {
+            load_balancers: ["192.0.2.0/24", "2001:db8::/64"].map(|range| range.parse().unwrap()).into(),
+            ..ranges()
+        });
+        let device = Device::new("eth0").unwrap();
+        subsystem.set_uplink(Some(device));
+        let mut plan = |is_left_out| {
+            let now = cluster(&all.world.view, &local, &all.world.backends);
+            if subsystem.set_left_out(is_left_out) {
+                subsystem.changed(&Change::Uplink, &now);
+            }
+            let ops = subsystem.plan(&now);
+            assert_eq!(subsystem.desired(&now), subsystem.sent().unwrap());
+            assert_eq!(subsystem.claimed().contains(&address), !is_left_out);
+            ops
+        };
+        plan(true);
+        assert_eq!(plan(false), [Op::Announced(AnnouncedOp::Add(device, address))]);
+        assert_eq!(plan(true), [Op::Announced(AnnouncedOp::Delete(device, address))]);
+        assert_eq!(plan(true), []);
+        assert_eq!(plan(false), [Op::Announced(AnnouncedOp::Add(device, address))]);
+    }
 }
 
 #[test]

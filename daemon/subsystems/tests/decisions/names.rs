@@ -287,7 +287,7 @@ fn pods_have_names_by_their_addresses() {
 fn the_name_of_a_pod_is_that_of_its_last_endpoint() {
     let mut town = Town::new();
     let of_pod = |n: u8, name: &str, address: &str, uid: &str, created| Endpoint {
-        pod: Some(pod_identity("db-0", uid, created)),
+        pod: Some(Box::new(pod_identity("db-0", uid, created))),
         ..named(n, name, address)
     };
     town.write(1, vec![of_pod(1, "db-0", "10.9.0.9/24", "old", 5)], vec![]);
@@ -369,7 +369,7 @@ proptest! {
                         continue;
                     }
                     // Each host has its own ids.
-                    let pod = created.map(|created| pod_identity("c", "", created));
+                    let pod = created.map(|created| Box::new(pod_identity("c", "", created)));
                     town.write(host, vec![Endpoint { pod, ..named(10 * host + n, label, &address) }], vec![]);
                 }
                 None => town.write(host, vec![], vec![EndpointId([10 * host + n; 5])]),

@@ -201,7 +201,11 @@ fn a_pod_of_unknown_labels_is_isolated() {
     let identity = PodIdentity { name: "db-0".to_owned(), uid: "u1".to_owned(), created: 1 };
     put(
         &mut view,
-        Endpoint { name: "db-0-1".to_owned(), pod: Some(identity), ..endpoint(11, "default", labels(&[])) },
+        Endpoint {
+            name: "db-0-1".to_owned(),
+            pod: Some(Box::new(identity)),
+            ..endpoint(11, "default", labels(&[]))
+        },
     );
     let judge = |view: &View, from: u8, to: u8| {
         let policies = Policies::new(&view.resources);
@@ -402,7 +406,7 @@ fn make(view: &mut View, step: &Step) -> Option<(NetworkId, IpAddr)> {
         Step::Again(n, space, pod, uid, created) => {
             let pod = PodIdentity { name: format!("w{pod}"), uid: (*uid).to_owned(), created: *created };
             let bare = endpoint(*n, namespace_of(*space), Labels::new());
-            put(view, Endpoint { pod: Some(pod), ..bare });
+            put(view, Endpoint { pod: Some(Box::new(pod)), ..bare });
             // Others of the pod change with it.
         }
         Step::Take(n) => {

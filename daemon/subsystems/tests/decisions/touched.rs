@@ -1,7 +1,7 @@
 //! Tests that [`ovl_subsystems::networks::touched`] plans single changes as a comparison of the whole network does, and
 //! that the index of an owner table finds what a search finds.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ovl_cluster::addresses;
@@ -14,7 +14,7 @@ use ovl_proto::id::{EndpointId, Mac};
 use ovl_proto::object::{Backend, Mode};
 use ovl_proto::publish::{Published, Transport};
 use ovl_proto::record::Signature;
-use ovl_proto::resource::Kind;
+use ovl_proto::resource::{Kind, Labels};
 use ovl_proto::table::{Endpoint, Entry, Key};
 use ovl_proto::wire::fields::Unknown;
 use ovl_subsystems::local::Local;
@@ -88,7 +88,7 @@ fn entry(step: &Step, address: u8) -> Endpoint {
         mac: step.mac.map_or_else(|| addresses::mac_of(NET, first.addr()), |last| Mac([2, 0, 0, 0, 0, last])),
         addresses: [address].into_iter().chain(step.second).map(net).collect(),
         aliases: Vec::new(),
-        labels: BTreeMap::new(),
+        labels: Labels::new(),
         ready: true,
         publish: step.publishes.map_or_else(Vec::new, |transport| {
             let host = 8000 + u16::from(step.endpoint);

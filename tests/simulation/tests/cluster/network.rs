@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use ovl_kernel::Probe;
-use ovl_mesh::transport::{Datagrams, Listener, Stream, Transport};
+use ovl_mesh::transport::{Datagrams, Listener, Side, Stream, Transport};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
 
@@ -475,7 +475,7 @@ impl AsyncWrite for End {
 }
 
 impl Stream for End {
-    fn tune(&self) -> io::Result<()> {
+    fn tune(&self, _: Side) -> io::Result<()> {
         Ok(())
     }
 }

@@ -458,7 +458,7 @@ impl World {
             ifname: None,
             aliases: alias.into_iter().collect(),
             namespace: None,
-            labels: BTreeMap::new(),
+            labels: Default::default(),
             publish: Vec::new(),
             not_ready: false,
             allowed: Vec::new(),
