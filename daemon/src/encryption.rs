@@ -12,7 +12,7 @@ use ovl_cluster::view::View;
 use ovl_control::{PeerState, PeerTunnel};
 use ovl_dataplane::device::Device;
 use ovl_dataplane::state::TunnelKind;
-use ovl_kernel::{self as kernel, KernelHandle, TunnelPeerStatus, TunnelStatus};
+use ovl_kernel::{self as kernel, KernelHandle, Offload, TunnelPeerStatus, TunnelStatus};
 use ovl_mesh::keys::TunnelSecret;
 use ovl_proto::id::{NodeId, TunnelKey};
 use ovl_proto::record;
@@ -287,6 +287,9 @@ impl Tunnel {
                 );
                 problems.push(Code::NoTunnelSession.about(&node.record.name, sentence));
             }
+            if watched.status.as_ref().is_some_and(|status| status.segments == Offload::Damages) {
+                problems.push(Code::SegmentsDamaged.about(&node.record.name, damaged(&node.record.name)));
+            }
         }
         problems
     }
@@ -300,6 +303,16 @@ impl Tunnel {
     pub(crate) fn drops(&self) -> Vec<(&'static str, u64)> {
         self.drops.clone()
     }
+}
+
+/// Returns the sentence that says that datagrams to a host are not divided by the kernel, because that damages them.
+fn damaged(name: &str) -> String {
+    format!(
+        "datagrams of the tunnel to host {name} that the kernel or a network card divides (UDP_SEGMENT) arrive damaged, and \
+         others arrive: ovld sends each one by itself now, which works and is slower. Some releases of Linux (7.0 to 7.1.4) \
+         and some drivers do this: update the kernel of this host, or turn the offload off on the link to host {name} with \
+         'ethtool -K LINK tx-udp-segmentation off'. ovld divides datagrams again when they arrive"
+    )
 }
 
 impl Heard {
@@ -448,6 +461,7 @@ mod tests {
                 last_handshake,
                 sent: 0,
                 received,
+                segments: Offload::Unknown,
             }],
         };
         let mut heard = Heard::default();

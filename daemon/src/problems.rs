@@ -87,6 +87,8 @@ pub(crate) enum Code {
     NoTunnelSession,
     /// A network is not encrypted although encryption is configured.
     NotEncrypted,
+    /// Datagrams of the tunnel that the kernel divides arrive damaged, so it divides none.
+    SegmentsDamaged,
     /// A published port is held by another program.
     PublishedPort,
     /// The health check port of a Service is held by another program.
@@ -118,7 +120,7 @@ pub(crate) enum Code {
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    const ALL: [Self; 52] = [
+    const ALL: [Self; 53] = [
         Self::Address,
         Self::StateFile,
         Self::DamagedFile,
@@ -158,6 +160,7 @@ impl Code {
         Self::TunnelKeyCopied,
         Self::NoTunnelSession,
         Self::NotEncrypted,
+        Self::SegmentsDamaged,
         Self::PublishedPort,
         Self::HealthPort,
         Self::Firewall,
@@ -217,6 +220,7 @@ impl Code {
             Self::TunnelKeyCopied => "OVL-E052",
             Self::NoTunnelSession => "OVL-E053",
             Self::NotEncrypted => "OVL-E054",
+            Self::SegmentsDamaged => "OVL-E055",
             Self::PublishedPort => "OVL-E060",
             Self::HealthPort => "OVL-E061",
             Self::Firewall => "OVL-E062",
@@ -280,6 +284,7 @@ impl Code {
             | Self::MulticastGroups
             | Self::BridgeConflict
             | Self::NotEncrypted
+            | Self::SegmentsDamaged
             | Self::ServiceDenied
             | Self::PoolUsedUp
             | Self::PoolOverlap

@@ -32,6 +32,25 @@ fn unblock(lab: &Lab) {
     lab.switch().exec_ok(["nft", "delete table bridge security-group"]).unwrap();
 }
 
+/// Damages datagrams of the tunnel from one host to another one that their sender left to the kernel to divide. Links of the lab
+/// carry them undivided, so they are longer than any packet of a link.
+fn damage_divided(lab: &Lab, from: &str, to: &str) {
+    let rule = format!(
+        "iifname {from} oifname {to} udp dport 51940 ip length > 1500 counter @th,1024,32 set 0xbadbad"
+    );
+    let table = format!(
+        "table bridge offload {{ chain forward {{ type filter hook forward priority 0; {rule}; }}; }}"
+    );
+    lab.switch().exec_input(["nft", "-f", "-"], Some(&table)).unwrap();
+}
+
+/// The number of packets that [`damage_divided`] has damaged.
+fn damaged(lab: &Lab) -> u64 {
+    let rules = lab.switch().exec_ok(["nft", "list table bridge offload"]).unwrap();
+    let mut words = rules.split_whitespace().skip_while(|word| *word != "packets");
+    words.nth(1).unwrap().parse().unwrap()
+}
+
 /// The probed path from a host to another one.
 fn path(host: &Host, other: &str) -> Result<Value> {
     let row = peer(host, other)?;
@@ -148,6 +167,37 @@ fn path_for_small_packets_alone_is_named_and_networks_use_what_passes() {
     h1.restart().unwrap();
     lab.hosts().iter().for_each(|host| wait_ready(host, SOON));
     wait_until(SOON, "the old MTU", || -> Result<bool> { Ok(mtu(h2) == Some(1450)) }).unwrap();
+    wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+#[test]
+fn tunnel_divides_no_datagrams_while_that_damages_them() {
+    let lab = start_lab_with(LabConfig::hosts(2)).unwrap();
+    create_network(&lab, "red", &["--encrypted", "--subnet", "10.99.0.0/24"]).unwrap();
+    let all = [("h1", "a"), ("h2", "b")].map(|(host, name)| attach(&lab[host], name, "red", &[]).unwrap());
+    ping_all_pairs(&all, SOON).unwrap();
+    let (h1, h2) = (&lab["h1"], &lab["h2"]);
+    wait_ready(h1, SOON);
+    damage_divided(&lab, "h1", "h2");
+    let found =
+        wait_problem(h1, &["to host h2", "UDP_SEGMENT", "ovld sends each one by itself"], WITHIN_SEARCH)
+            .unwrap();
+    assert!(!found.contains("h1"), "{found}");
+    let status = h1.ctl_json(&["status"]).unwrap();
+    assert_eq!(text(&status["problems"][0]["code"]), "OVL-E055");
+
+    let (long, before) = (vec![7; 4_000_000], damaged(&lab));
+    let [from, to] = &all;
+    let echo = to.workload.tcp_echo(0).unwrap();
+    let back = from.workload.tcp_roundtrip(to.address(), echo.port(), &long).unwrap();
+    assert!(back == long);
+    // Rounds of the trial itself go on.
+    let more = damaged(&lab) - before;
+    assert!(more < 5, "{more} datagrams of a connection were divided");
+    wait_ready(h2, WITHIN);
+
+    lab.switch().exec_ok(["nft", "delete table bridge offload"]).unwrap();
+    wait_ready(h1, WITHIN_SEARCH);
     wait_clean(lab.hosts(), SOON).unwrap();
 }
 

@@ -12,7 +12,7 @@ use ovl_dataplane::op::{AddressOp, FdbOp, Op, RouteOp, SourceOp, WireguardOp};
 use ovl_dataplane::state::{Dataplane, Link, Remote, Source, Tunnel, TunnelKind, TunnelPeer};
 use ovl_proto::SEALED_VXLAN_PORT;
 use ovl_proto::id::{Mac, TunnelKey};
-use ovl_tunnel::{Engine, InterfaceConfig, PeerConfig, PrivateKey, public_key};
+use ovl_tunnel::{Engine, InterfaceConfig, Offload, PeerConfig, PrivateKey, public_key};
 
 use super::error::{KernelError, Result};
 use super::sources::{Change, Sources};
@@ -43,6 +43,8 @@ pub struct TunnelPeerStatus {
     pub sent: u64,
     /// The number of bytes received from it.
     pub received: u64,
+    /// Whether datagrams that the kernel divides (`UDP_SEGMENT`) arrive at it. WireGuard in the kernel divides none.
+    pub segments: Offload,
 }
 
 /// All tunnel devices, and the devices of encrypted networks. To delete an absent one is no error.
@@ -326,6 +328,7 @@ impl Tunnels {
                         last_handshake: peer.last_handshake,
                         sent: peer.sent,
                         received: peer.received,
+                        segments: peer.segments,
                     })
                     .collect(),
                 drops: Vec::new(),
@@ -496,6 +499,7 @@ impl KernelTunnels {
             last_handshake: peer.last_handshake,
             sent: peer.sent,
             received: peer.received,
+            segments: Offload::Unknown,
         };
         Ok(peers.into_iter().map(status).collect())
     }
