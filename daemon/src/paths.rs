@@ -1,7 +1,7 @@
 //! Probes of the paths that packets of workloads take between hosts.
 //!
 //! Each host sends small and large frames through its VXLAN device to the VXLAN device of each watched host, which
-//! does the same. So each host knows what arrives, and each frame says it to the other side ([`frame::Report`]): both know
+//! does the same, or echo requests by the direct route to it ([`Carrier`]). So each host knows what arrives, and each frame says it to the other side ([`frame::Report`]): both know
 //! both directions. A direction is broken if nothing arrives for [`Pace::broken`] while the sender is known to be alive and
 //! to be sending. Before that, missing probes are asked for faster, so that a path that loses some packets is not
 //! taken for one that carries none.
@@ -16,9 +16,10 @@ pub(crate) mod fuzz;
 mod search;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use ipnet::IpNet;
 use ovl_proto::id::NodeId;
 
 use self::choice::{Watched, choose};
@@ -59,10 +60,36 @@ struct Pace {
     broken: Duration,
 }
 
+/// How packets of workloads are carried on the paths.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Carrier {
+    /// In VXLAN.
+    Vxlan,
+    /// As they are, by a route to the other host.
+    Direct,
+}
+
+impl Carrier {
+    /// The size of the small probes.
+    const fn small(self) -> Size {
+        match self {
+            Self::Vxlan => Size::Small,
+            Self::Direct => Size::Direct,
+        }
+    }
+
+    /// Whether there are large probes. Direct routes carry packets of workloads as those of the host itself.
+    const fn has_large(self) -> bool {
+        matches!(self, Self::Vxlan)
+    }
+}
+
 impl Pace {
     const fn of(size: Size) -> Self {
         let ms = Duration::from_millis;
         match size {
+            // The other host's kernel answers each of them, which costs as much as the probe.
+            Size::Direct => Self { calm: ms(2000), hurry: ms(200), doubt: ms(2400), broken: ms(4000) },
             Size::Small => Self { calm: ms(1000), hurry: ms(200), doubt: ms(1300), broken: ms(3600) },
             Size::Large | Size::Trial => {
                 Self { calm: ms(5000), hurry: ms(500), doubt: ms(6000), broken: ms(9000) }
@@ -75,6 +102,7 @@ impl Pace {
 #[derive(Debug)]
 pub(crate) struct Paths {
     me: NodeId,
+    carrier: Carrier,
     paths: BTreeMap<NodeId, Path>,
     /// Hosts that can be probed.
     candidates: BTreeMap<NodeId, Candidate>,
@@ -113,7 +141,28 @@ pub(crate) struct PathState {
     pub is_mutual: bool,
 }
 
+/// The directions in which nothing arrives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Failing {
+    Both,
+    Outbound,
+    Inbound,
+    /// In one of them at least. The other host sends only when it is asked.
+    Unanswered,
+}
+
 impl PathState {
+    /// Returns the directions in which no small probe arrives. `None` if some arrive both ways.
+    fn failing(&self) -> Option<Failing> {
+        match (self.received.small, self.sent.small) {
+            (Verdict::Broken, Verdict::Broken) => Some(Failing::Both),
+            (_, Verdict::Broken) => Some(Failing::Outbound),
+            (Verdict::Broken, _) if self.is_mutual => Some(Failing::Inbound),
+            (Verdict::Broken, _) => Some(Failing::Unanswered),
+            _ => None,
+        }
+    }
+
     /// Whether no probe of some size arrives in some direction.
     pub(crate) fn is_broken(&self) -> bool {
         let Self { received, sent, .. } = self;
@@ -143,22 +192,19 @@ impl Ends<'_> {
             format!("UDP port {} from {} to {}", to.port(), from.ip(), to.ip())
         };
         let (inbound, outbound) = (allow(*there, *here), allow(*here, *there));
-        let (what, open) = match (path.received.small, path.sent.small) {
-            (Verdict::Broken, Verdict::Broken) => (
+        let (what, open) = match path.failing()? {
+            Failing::Both => (
                 format!("no VXLAN packet passes between this host and host {name}, in neither direction"),
                 format!("{inbound}, and {outbound}"),
             ),
-            (_, Verdict::Broken) => {
+            Failing::Outbound => {
                 (format!("no VXLAN packet from this host arrives at host {name}, as it says"), outbound)
             }
-            (Verdict::Broken, _) if path.is_mutual => {
-                (format!("no VXLAN packet from host {name} arrives at this host"), inbound)
-            }
-            (Verdict::Broken, _) => (
+            Failing::Inbound => (format!("no VXLAN packet from host {name} arrives at this host"), inbound),
+            Failing::Unanswered => (
                 format!("host {name} answers no probe in VXLAN: packets are lost on the way there or back"),
                 format!("{outbound}, and {inbound}"),
             ),
-            _ => return None,
         };
         Some(format!(
             "{what}, and host {name} is alive: allow {open} in the firewalls and security groups of the two hosts and \
@@ -186,6 +232,58 @@ impl Ends<'_> {
     }
 }
 
+/// The ends of a directly routed path, as users know them.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DirectEnds<'a> {
+    /// The name of the other host.
+    pub name: &'a str,
+    /// The name of the network whose packets take the path.
+    pub network: &'a str,
+    /// The subnet of the network.
+    pub subnet: IpNet,
+    /// The underlay address of this host.
+    pub here: IpAddr,
+    /// The underlay address of the other host.
+    pub there: IpAddr,
+}
+
+impl DirectEnds<'_> {
+    /// Returns the sentence that says in which direction no packet passes, and what to do. `None` if some pass both ways.
+    pub(crate) fn broken(&self, path: &PathState) -> Option<String> {
+        let Self { name, network, subnet, here, there } = self;
+        let allow = |from: &IpAddr, to: &IpAddr| {
+            format!("packets with source and destination addresses in {subnet} from {from} to {to}")
+        };
+        let (inbound, outbound) = (allow(there, here), allow(here, there));
+        let (what, open) = match path.failing()? {
+            Failing::Both => (
+                format!(
+                    "no packet of network {network} passes between this host and host {name}, in neither direction"
+                ),
+                format!("{inbound}, and {outbound}"),
+            ),
+            Failing::Outbound => (
+                format!("no packet of network {network} from this host arrives at host {name}, as it says"),
+                outbound,
+            ),
+            Failing::Inbound => {
+                (format!("no packet of network {network} from host {name} arrives at this host"), inbound)
+            }
+            Failing::Unanswered => (
+                format!(
+                    "host {name} answers no probe on network {network}: packets are lost on the way there or back"
+                ),
+                format!("{outbound}, and {inbound}"),
+            ),
+        };
+        Some(format!(
+            "{what}, and host {name} is alive. The network is routed without VXLAN: allow {open} (a cloud's \
+             source/destination check, a security group, or a firewall of the two hosts or between them drops them), or \
+             create the network with '--backend vxlan'"
+        ))
+    }
+}
+
 /// Returns the sentence that says that networks use a smaller MTU, because longer packets do not pass to a host.
 pub(crate) fn limited(name: &str, limit: u16) -> String {
     format!(
@@ -208,8 +306,9 @@ pub(crate) struct Direction {
 
 impl Paths {
     /// Creates the state of a host that watches no path.
-    pub(crate) fn new(me: NodeId) -> Self {
-        Self { me, paths: BTreeMap::new(), candidates: BTreeMap::new(), watched: Watched::default() }
+    pub(crate) fn new(me: NodeId, carrier: Carrier) -> Self {
+        let (paths, candidates) = (BTreeMap::new(), BTreeMap::new());
+        Self { me, carrier, paths, candidates, watched: Watched::default() }
     }
 
     /// Takes the hosts that can be probed now, and chooses those that are watched. A host that was started again is judged
@@ -231,7 +330,7 @@ impl Paths {
     /// Returns the state of a path, which is watched from now on if it was not. `None` if the host cannot be probed.
     fn watch(&mut self, id: NodeId, now: Duration) -> Option<&mut Path> {
         let run = self.candidates.get(&id)?.run;
-        Some(self.paths.entry(id).or_insert_with(|| Path::new(self.me, id, run, now)))
+        Some(self.paths.entry(id).or_insert_with(|| Path::new(self.carrier, self.me, id, run, now)))
     }
 
     /// Returns the probes that are due, and what was found. `vouches` says whether a host is known, by other means, to run at
@@ -242,7 +341,8 @@ impl Paths {
             let Some(mtu) = self.candidates.get(id).map(|found| found.mtu) else { continue };
             path.judge(now, vouches(*id));
             let [small, large] = path.next_numbers(now).map(Option::into_iter);
-            let mut numbers: Vec<(Size, u64, u16)> = small.map(|number| (Size::Small, number, 0)).collect();
+            let size = self.carrier.small();
+            let mut numbers: Vec<(Size, u64, u16)> = small.map(|number| (size, number, 0)).collect();
             numbers.extend(large.map(|number| (Size::Large, number, mtu)));
             match path.search(now, mtu) {
                 Step::Wait => {}
@@ -261,6 +361,9 @@ impl Paths {
     /// Takes a probe that was received and authenticated. `run` is the run of this host. A probe of an unknown host, or
     /// one that was received before, is ignored.
     pub(crate) fn take(&mut self, frame: &Frame, run: u64, now: Duration) {
+        if (frame.size == Size::Direct) != (self.carrier == Carrier::Direct) {
+            return;
+        }
         if !self.paths.contains_key(&frame.from)
             && self.paths.keys().filter(|id| !self.watched.contains(**id)).count() >= MAX_ASKED
         {
@@ -286,6 +389,7 @@ impl Paths {
 /// The path to one host.
 #[derive(Debug)]
 struct Path {
+    carrier: Carrier,
     /// The run of the other host, as its record says.
     announced_run: u64,
     /// The run of the other host from which the last probe arrived; 0 before the first.
@@ -342,13 +446,14 @@ struct Arrivals {
 }
 
 impl Path {
-    fn new(me: NodeId, to: NodeId, announced_run: u64, now: Duration) -> Self {
+    fn new(carrier: Carrier, me: NodeId, to: NodeId, announced_run: u64, now: Duration) -> Self {
         // A host does not send to all others at once.
         let spread = me.0.iter().chain(&to.0).fold(0, |sum, byte| sum ^ u32::from(*byte));
         Self {
+            carrier,
             announced_run,
             run: 0,
-            small: Side::new(Size::Small, now, spread),
+            small: Side::new(carrier.small(), now, spread),
             large: Side::new(Size::Large, now, spread),
             said: None,
             round_trip: None,
@@ -379,6 +484,7 @@ impl Path {
         self.small.arrivals.judge(now, is_vouched);
         self.small.is_due |= self.small.arrivals.verdict != before;
         // Large ones say something only while small ones arrive.
+        let is_vouched = is_vouched && self.carrier.has_large();
         self.large.arrivals.judge(now, is_vouched && self.small.arrivals.verdict == Verdict::Works);
     }
 
@@ -387,15 +493,18 @@ impl Path {
         let report = self.report(now);
         let is_missed = |report: Report| report.verdict == Verdict::Doubtful;
         let small = self.small.next_number(now, report.is_some_and(|(small, _)| is_missed(small)));
-        let large = self.large.next_number(now, report.is_some_and(|(_, large)| is_missed(large)));
-        [small, large]
+        let has_large = self.carrier.has_large();
+        let large =
+            has_large.then(|| self.large.next_number(now, report.is_some_and(|(_, large)| is_missed(large))));
+        [small, large.flatten()]
     }
 
     /// Searches for the longest packets that pass to the other host, while it says that those of full length do not.
     fn search(&mut self, now: Duration, mtu: u16) -> Step {
-        let is_narrow = self.report(now).is_some_and(|(small, large)| {
-            large.verdict == Verdict::Broken && small.verdict == Verdict::Works
-        });
+        let is_narrow =
+            self.report(now).filter(|_| self.carrier.has_large()).is_some_and(|(small, large)| {
+                large.verdict == Verdict::Broken && small.verdict == Verdict::Works
+            });
         let is_due = self.searched_at.is_none_or(|at| now.saturating_sub(at) >= SEARCH_AGAIN);
         if !is_narrow {
             self.search = None;
@@ -426,7 +535,7 @@ impl Path {
             self.heard_trial = 0;
         }
         let is_new = match frame.size {
-            Size::Small => self.small.arrivals.take(frame.number, now),
+            Size::Small | Size::Direct => self.small.arrivals.take(frame.number, now),
             Size::Large => self.large.arrivals.take(frame.number, now),
             Size::Trial => {
                 let before = std::mem::replace(&mut self.heard_trial, frame.number);

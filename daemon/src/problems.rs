@@ -61,6 +61,8 @@ pub(crate) enum Code {
     PathNarrow,
     /// Networks use shorter packets, because a path loses longer ones.
     PathLimited,
+    /// No directly routed packet passes to or from a live host.
+    DirectBroken,
     /// The cluster was recovered from the loss of its majority, and hosts of both sides are there.
     Recovered,
     /// Two networks of the cluster overlap.
@@ -83,8 +85,8 @@ pub(crate) enum Code {
     PeerWithoutTunnel,
     /// Two hosts publish the same tunnel key.
     TunnelKeyCopied,
-    /// The tunnel to a host has no session.
-    NoTunnelSession,
+    /// No packet of the tunnel passes to or from a live host.
+    TunnelBroken,
     /// A network is not encrypted although encryption is configured.
     NotEncrypted,
     /// Datagrams of the tunnel that the kernel divides arrive damaged, so it divides none.
@@ -120,7 +122,7 @@ pub(crate) enum Code {
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    const ALL: [Self; 53] = [
+    const ALL: [Self; 54] = [
         Self::Address,
         Self::StateFile,
         Self::DamagedFile,
@@ -148,6 +150,7 @@ impl Code {
         Self::PathNarrow,
         Self::PathLimited,
         Self::Recovered,
+        Self::DirectBroken,
         Self::NetworkOverlap,
         Self::BridgeConflict,
         Self::NoBlock,
@@ -158,7 +161,7 @@ impl Code {
         Self::NoTunnel,
         Self::PeerWithoutTunnel,
         Self::TunnelKeyCopied,
-        Self::NoTunnelSession,
+        Self::TunnelBroken,
         Self::NotEncrypted,
         Self::SegmentsDamaged,
         Self::PublishedPort,
@@ -177,7 +180,7 @@ impl Code {
     ];
 
     /// Returns the code as users see it, such as `OVL-E011`. The tens digit names the area: 1 this host, 2
-    /// members, 3 cluster key (34 to 36: paths, 37: members again), 4 networks, 5 encryption, 6 published ports and Services, 7 names, 8 settings
+    /// members, 3 cluster key (34 to 36 and 38: paths, 37: members again), 4 networks, 5 encryption, 6 published ports and Services, 7 names, 8 settings
     /// of the host.
     pub(crate) const fn as_str(self) -> &'static str {
         match self {
@@ -208,6 +211,7 @@ impl Code {
             Self::PathNarrow => "OVL-E035",
             Self::PathLimited => "OVL-E036",
             Self::Recovered => "OVL-E037",
+            Self::DirectBroken => "OVL-E038",
             Self::NetworkOverlap => "OVL-E040",
             Self::BridgeConflict => "OVL-E041",
             Self::NoBlock => "OVL-E042",
@@ -218,7 +222,7 @@ impl Code {
             Self::NoTunnel => "OVL-E050",
             Self::PeerWithoutTunnel => "OVL-E051",
             Self::TunnelKeyCopied => "OVL-E052",
-            Self::NoTunnelSession => "OVL-E053",
+            Self::TunnelBroken => "OVL-E053",
             Self::NotEncrypted => "OVL-E054",
             Self::SegmentsDamaged => "OVL-E055",
             Self::PublishedPort => "OVL-E060",
@@ -261,6 +265,7 @@ impl Code {
             | Self::PathBroken
             | Self::PathNarrow
             | Self::Recovered
+            | Self::DirectBroken
             | Self::NoBlock
             | Self::EndpointIsolated
             | Self::NetworkRange
@@ -268,7 +273,7 @@ impl Code {
             | Self::NoTunnel
             | Self::PeerWithoutTunnel
             | Self::TunnelKeyCopied
-            | Self::NoTunnelSession
+            | Self::TunnelBroken
             | Self::PublishedPort
             | Self::HealthPort
             | Self::Firewall

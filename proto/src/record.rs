@@ -192,6 +192,8 @@ pub struct NodeRecord {
     /// Networks in which it has endpoints and that it does not build, because they cover addresses that it needs: at most
     /// [`MAX_NOT_BUILT`].
     pub not_built: Vec<NetworkId>,
+    /// The version of the probes of directly routed paths that it sends and answers; 0 if it does neither.
+    pub direct_probes: u8,
     /// Fields that this release does not know.
     pub unknown: Unknown,
 }
@@ -200,7 +202,7 @@ fields! {
     NodeRecord {
         1 id, 2 public_key, 3 name, 4 generation, 5 revision, 6 cluster, 7 address, 8 version, 9 wire, 10 vtep,
         11 vxlan_port, 12 link_mtu, 13 tunnel optional, 14 keys, 15 presence, 16 probes optional,
-        17 not_built optional,
+        17 not_built optional, 18 direct_probes optional,
         ..unknown
     }
 }
@@ -361,6 +363,7 @@ mod tests {
             wire: WireVersions::own(),
             probes: u8::MAX,
             not_built: vec![NetworkId([7; 5]); MAX_NOT_BUILT],
+            direct_probes: u8::MAX,
             unknown: Unknown::default(),
         };
         let signed =

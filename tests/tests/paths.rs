@@ -14,6 +14,8 @@ use serde_json::Value;
 
 /// Time limit for a fault of a path to be shown, and for its end.
 const WITHIN: Duration = Duration::from_secs(5);
+/// The same for a fault of the tunnel.
+const WITHIN_TUNNEL: Duration = Duration::from_secs(16);
 /// The same for a fault of large packets, which are probed less often.
 const WITHIN_LARGE: Duration = Duration::from_secs(15);
 /// The same for the search of what passes instead.
@@ -21,15 +23,19 @@ const WITHIN_SEARCH: Duration = Duration::from_secs(60);
 
 /// Drops VXLAN packets from one host to another one on the switch between them. `more` is a further condition of nft.
 fn block(lab: &Lab, from: &str, to: &str, more: &str) {
-    let rule = format!("iifname {from} oifname {to} udp dport 4789 {more} drop");
-    let table = format!(
-        "table bridge security-group {{ chain forward {{ type filter hook forward priority 0; {rule}; }}; }}"
-    );
-    lab.switch().exec_input(["nft", "-f", "-"], Some(&table)).unwrap();
+    drop_on_switch(lab, &format!("iifname {from} oifname {to} udp dport 4789 {more}"));
 }
 
 fn unblock(lab: &Lab) {
     lab.switch().exec_ok(["nft", "delete table bridge security-group"]).unwrap();
+}
+
+/// Drops what a rule of nft matches on the switch.
+fn drop_on_switch(lab: &Lab, rule: &str) {
+    let table = format!(
+        "table bridge security-group {{ chain forward {{ type filter hook forward priority 0; {rule} drop; }}; }}"
+    );
+    lab.switch().exec_input(["nft", "-f", "-"], Some(&table)).unwrap();
 }
 
 /// Damages datagrams of the tunnel from one host to another one that their sender left to the kernel to divide. Links of the lab
@@ -198,6 +204,72 @@ fn tunnel_divides_no_datagrams_while_that_damages_them() {
 
     lab.switch().exec_ok(["nft", "delete table bridge offload"]).unwrap();
     wait_ready(h1, WITHIN_SEARCH);
+    wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+/// Lets the underlay drop packets with addresses of a directly routed network, and checks what both hosts say of it.
+fn assert_foreign_sources_are_named(underlay: Underlay, subnet: &str, family: &str) {
+    let network = ["--mode", "l3", "--backend", "direct", "--subnet", subnet];
+    let lab = two_hosts(underlay, &network);
+    let (h1, h2) = (&lab["h1"], &lab["h2"]);
+    let (first, second) = (h1.address().unwrap().to_string(), h2.address().unwrap().to_string());
+    let row = path(h1, "h2").unwrap();
+    assert_eq!(
+        (text(&row["encapsulation"]), text(&row["network"])),
+        ("direct".into(), "blue".into()),
+        "{row}"
+    );
+    let pair = |from: &str, to: &str| format!("addresses in {subnet} from {from} to {to}");
+
+    drop_on_switch(&lab, &format!("{family} saddr {subnet}"));
+    for (host, other, there, here) in [(h1, "h2", &second, &first), (h2, "h1", &first, &second)] {
+        let what = format!("from host {other} arrives at this host");
+        let both = format!("between this host and host {other}, in neither direction");
+        let found =
+            wait_problem(host, &["network blue", "without VXLAN", &pair(there, here)], WITHIN).unwrap();
+        assert!(found.contains(&what) || found.contains(&both), "{found}");
+        let status = host.ctl_json(&["status"]).unwrap();
+        assert_eq!(text(&status["problems"][0]["code"]), "OVL-E038");
+    }
+    unblock(&lab);
+    lab.hosts().iter().for_each(|host| wait_ready(host, WITHIN));
+
+    drop_on_switch(&lab, &format!("iifname h1 oifname h2 {family} saddr {subnet}"));
+    let open = pair(&first, &second);
+    wait_problem(h1, &["from this host arrives at host h2, as it says", &open], WITHIN).unwrap();
+    wait_problem(h2, &["from host h1 arrives at this host", &open], WITHIN).unwrap();
+    wait_path(h1, "h2", ["broken", "works"], WITHIN);
+    unblock(&lab);
+    lab.hosts().iter().for_each(|host| wait_ready(host, WITHIN));
+    wait_path(h2, "h1", ["works"; 2], WITHIN);
+    wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+#[test]
+fn filter_of_foreign_sources_is_named_on_a_direct_network() {
+    assert_foreign_sources_are_named(Underlay::V4, "10.61.0.0/16", "ip");
+}
+
+#[test]
+fn filter_of_foreign_sources_is_named_on_a_direct_network_over_ipv6() {
+    assert_foreign_sources_are_named(Underlay::V6, "fd61::/48", "ip6");
+}
+
+#[test]
+fn direction_in_which_the_tunnel_is_blocked_is_named_by_both_hosts() {
+    let lab = start_lab_with(LabConfig::hosts(2)).unwrap();
+    create_network(&lab, "red", &["--encrypted", "--subnet", "10.99.0.0/24"]).unwrap();
+    let all = [("h1", "a"), ("h2", "b")].map(|(host, name)| attach(&lab[host], name, "red", &[]).unwrap());
+    ping_all_pairs(&all, SOON).unwrap();
+    let (h1, h2) = (&lab["h1"], &lab["h2"]);
+    lab.hosts().iter().for_each(|host| wait_ready(host, SOON));
+    let (first, second) = (h1.address().unwrap(), h2.address().unwrap());
+    drop_on_switch(&lab, "iifname h1 oifname h2 udp dport 51940");
+    let open = format!("Allow UDP port 51940 from {first} to {second}");
+    wait_problem(h1, &["host h2 answers nothing that this host sends", &open], WITHIN_TUNNEL).unwrap();
+    wait_problem(h2, &["no packet of the tunnel from host h1 arrives", &open], WITHIN_TUNNEL).unwrap();
+    unblock(&lab);
+    lab.hosts().iter().for_each(|host| wait_ready(host, WITHIN_TUNNEL));
     wait_clean(lab.hosts(), SOON).unwrap();
 }
 

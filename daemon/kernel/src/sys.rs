@@ -113,6 +113,31 @@ pub(super) fn send_frame(socket: BorrowedFd<'_>, index: u32, frame: &[u8]) -> io
     if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Lets a raw ICMP socket receive echo requests and nothing else (raw(7), RFC 3542).
+pub(super) fn receive_echo_requests(socket: BorrowedFd<'_>, is_v4: bool) -> io::Result<()> {
+    /// `ICMP_FILTER` of `linux/icmp.h`, at the level of raw sockets: a bit for each type below 32 that is dropped.
+    const ICMP_FILTER: libc::c_int = 1;
+    /// `ICMPV6_FILTER` of `linux/icmpv6.h`: a bit for each type that is dropped.
+    const ICMPV6_FILTER: libc::c_int = 1;
+    /// `SOL_RAW` of `linux/socket.h`.
+    const SOL_RAW: libc::c_int = 255;
+    const REQUEST_V4: u32 = 8;
+    const REQUEST_V6: usize = 128;
+    let mut filter = [u32::MAX; 8];
+    let (level, name, length) = if is_v4 {
+        filter[0] = !(1 << REQUEST_V4);
+        (SOL_RAW, ICMP_FILTER, size_of::<u32>())
+    } else {
+        filter[REQUEST_V6 / 32] = !(1 << (REQUEST_V6 % 32));
+        (libc::IPPROTO_ICMPV6, ICMPV6_FILTER, size_of_val(&filter))
+    };
+    // SAFETY: the filter outlives the call and is at least as long as the call is told.
+    let result = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), level, name, filter.as_ptr().cast(), length as libc::socklen_t)
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// The type of the namespace behind a descriptor of nsfs: a `CLONE_NEW...` constant.
 pub(super) fn namespace_type(fd: BorrowedFd<'_>) -> io::Result<i32> {
     // SAFETY: the request takes no argument.

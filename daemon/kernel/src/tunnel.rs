@@ -43,6 +43,8 @@ pub struct TunnelPeerStatus {
     pub sent: u64,
     /// The number of bytes received from it.
     pub received: u64,
+    /// A number that grows with each authenticated message from it, handshakes included.
+    pub heard: u64,
     /// Whether datagrams that the kernel divides (`UDP_SEGMENT`) arrive at it. WireGuard in the kernel divides none.
     pub segments: Offload,
 }
@@ -328,6 +330,7 @@ impl Tunnels {
                         last_handshake: peer.last_handshake,
                         sent: peer.sent,
                         received: peer.received,
+                        heard: peer.heard,
                         segments: peer.segments,
                     })
                     .collect(),
@@ -499,6 +502,8 @@ impl KernelTunnels {
             last_handshake: peer.last_handshake,
             sent: peer.sent,
             received: peer.received,
+            // Handshakes count as well.
+            heard: peer.received,
             segments: Offload::Unknown,
         };
         Ok(peers.into_iter().map(status).collect())

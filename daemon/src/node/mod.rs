@@ -88,7 +88,7 @@ use crate::multicast::Multicast;
 use crate::names::Resolver;
 use crate::networks::Bridges;
 use crate::objects::ObjectStore;
-use crate::paths::Paths;
+use crate::paths::{Carrier, Paths};
 use crate::ports::Ports;
 use crate::problems::{Code, Problems};
 use crate::progress::Progress;
@@ -122,8 +122,10 @@ pub(crate) struct Node {
     prober: Prober,
     /// The socket of path probes. `None` if this host sends none.
     path_socket: Option<PathSocket>,
-    /// Paths to other hosts.
+    /// Paths to other hosts in VXLAN.
     paths: RefCell<Paths>,
+    /// Paths to other hosts by direct routes.
+    direct_paths: RefCell<Paths>,
     /// Published ports of this host.
     published: PublishedPorts,
     /// Answers to health checks of Services.
@@ -262,6 +264,7 @@ impl Node {
             wire: WireVersions::own(),
             probes: if path_socket.is_some() { crate::paths::frame::VERSION } else { 0 },
             not_built: Vec::new(),
+            direct_probes: if path_socket.is_some() { crate::paths::frame::DIRECT_VERSION } else { 0 },
             unknown: Unknown::default().played(),
         };
         let signed = identity.sign_record(&record)?;
@@ -300,7 +303,8 @@ impl Node {
             identity,
             kernel,
             path_socket,
-            paths: RefCell::new(Paths::new(me)),
+            paths: RefCell::new(Paths::new(me, Carrier::Vxlan)),
+            direct_paths: RefCell::new(Paths::new(me, Carrier::Direct)),
             prober: environment.prober().context("opening a socket for ICMP")?,
             published: PublishedPorts::new(ports.clone(), Rc::clone(&environment)),
             health: HealthAnswers::new(ports),

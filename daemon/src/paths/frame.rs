@@ -1,6 +1,6 @@
 //! The frame of a path probe: encoding, and authentication with a key that is derived from the cluster key.
 //!
-//! After the Ethernet header, in network byte order:
+//! After the Ethernet header, or as the payload of an ICMP echo request, in network byte order:
 //!
 //! ```text
 //! version (1) | size (1) | key id (4) | sender (10) | receiver (10) | length (2) | run (8) | number (8)
@@ -21,6 +21,8 @@ use ring::hmac;
 
 /// The version of path probes that this release speaks.
 pub(crate) const VERSION: u8 = 1;
+/// The version of the probes of directly routed paths that this release speaks.
+pub(crate) const DIRECT_VERSION: u8 = 1;
 /// Length of an Ethernet header, in bytes.
 const ETHERNET: usize = 14;
 const TAG: usize = 16;
@@ -36,6 +38,9 @@ pub(crate) enum Size {
     Large,
     /// Of any length, in a search for the longest that passes.
     Trial,
+    /// As small as it can be, on a directly routed path. It is a size of its own, so that no probe of a path can be repeated on
+    /// another one.
+    Direct,
 }
 
 impl Size {
@@ -44,6 +49,7 @@ impl Size {
             Self::Small => 0,
             Self::Large => 1,
             Self::Trial => 2,
+            Self::Direct => 3,
         }
     }
 }
@@ -136,11 +142,24 @@ impl Frame {
     /// Encodes the frame with its Ethernet header, as an IP packet of `mtu` bytes would be long; at least as long as it
     /// must be.
     pub(crate) fn encode(&self, [source, destination]: [Mac; 2], key: &ClusterKey, mtu: u16) -> Vec<u8> {
-        let length = LENGTH.max(usize::from(mtu));
-        let mut frame = Vec::with_capacity(ETHERNET + length);
+        let mut frame = Vec::with_capacity(ETHERNET + LENGTH.max(usize::from(mtu)));
         frame.extend(destination.0);
         frame.extend(source.0);
         frame.extend(PROBE_ETHERTYPE.to_be_bytes());
+        self.write(&mut frame, key, mtu);
+        frame
+    }
+
+    /// Encodes the frame as the payload of an echo request.
+    pub(crate) fn encode_payload(&self, key: &ClusterKey) -> Vec<u8> {
+        let mut payload = Vec::with_capacity(LENGTH);
+        self.write(&mut payload, key, 0);
+        payload
+    }
+
+    /// Appends the frame without a header, of `mtu` bytes or as long as it must be.
+    fn write(&self, frame: &mut Vec<u8>, key: &ClusterKey, mtu: u16) {
+        let (start, length) = (frame.len(), LENGTH.max(usize::from(mtu)));
         frame.extend([VERSION, self.size.to_byte()]);
         frame.extend(key.id().0);
         frame.extend(self.from.0);
@@ -156,11 +175,10 @@ impl Frame {
             frame.extend([report.lost, report.of]);
         }
         // Not all alike, so that damage of any byte changes the tag's input.
-        let padding = (0u8..=u8::MAX).cycle().take((ETHERNET + length - TAG).saturating_sub(frame.len()));
+        let padding = (0u8..=u8::MAX).cycle().take((start + length - TAG).saturating_sub(frame.len()));
         frame.extend(padding);
-        let tag = hmac::sign(&key_of(key), frame.get(ETHERNET..).unwrap_or_default());
+        let tag = hmac::sign(&key_of(key), frame.get(start..).unwrap_or_default());
         frame.extend(tag.as_ref().iter().take(TAG));
-        frame
     }
 
     /// Decodes a frame with its Ethernet header and verifies its tag. What is cheap is checked first.
@@ -169,13 +187,22 @@ impl Frame {
     ///
     /// It is malformed, for another host than `me`, or not authenticated by a key of the ring.
     pub(crate) fn decode(frame: &[u8], me: NodeId, ring: &Keyring) -> Result<Self, FrameError> {
-        let probe = frame.get(ETHERNET..).ok_or(FrameError::Malformed)?;
+        Self::decode_payload(frame.get(ETHERNET..).ok_or(FrameError::Malformed)?, me, ring)
+    }
+
+    /// Decodes a frame without a header, as [`Self::decode`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::decode`].
+    pub(crate) fn decode_payload(probe: &[u8], me: NodeId, ring: &Keyring) -> Result<Self, FrameError> {
         let mut rest = Reader(probe);
         let [version, size] = rest.take()?;
         let size = match (version, size) {
             (VERSION, 0) => Size::Small,
             (VERSION, 1) => Size::Large,
             (VERSION, 2) => Size::Trial,
+            (VERSION, 3) => Size::Direct,
             _ => return Err(FrameError::Malformed),
         };
         let key = ClusterKeyId(rest.take()?);

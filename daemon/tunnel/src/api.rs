@@ -76,6 +76,8 @@ pub struct PeerStatus {
     pub sent: u64,
     /// Bytes of IP packets received from the peer.
     pub received: u64,
+    /// The number of its authenticated messages, handshakes and keepalives included.
+    pub heard: u64,
     /// Whether datagrams that the kernel divides (`UDP_SEGMENT`) arrive at the peer. If they are damaged on the way, the engine
     /// sends it each datagram by itself.
     pub segments: Offload,

@@ -592,6 +592,7 @@ impl<'a, B: Backend> Opener<'a, B> {
                 return;
             }
         }
+        peer.heard.fetch_add(1, Ordering::Relaxed);
         session.endpoint = from;
         if session.has_queued {
             self.send_queued(&mut session);
@@ -644,6 +645,7 @@ impl<'a, B: Backend> Opener<'a, B> {
             TunnResult::WriteToNetwork(message) => {
                 // A response to an authenticated initiation, or the first data after an authenticated
                 // response: the peer is where the datagram came from.
+                peer.heard.fetch_add(1, Ordering::Relaxed);
                 session.endpoint = from;
                 let is_first_data = message.first() == Some(&DATA);
                 self.interface.send_one(from, message);

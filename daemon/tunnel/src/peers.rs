@@ -23,6 +23,8 @@ pub(crate) struct WireguardPeer {
     pub(crate) has_segmentation: AtomicBool,
     pub(crate) sent: AtomicU64,
     pub(crate) received: AtomicU64,
+    /// The number of its authenticated messages, with data or without.
+    pub(crate) heard: AtomicU64,
 }
 
 /// The part of a peer that packets change.
@@ -52,6 +54,7 @@ impl WireguardPeer {
             has_segmentation: AtomicBool::new(true),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
+            heard: AtomicU64::new(0),
         }
     }
 
@@ -68,6 +71,7 @@ impl WireguardPeer {
             last_handshake: session.tunn.stats().0,
             sent: self.sent.load(Ordering::Relaxed),
             received: self.received.load(Ordering::Relaxed),
+            heard: self.heard.load(Ordering::Relaxed),
             segments: session.segments.verdict(),
         }
     }
