@@ -45,14 +45,14 @@ fn damage_divided(lab: &Lab, from: &str, to: &str) {
         "iifname {from} oifname {to} udp dport 51940 ip length > 1500 counter @th,1024,32 set 0xbadbad"
     );
     let table = format!(
-        "table bridge offload {{ chain forward {{ type filter hook forward priority 0; {rule}; }}; }}"
+        "table bridge faulty-card {{ chain forward {{ type filter hook forward priority 0; {rule}; }}; }}"
     );
     lab.switch().exec_input(["nft", "-f", "-"], Some(&table)).unwrap();
 }
 
 /// The number of packets that [`damage_divided`] has damaged.
 fn damaged(lab: &Lab) -> u64 {
-    let rules = lab.switch().exec_ok(["nft", "list table bridge offload"]).unwrap();
+    let rules = lab.switch().exec_ok(["nft", "list table bridge faulty-card"]).unwrap();
     let mut words = rules.split_whitespace().skip_while(|word| *word != "packets");
     words.nth(1).unwrap().parse().unwrap()
 }
@@ -202,7 +202,7 @@ fn tunnel_divides_no_datagrams_while_that_damages_them() {
     assert!(more < 5, "{more} datagrams of a connection were divided");
     wait_ready(h2, WITHIN);
 
-    lab.switch().exec_ok(["nft", "delete table bridge offload"]).unwrap();
+    lab.switch().exec_ok(["nft", "delete table bridge faulty-card"]).unwrap();
     wait_ready(h1, WITHIN_SEARCH);
     wait_clean(lab.hosts(), SOON).unwrap();
 }
