@@ -21,9 +21,10 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use ovl_proto::id::NodeId;
+use ovl_udp::trial::{Offload, Trial};
 
 use self::choice::{Watched, choose};
-use self::frame::{Frame, Report, Size, Verdict};
+use self::frame::{Arrived, Frame, Report, Size, Verdict};
 use self::search::{Search, Step};
 
 /// Interval in which [`Paths::tick`] is to be called.
@@ -44,6 +45,8 @@ const REMEMBERED: usize = 16;
 const SEARCH_AGAIN: Duration = Duration::from_secs(60);
 /// Time in which the other host begins to send, after this one does.
 const GRACE: Duration = Duration::from_secs(3);
+/// The number of answers to probes of an offload that one probe brings at most.
+const MOST_ANSWERS: u32 = 16;
 /// The arrivals after which a broken direction works again.
 const BACK: u8 = 2;
 
@@ -91,7 +94,7 @@ impl Pace {
             // The other host's kernel answers each of them, which costs as much as the probe.
             Size::Direct => Self { calm: ms(2000), hurry: ms(200), doubt: ms(2400), broken: ms(4000) },
             Size::Small => Self { calm: ms(1000), hurry: ms(200), doubt: ms(1300), broken: ms(3600) },
-            Size::Large | Size::Trial => {
+            Size::Large | Size::Trial | Size::Partial | Size::Complete => {
                 Self { calm: ms(5000), hurry: ms(500), doubt: ms(6000), broken: ms(9000) }
             }
         }
@@ -117,6 +120,8 @@ pub(crate) struct Candidate {
     pub run: u64,
     /// The length of the longest packet of a workload to it, in bytes.
     pub mtu: u16,
+    /// Whether it answers probes of the offload of checksums, and this host uses the offload.
+    pub tries_offload: bool,
 }
 
 /// What is to be done now.
@@ -137,6 +142,8 @@ pub(crate) struct PathState {
     pub sent: Direction,
     /// The smoothed round-trip time. `None` before the first.
     pub round_trip: Option<Duration>,
+    /// Whether packets arrive there whose checksums are left to the offload.
+    pub offload: Offload,
     /// Whether the other host is known to send probes without being asked.
     pub is_mutual: bool,
 }
@@ -293,6 +300,16 @@ pub(crate) fn limited(name: &str, limit: u16) -> String {
     )
 }
 
+/// Returns the sentence that says that packets to a host are lost if their checksums are left to the offload.
+pub(crate) fn unfinished(name: &str) -> String {
+    format!(
+        "TCP and UDP packets in VXLAN from this host to host {name} are lost if the kernel or a network card is left to compute \
+         their checksums, and others arrive: the driver, or address translation of VXLAN packets, leaves wrong checksums. ovld \
+         computes them before VXLAN now, as 'ethtool -K DEVICE tx off' does on the VXLAN devices, which works and is slower. \
+         Update the kernel or the driver of this host's link, then restart ovld on this host"
+    )
+}
+
 /// What is known of one direction of a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Direction {
@@ -338,7 +355,9 @@ impl Paths {
     pub(crate) fn tick(&mut self, now: Duration, run: u64, vouches: impl Fn(NodeId) -> bool) -> Due {
         let mut due = Due::default();
         for (id, path) in &mut self.paths {
-            let Some(mtu) = self.candidates.get(id).map(|found| found.mtu) else { continue };
+            let Some(Candidate { mtu, tries_offload, .. }) = self.candidates.get(id).copied() else {
+                continue;
+            };
             path.judge(now, vouches(*id));
             let [small, large] = path.next_numbers(now).map(Option::into_iter);
             let size = self.carrier.small();
@@ -349,10 +368,26 @@ impl Paths {
                 Step::Try(length) => numbers.push((Size::Trial, path.trials, length)),
                 Step::Found(limit) => due.limits.extend(limit.map(|limit| (*id, limit))),
             }
+            let tries_offload = tries_offload && self.carrier == Carrier::Vxlan;
+            if tries_offload && let Some(round) = path.offload.next(now) {
+                numbers.push((Size::Partial, round.number.into(), 0));
+                numbers.extend(round.has_control.then_some((Size::Complete, round.number.into(), 0)));
+            }
+            let arrived = path.offload_probes.arrived;
             let (small, large) = (path.small.arrivals.report(now), path.large.arrivals.report(now));
             let (from, to, heard_run, heard_trial) = (self.me, *id, path.run, path.heard_trial);
-            let frame =
-                |size, number| Frame { from, to, size, run, number, heard_run, heard_trial, small, large };
+            let frame = |size, number| Frame {
+                from,
+                to,
+                size,
+                run,
+                number,
+                heard_run,
+                heard_trial,
+                small,
+                large,
+                arrived,
+            };
             due.probes.extend(numbers.into_iter().map(|(size, number, mtu)| (frame(size, number), mtu)));
         }
         due
@@ -409,6 +444,36 @@ struct Path {
     search: Option<Search>,
     /// The time of the end of the last search.
     searched_at: Option<Duration>,
+    /// The trial of the offload of checksums.
+    offload: Trial<1>,
+    /// What arrived there of it, as the other host said last.
+    offload_answered: Arrived,
+    /// The other host's probes of its offload.
+    offload_probes: OffloadProbes,
+}
+
+/// The probes of the other host's offload that arrive here.
+#[derive(Debug, Clone, Copy, Default)]
+struct OffloadProbes {
+    arrived: Arrived,
+    /// The highest numbers that arrived.
+    partial: u64,
+    /// See `partial`.
+    complete: u64,
+}
+
+impl OffloadProbes {
+    /// Takes a probe. Returns whether it is new.
+    fn take(&mut self, is_complete: bool, number: u64) -> bool {
+        let (last, count) = match is_complete {
+            true => (&mut self.complete, &mut self.arrived.complete),
+            false => (&mut self.partial, &mut self.arrived.partial),
+        };
+        let is_new = number > *last;
+        *last = number.max(*last);
+        *count = count.saturating_add(u32::from(is_new));
+        is_new
+    }
 }
 
 /// The probes of one size, in both directions.
@@ -462,6 +527,9 @@ impl Path {
             heard_trial: 0,
             search: None,
             searched_at: None,
+            offload: Trial::new(now + GRACE),
+            offload_answered: Arrived::default(),
+            offload_probes: OffloadProbes::default(),
         }
     }
 
@@ -533,6 +601,7 @@ impl Path {
             self.small.arrivals.restart();
             self.large.arrivals.restart();
             self.heard_trial = 0;
+            (self.offload_answered, self.offload_probes) = (Arrived::default(), OffloadProbes::default());
         }
         let is_new = match frame.size {
             Size::Small | Size::Direct => self.small.arrivals.take(frame.number, now),
@@ -542,18 +611,34 @@ impl Path {
                 self.heard_trial = self.heard_trial.max(before);
                 frame.number > before
             }
+            Size::Partial => self.offload_probes.take(false, frame.number),
+            Size::Complete => self.offload_probes.take(true, frame.number),
         };
         if !is_new {
             return;
         }
         if frame.heard_run == run {
             self.arrived_trial = self.arrived_trial.max(frame.heard_trial);
+            self.take_answers(frame.arrived);
             if let Some(sent_at) = self.small.sent_at(frame.small.number) {
                 let trip = now.saturating_sub(sent_at).saturating_sub(frame.small.held);
                 self.round_trip = Some(self.round_trip.map_or(trip, |before| (before * 7 + trip) / 8));
             }
         }
         self.said = Some((frame.small, frame.large, now));
+    }
+
+    /// Takes what arrived at the other host of the probes of the offload.
+    fn take_answers(&mut self, arrived: Arrived) {
+        let before = std::mem::replace(&mut self.offload_answered, arrived);
+        let round = self.offload.number();
+        let more = |now: u32, before: u32| now.saturating_sub(before).min(round);
+        for _ in 0..more(arrived.partial, before.partial).min(MOST_ANSWERS) {
+            self.offload.answered(round, 0);
+        }
+        for _ in 0..more(arrived.complete, before.complete).min(MOST_ANSWERS) {
+            self.offload.control_answered(round);
+        }
     }
 
     fn state(&self, now: Duration) -> PathState {
@@ -565,7 +650,8 @@ impl Path {
             large: large.verdict,
             loss_percent: loss(small),
         });
-        PathState { received, sent, round_trip: self.round_trip, is_mutual: false }
+        let offload = self.offload.verdict();
+        PathState { received, sent, round_trip: self.round_trip, offload, is_mutual: false }
     }
 }
 

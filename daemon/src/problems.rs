@@ -63,6 +63,8 @@ pub(crate) enum Code {
     PathLimited,
     /// No directly routed packet passes to or from a live host.
     DirectBroken,
+    /// Packets in VXLAN are lost whose checksums are left to the offload, so ovld computes them before.
+    ChecksumOffload,
     /// The cluster was recovered from the loss of its majority, and hosts of both sides are there.
     Recovered,
     /// Two networks of the cluster overlap.
@@ -122,7 +124,7 @@ pub(crate) enum Code {
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    const ALL: [Self; 54] = [
+    const ALL: [Self; 55] = [
         Self::Address,
         Self::StateFile,
         Self::DamagedFile,
@@ -151,6 +153,7 @@ impl Code {
         Self::PathLimited,
         Self::Recovered,
         Self::DirectBroken,
+        Self::ChecksumOffload,
         Self::NetworkOverlap,
         Self::BridgeConflict,
         Self::NoBlock,
@@ -180,7 +183,7 @@ impl Code {
     ];
 
     /// Returns the code as users see it, such as `OVL-E011`. The tens digit names the area: 1 this host, 2
-    /// members, 3 cluster key (34 to 36 and 38: paths, 37: members again), 4 networks, 5 encryption, 6 published ports and Services, 7 names, 8 settings
+    /// members, 3 cluster key (34 to 36, 38 and 39: paths, 37: members again), 4 networks, 5 encryption, 6 published ports and Services, 7 names, 8 settings
     /// of the host.
     pub(crate) const fn as_str(self) -> &'static str {
         match self {
@@ -212,6 +215,7 @@ impl Code {
             Self::PathLimited => "OVL-E036",
             Self::Recovered => "OVL-E037",
             Self::DirectBroken => "OVL-E038",
+            Self::ChecksumOffload => "OVL-E039",
             Self::NetworkOverlap => "OVL-E040",
             Self::BridgeConflict => "OVL-E041",
             Self::NoBlock => "OVL-E042",
@@ -285,6 +289,7 @@ impl Code {
             | Self::KeyFile
             | Self::KeyRotation
             | Self::PathLimited
+            | Self::ChecksumOffload
             | Self::NetworkOverlap
             | Self::MulticastGroups
             | Self::BridgeConflict

@@ -63,7 +63,7 @@ impl Liar {
             wire: WireVersions::own(),
             probes: 0,
             not_built: Vec::new(),
-            direct_probes: 0,
+            probe_kinds: 0,
             unknown: Unknown::default(),
         })?;
         let config = StreamsConfig {

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -55,6 +56,29 @@ fn damaged(lab: &Lab) -> u64 {
     let rules = lab.switch().exec_ok(["nft", "list table bridge faulty-card"]).unwrap();
     let mut words = rules.split_whitespace().skip_while(|word| *word != "packets");
     words.nth(1).unwrap().parse().unwrap()
+}
+
+/// The sum of the pseudo-header of TCP between two addresses, for a segment of `length` bytes: what is in the place of a checksum
+/// that is left to an offload.
+fn pseudo_sum([from, to]: [Ipv4Addr; 2], length: u16) -> u16 {
+    let halves = |address: Ipv4Addr| address.to_bits() / 0x1_0000 + address.to_bits() % 0x1_0000;
+    let sum = halves(from) + halves(to) + 6 + u32::from(length);
+    u16::try_from(sum % 0xffff).unwrap()
+}
+
+/// Drops packets in VXLAN from a host that left their checksums to an offload, as if one had left wrong ones: requests for a
+/// connection between two addresses, and datagrams to all hosts of a link. Links of the lab carry them as they are.
+fn drop_unfinished(lab: &Lab, from: &str, ends: [Ipv4Addr; 2]) {
+    let sum = pseudo_sum(ends, 40);
+    let rules = [
+        format!("iifname {from} udp dport 4789 @th,312,8 6 @th,528,16 {sum} drop"),
+        format!("iifname {from} udp dport 4789 @th,312,8 17 @th,368,32 0xffffffff @th,448,16 < 512 drop"),
+    ]
+    .join("; ");
+    let table = format!(
+        "table bridge faulty-card {{ chain forward {{ type filter hook forward priority 0; {rules}; }}; }}"
+    );
+    lab.switch().exec_input(["nft", "-f", "-"], Some(&table)).unwrap();
 }
 
 /// The probed path from a host to another one.
@@ -204,6 +228,36 @@ fn tunnel_divides_no_datagrams_while_that_damages_them() {
 
     lab.switch().exec_ok(["nft", "delete table bridge faulty-card"]).unwrap();
     wait_ready(h1, WITHIN_SEARCH);
+    wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+#[test]
+fn checksums_are_computed_before_vxlan_where_the_offload_leaves_wrong_ones() {
+    let lab = two_hosts(Underlay::V4, &["--subnet", "10.99.0.0/24"]);
+    let (h1, h2) = (&lab["h1"], &lab["h2"]);
+    let ends = [(h1, "a"), (h2, "b")].map(|(host, name)| text(&address_of(host, name)).parse().unwrap());
+    let (from, to) = (h1.find_workload("a").unwrap(), h2.find_workload("b").unwrap());
+    let echo = to.tcp_echo(0).unwrap();
+    let at = SocketAddr::from((ends[1], echo.port()));
+    let connect = || from.run(|| TcpStream::connect_timeout(&at, Duration::from_secs(2))).unwrap();
+    connect().unwrap();
+    drop_unfinished(&lab, "h1", ends);
+    connect().unwrap_err();
+    from.exec_ok(["ping", "-n", "-c1", "-W5", &ends[1].to_string()]).unwrap();
+
+    wait_problem(h1, &["in VXLAN from this host to host h2 are lost", "ovld computes them"], WITHIN_SEARCH)
+        .unwrap();
+    let status = h1.ctl_json(&["status"]).unwrap();
+    assert_eq!(text(&status["problems"][0]["code"]), "OVL-E039");
+    wait_until(SOON, "connections to open", || -> Result<bool> { Ok(connect().is_ok()) }).unwrap();
+    let long = vec![7; 1_000_000];
+    assert!(from.tcp_roundtrip(ends[1], echo.port(), &long).unwrap() == long);
+    wait_ready(h2, WITHIN);
+
+    lab.switch().exec_ok(["nft", "delete table bridge faulty-card"]).unwrap();
+    h1.restart().unwrap();
+    lab.hosts().iter().for_each(|host| wait_ready(host, SOON));
+    connect().unwrap();
     wait_clean(lab.hosts(), SOON).unwrap();
 }
 

@@ -63,8 +63,7 @@ use ovl_mesh::keys::{ClusterKey, Identity, KeyFile, Keyring, RecordError, Tunnel
 use ovl_mesh::streams::{StreamEvent, Streams, StreamsConfig};
 use ovl_mesh::transport::Transport;
 use ovl_proto::id::NodeId;
-use ovl_proto::record::WireVersions;
-use ovl_proto::record::{NodeRecord, Presence, SignedRecord};
+use ovl_proto::record::{NodeRecord, Presence, SignedRecord, WireVersions, probe_kinds};
 use ovl_proto::wire::fields::Unknown;
 use ovl_subsystems::local::Local;
 use ovl_subsystems::networks::ranges::HostRanges;
@@ -241,7 +240,7 @@ impl Node {
                 config.advertise.ip()
             )
         })?;
-        let path_socket = environment.path_socket().unwrap_or_else(|error| {
+        let path_socket = environment.path_socket(config.advertise.port()).unwrap_or_else(|error| {
             tracing::warn!(%error, "the paths to other hosts are not probed");
             None
         });
@@ -264,7 +263,9 @@ impl Node {
             wire: WireVersions::own(),
             probes: if path_socket.is_some() { crate::paths::frame::VERSION } else { 0 },
             not_built: Vec::new(),
-            direct_probes: if path_socket.is_some() { crate::paths::frame::DIRECT_VERSION } else { 0 },
+            probe_kinds: path_socket.as_ref().map_or(0, |socket| {
+                probe_kinds::DIRECT | if socket.has_offload() { probe_kinds::OFFLOAD } else { 0 }
+            }),
             unknown: Unknown::default().played(),
         };
         let signed = identity.sign_record(&record)?;
@@ -606,6 +607,7 @@ fn first_state(
         reconcile: Progress::new(),
         caught_up: false,
         path_limits: BTreeMap::new(),
+        offload_faults: BTreeSet::new(),
         problems: Problems::default(),
         newer: newer::Newer::default(),
         save: state::Save::default(),

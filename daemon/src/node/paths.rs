@@ -8,17 +8,19 @@ use std::time::Duration;
 
 use ovl_cluster::addresses;
 use ovl_control::{PathDirection, PathVerdict, PeerPath, PeerState};
+use ovl_dataplane::device::Device;
 use ovl_kernel::PathSocket;
 use ovl_mesh::keys::ClusterKey;
 use ovl_proto::id::NodeId;
-use ovl_proto::record::Presence;
+use ovl_proto::record::{NodeRecord, Presence, probe_kinds};
 use ovl_subsystems::networks::{DirectHop, VxlanHop};
+use ovl_udp::trial::Offload;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use super::Node;
 use super::state::State;
-use crate::paths::frame::{Frame, Verdict};
-use crate::paths::{self, Candidate, Carrier, DirectEnds, Direction, Ends, PathState, Paths};
+use crate::paths::frame::{Frame, Size, Verdict};
+use crate::paths::{self, Candidate, DirectEnds, Direction, Ends, PathState, Paths};
 use crate::problems::Code;
 
 /// Time without a direct datagram of gossip after which a host is not vouched for. Gossip pings every 0.6 s.
@@ -39,6 +41,7 @@ impl Node {
         let mut ticks = interval(paths::TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (mut hops, mut direct_hops) = (BTreeMap::new(), BTreeMap::new());
+        let mut offloads = BTreeSet::new();
         for count in 0u32.. {
             ticks.tick().await;
             if count.is_multiple_of(TICKS_OF_CHOICE) {
@@ -46,6 +49,8 @@ impl Node {
                 direct_hops = self.direct_hops();
                 self.follow_paths(&self.paths, hops.iter().map(|(id, hop)| (*id, hop.mtu)));
                 self.follow_paths(&self.direct_paths, direct_hops.iter().map(|(id, hop)| (*id, hop.mtu)));
+                self.note_offloads();
+                self.set_offloads(socket, &mut offloads);
             }
             self.send_probes(socket, &hops);
             self.send_direct_probes(socket, &direct_hops);
@@ -57,8 +62,10 @@ impl Node {
     fn follow_paths(&self, paths: &RefCell<Paths>, hosts: impl Iterator<Item = (NodeId, u16)>) {
         let state = self.state.borrow();
         let candidates = hosts.filter_map(|(id, mtu)| {
-            let run = state.view.nodes.get(&id)?.record.generation;
-            Some((id, Candidate { run, mtu }))
+            let record = &state.view.nodes.get(&id)?.record;
+            let tries_offload =
+                record.probe_kinds & probe_kinds::OFFLOAD != 0 && state.offload_faults.is_empty();
+            Some((id, Candidate { run: record.generation, mtu, tries_offload }))
         });
         paths.borrow_mut().follow(candidates.collect(), state.epoch.elapsed());
     }
@@ -103,13 +110,63 @@ impl Node {
         }
     }
 
+    /// Receives probes of the offload of checksums forever.
+    pub(super) async fn offload_receive_loop(self: Rc<Self>) {
+        let Some(socket) = &self.path_socket else { return std::future::pending().await };
+        let mut buffer = vec![0; MAX_FRAME];
+        loop {
+            let started = Instant::now();
+            for _ in 0..BATCH {
+                match socket.receive_datagram(&mut buffer).await {
+                    Ok(length) => self.take_datagram(buffer.get(..length).unwrap_or_default()),
+                    Err(error) => {
+                        tracing::debug!(%error, "cannot receive path probes in datagrams");
+                        break;
+                    }
+                }
+            }
+            sleep_until(started + PERIOD).await;
+        }
+    }
+
+    /// Lets new VXLAN devices leave checksums to what is below; lets all compute checksums themselves while that is known to
+    /// damage packets. `done` has the devices that are known.
+    fn set_offloads(&self, socket: &PathSocket, done: &mut BTreeSet<Device>) {
+        let state = self.state.borrow();
+        let on = state.offload_faults.is_empty();
+        let devices: BTreeSet<Device> = state.subsystems.networks.vxlan_devices().collect();
+        done.retain(|device| devices.contains(device));
+        for device in devices {
+            // A device that was made again has the offload.
+            if on && done.contains(&device) {
+                continue;
+            }
+            match socket.set_checksum_offload(device, on) {
+                Ok(()) => _ = done.insert(device),
+                Err(error) => tracing::debug!(%device, %error, "cannot change the offload of checksums"),
+            }
+        }
+    }
+
+    /// Notes the hosts to which packets are lost whose checksums are left to the offload.
+    fn note_offloads(&self) {
+        let mut state = self.state.borrow_mut();
+        let now = state.epoch.elapsed();
+        let State { view, offload_faults, .. } = &mut *state;
+        offload_faults.retain(|id| view.nodes.contains_key(id));
+        let paths = self.paths.borrow();
+        offload_faults
+            .extend(paths.all(now).filter(|(_, path)| path.offload == Offload::Damages).map(|(id, _)| id));
+    }
+
     /// Returns the hosts that can be probed, with the VXLAN device that leads to each.
     fn path_hops(&self) -> BTreeMap<NodeId, VxlanHop> {
         let state = self.state.borrow();
         let networks = &state.subsystems.networks;
-        let others = state.peers.keys().filter(|id| {
-            is_probed(&state, **id) && version_of(&state, **id, Carrier::Vxlan) == paths::frame::VERSION
-        });
+        let others = state
+            .peers
+            .keys()
+            .filter(|id| is_probed(&state, **id, |record| record.probes == paths::frame::VERSION));
         others.filter_map(|id| Some((*id, networks.vxlan_to(&state.view, *id)?))).collect()
     }
 
@@ -117,9 +174,7 @@ impl Node {
     fn direct_hops(&self) -> BTreeMap<NodeId, DirectHop> {
         let state = self.state.borrow();
         let mut hops = state.subsystems.networks.direct_hops(&state.view);
-        hops.retain(|id, _| {
-            is_probed(&state, *id) && version_of(&state, *id, Carrier::Direct) == paths::frame::DIRECT_VERSION
-        });
+        hops.retain(|id, _| is_probed(&state, *id, |record| record.probe_kinds & probe_kinds::DIRECT != 0));
         hops
     }
 
@@ -136,7 +191,18 @@ impl Node {
         for (frame, mtu) in due.probes {
             let (Some(hop), Some(key)) = (hops.get(&frame.to), key_to(&state, frame.to)) else { continue };
             let macs = [frame.from, frame.to].map(|host| addresses::mac_of_host(hop.network, host));
-            if let Err(error) = socket.send(hop.device, &frame.encode(macs, key, mtu)) {
+            let sent = match frame.size {
+                Size::Partial | Size::Complete => {
+                    let Some(peer) = state.view.nodes.get(&frame.to) else { continue };
+                    let port = peer.record.address.port();
+                    let is_complete = frame.size == Size::Complete;
+                    socket.send_datagram(hop.device, macs, port, &frame.encode_payload(key), is_complete)
+                }
+                Size::Small | Size::Large | Size::Trial | Size::Direct => {
+                    socket.send(hop.device, &frame.encode(macs, key, mtu))
+                }
+            };
+            if let Err(error) = sent {
                 tracing::debug!(to = %frame.to, device = %hop.device, %error, "cannot send a path probe");
             }
         }
@@ -202,11 +268,19 @@ impl Node {
                 Some((peer.name.clone(), paths::limited(&peer.name, *limit)))
             })
             .collect();
+        let faults = state.offload_faults.iter();
+        let unfinished: Vec<(String, String)> = faults
+            .filter_map(|id| {
+                let peer = &state.view.nodes.get(id)?.record;
+                Some((peer.name.clone(), paths::unfinished(&peer.name)))
+            })
+            .collect();
         for (code, found) in [
             (Code::PathBroken, broken),
             (Code::PathNarrow, narrow),
             (Code::PathLimited, limited),
             (Code::DirectBroken, direct),
+            (Code::ChecksumOffload, unfinished),
         ] {
             let before: BTreeSet<String> =
                 state.problems.of(code).map(|(object, _)| object.to_owned()).collect();
@@ -273,8 +347,22 @@ impl Node {
         let state = self.state.borrow();
         let Some(own) = state.record() else { return };
         match Frame::decode(bytes, own.id, &state.keys.ring) {
+            // Probes of the offload come by another socket.
+            Ok(Frame { size: Size::Partial | Size::Complete, .. }) => {}
             Ok(frame) => self.paths.borrow_mut().take(&frame, own.generation, state.epoch.elapsed()),
             Err(error) => tracing::debug!(%error, "passed over a path probe"),
+        }
+    }
+
+    fn take_datagram(&self, bytes: &[u8]) {
+        let state = self.state.borrow();
+        let Some(own) = state.record() else { return };
+        match Frame::decode_payload(bytes, own.id, &state.keys.ring) {
+            Ok(frame) if matches!(frame.size, Size::Partial | Size::Complete) => {
+                self.paths.borrow_mut().take(&frame, own.generation, state.epoch.elapsed());
+            }
+            Ok(_) => {}
+            Err(error) => tracing::debug!(%error, "passed over a path probe in a datagram"),
         }
     }
 
@@ -288,23 +376,15 @@ impl Node {
     }
 }
 
-/// Whether a host is a member that is there.
-fn is_probed(state: &State, id: NodeId) -> bool {
+/// Whether a host is a member that is there, and `answers` probes by its record.
+fn is_probed(state: &State, id: NodeId, answers: impl Fn(&NodeRecord) -> bool) -> bool {
     state.is_member()
         && state.view.alloc.members.contains(&id)
-        && state
-            .view
-            .nodes
-            .get(&id)
-            .is_some_and(|node| node.record.presence == Presence::Running && node.state == PeerState::Alive)
-}
-
-/// Returns the version of probes that a host announces; 0 if it sends none.
-fn version_of(state: &State, id: NodeId, carrier: Carrier) -> u8 {
-    state.view.nodes.get(&id).map_or(0, |node| match carrier {
-        Carrier::Vxlan => node.record.probes,
-        Carrier::Direct => node.record.direct_probes,
-    })
+        && state.view.nodes.get(&id).is_some_and(|node| {
+            node.record.presence == Presence::Running
+                && node.state == PeerState::Alive
+                && answers(&node.record)
+        })
 }
 
 /// Returns the key to authenticate a probe to a host with. `None` if the host is unknown.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use ovl_mesh::keys::{ClusterKey, Keyring};
 use ovl_proto::id::{Mac, NodeId};
 
-use super::frame::{Frame, Report, Size, Verdict};
+use super::frame::{Arrived, Frame, Report, Size, Verdict};
 use super::{Candidate, Carrier, Paths};
 
 const ME: NodeId = NodeId([0; 10]);
@@ -28,7 +28,8 @@ pub(crate) fn run(bytes: &[u8]) {
         match event % 4 {
             0 => {
                 let peer = peer(input.small());
-                let candidate = Candidate { run: input.small().into(), mtu: u16::from(input.small()) * 16 };
+                let (run, mtu) = (input.small().into(), u16::from(input.small()) * 16);
+                let candidate = Candidate { run, mtu, tries_offload: run % 2 == 0 };
                 if candidates.remove(&peer).is_none() {
                     candidates.insert(peer, candidate);
                 }
@@ -114,11 +115,13 @@ impl Input<'_> {
 
     fn frame(&mut self) -> Frame {
         let from = peer(self.small());
-        let size = match self.small() % 4 {
+        let size = match self.small() % 6 {
             0 => Size::Small,
             1 => Size::Large,
             2 => Size::Trial,
-            _ => Size::Direct,
+            3 => Size::Direct,
+            4 => Size::Partial,
+            _ => Size::Complete,
         };
         let [run, number, heard_run, heard_trial] = std::array::from_fn(|_| self.number());
         Frame {
@@ -131,6 +134,7 @@ impl Input<'_> {
             heard_trial,
             small: self.report(),
             large: self.report(),
+            arrived: Arrived { partial: self.small().into(), complete: self.small().into() },
         }
     }
 }

@@ -7,7 +7,7 @@ const STEP: Duration = Duration::from_millis(50);
 /// The delay of a probe.
 const DELAY: Duration = Duration::from_millis(50);
 
-const CANDIDATE: Candidate = Candidate { run: 7, mtu: 1450 };
+const CANDIDATE: Candidate = Candidate { run: 7, mtu: 1450, tries_offload: true };
 
 fn id(n: u8) -> NodeId {
     NodeId([n; 10])
@@ -25,6 +25,7 @@ fn probe(from: NodeId, to: NodeId) -> Frame {
         heard_trial: 0,
         small: Report::default(),
         large: Report::default(),
+        arrived: Arrived::default(),
     }
 }
 
@@ -90,8 +91,8 @@ impl World {
     /// The judgements of host 1 and 2: what it receives, and what the other one receives.
     fn verdicts(&self, size: Size) -> [Verdict; 4] {
         let of = |direction: Direction| match size {
-            Size::Small | Size::Direct => direction.small,
             Size::Large | Size::Trial => direction.large,
+            _ => direction.small,
         };
         let (one, two) = (self.state(1), self.state(2));
         [one.received, one.sent, two.received, two.sent].map(of)
@@ -111,8 +112,8 @@ fn healthy_path_works_both_ways_with_few_probes_and_a_round_trip() {
     assert_eq!(world.state(1).sent.loss_percent, Some(0));
     let trip = world.state(2).round_trip.unwrap();
     assert!(trip >= DELAY * 2 && trip <= DELAY * 4, "{trip:?}");
-    // One small probe a second and one large one in five, of two hosts.
-    assert!(world.sent <= 60 * 12 / 10 * 2, "{}", world.sent);
+    // One small probe a second, one large one in five, and one of the offload in fifteen, of two hosts.
+    assert!(world.sent <= (60 * 12 / 10 + 4) * 2, "{}", world.sent);
 }
 
 #[test]
@@ -161,6 +162,22 @@ fn direct_route_that_is_broken_is_named_within_five_seconds_and_has_no_large_pro
     let frame = Frame { size: Size::Direct, ..probe(id(1), id(2)) };
     other.hosts[1].take(&frame, 7, other.now);
     assert_eq!(other.hosts[1].paths[&id(1)].small.arrivals.number, 0);
+}
+
+#[test]
+fn offload_that_damages_checksums_is_found_by_the_host_that_sends() {
+    let mut world = World::new();
+    world.run(SECOND * 20, |_| true);
+    assert_eq!([1, 2].map(|host| world.state(host).offload), [Offload::Works; 2]);
+    world.run(SECOND * 25, |frame| frame.from != id(1) || frame.size != Size::Partial);
+    assert_eq!([1, 2].map(|host| world.state(host).offload), [Offload::Damages, Offload::Works]);
+    assert_eq!(world.verdicts(Size::Small), [Verdict::Works; 4]);
+    assert!(unfinished("h2").contains("host h2"));
+    // A path that carries nothing says nothing of an offload.
+    let mut world = World::new();
+    world.run(SECOND * 20, |_| true);
+    world.run(SECOND * 60, |frame| frame.from != id(1));
+    assert_eq!([1, 2].map(|host| world.state(host).offload), [Offload::Works; 2]);
 }
 
 #[test]

@@ -119,6 +119,16 @@ impl Networks {
         hops
     }
 
+    /// Returns the VXLAN devices of unencrypted networks that are built here.
+    pub fn vxlan_devices(&self) -> impl Iterator<Item = Device> {
+        self.sent.values().flat_map(|sent| {
+            let links = sent.links.iter();
+            links
+                .filter(|(_, link)| matches!(link, Link::Vxlan { sealed: false, .. }))
+                .map(|(device, _)| *device)
+        })
+    }
+
     /// Returns how frames are sent to a remote host in unencrypted VXLAN, on the network with the smallest id that has
     /// an FDB entry for the host itself and is built there. `None` if there is none.
     pub fn vxlan_to(&self, view: &View, host: NodeId) -> Option<VxlanHop> {

@@ -20,6 +20,10 @@ const MANY: u32 = 16;
 const FEW: u32 = 4;
 /// The rounds after which a doubt ends without a judgement: the path loses packets of all kinds.
 const MAX_ROUNDS: u32 = 64;
+/// The same if no packet at all was answered.
+const MAX_SILENT_ROUNDS: u32 = 12;
+/// The interval until the next round after a doubt without any answer: nobody answers, or nothing passes.
+const SILENT: Duration = Duration::from_secs(120);
 
 /// The judgement of an offload on a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -97,6 +101,9 @@ impl<const N: usize> Trial<N> {
                 } else if (*control >= ENOUGH && least == 0) || (*control >= MANY && least <= *control / FEW)
                 {
                     self.end(Offload::Damages, now);
+                } else if rounds > MAX_SILENT_ROUNDS && *control == 0 && least == 0 {
+                    self.end(self.verdict, now);
+                    self.next_at = now.saturating_add(SILENT);
                 } else if rounds > MAX_ROUNDS {
                     self.end(self.verdict, now);
                 }
@@ -112,6 +119,11 @@ impl<const N: usize> Trial<N> {
         }
         self.next_at = now.saturating_add(if has_control { HURRY } else { CALM });
         Some(Round { number: self.number, has_control })
+    }
+
+    /// Returns the number of the last round; 0 before the first.
+    pub fn number(&self) -> u32 {
+        self.number
     }
 
     /// Takes the answer to a packet of a round that passed through the offload. `place` is its place among the `N`.
@@ -221,6 +233,8 @@ mod tests {
         let mut world = World::new();
         world.run(SECOND * 60, |_| false);
         assert_eq!(world.trial.verdict(), Offload::Unknown);
+        assert!(world.sent < 50, "{} packets that nobody answers", world.sent);
+        world.run(SECOND * 120, |_| true);
         let mut random = 1u32;
         for _ in 0..1000 {
             // Of the packets and of their answers, a third each.
