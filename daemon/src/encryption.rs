@@ -12,7 +12,7 @@ use ovl_cluster::view::View;
 use ovl_control::{PeerState, PeerTunnel};
 use ovl_dataplane::device::Device;
 use ovl_dataplane::state::TunnelKind;
-use ovl_kernel::{self as kernel, KernelHandle, TunnelPeerStatus, TunnelStatus};
+use ovl_kernel::{self as kernel, KernelHandle, Offload, TunnelPeerStatus, TunnelStatus};
 use ovl_mesh::keys::TunnelSecret;
 use ovl_proto::id::{NodeId, TunnelKey};
 use ovl_proto::record;
@@ -29,6 +29,14 @@ use crate::problems::{Code, Problem};
 const QUIET: Duration = Duration::from_secs(7);
 /// Number of probes over which loss is measured.
 const WINDOW: usize = 20;
+/// The unanswered probes in a row after which the tunnel to a peer fails.
+const FAILING: u32 = 3;
+/// Time without any message of a peer after which nothing arrives from it. It is longer than the intervals of probes and of
+/// repeated handshakes.
+const SILENT: Duration = Duration::from_secs(9);
+/// Time from the first unanswered probe after which a message of the peer shows that its direction works: one that was on its
+/// way may have been counted later.
+const LATER: Duration = Duration::from_millis(3500);
 /// Time limit for the first handshake with a new peer.
 const FIRST_WITHIN: Duration = Duration::from_secs(15);
 /// Maximum age of a handshake. WireGuard's sessions expire after three minutes and are renewed after two.
@@ -59,9 +67,22 @@ struct Heard(BTreeMap<(Device, TunnelKey), (u64, Instant)>);
 struct Watched {
     since: Instant,
     status: Option<TunnelPeerStatus>,
+    /// What its messages were counted up to, and when that last grew.
+    heard: Option<(u64, Instant)>,
+    /// The time of the first of the last unanswered probes, and their number. `None` if the last one was answered.
+    failing: Option<(Instant, u32)>,
     /// Whether each of the last probes was answered.
     answered: VecDeque<bool>,
     round_trip: Option<Duration>,
+}
+
+/// The direction in which nothing passes through the tunnel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lost {
+    /// To the peer, whose messages arrive.
+    Outbound,
+    /// From the peer.
+    Inbound,
 }
 
 /// Chooses the tunnel that this host publishes, or returns the reason why it has none.
@@ -219,7 +240,8 @@ impl Tunnel {
                 .filter(|(device, ..)| Some(*device) == route.output())
                 .map(|(_, key, _)| *key)
                 .collect();
-            watched.status = here.rfind(|status| keys.contains(&status.key)).cloned();
+            let status = here.rfind(|status| keys.contains(&status.key)).cloned();
+            watched.measured(status, Instant::now());
         }
     }
 
@@ -228,11 +250,17 @@ impl Tunnel {
         self.peers.keys().map(|id| (*id, tunnel::address(cluster, *id).into())).collect()
     }
 
-    /// Records the result of a probe: how long the answer took, or `None` if there was none in time.
-    pub(crate) fn probed(&mut self, id: NodeId, took: Option<Duration>) {
+    /// Records the result of a probe that was sent at a time: how long the answer took, or `None` if there was none in time.
+    /// `is_alive` says that the host runs, so that an answer was to be expected.
+    pub(crate) fn probed(&mut self, id: NodeId, sent_at: Instant, took: Option<Duration>, is_alive: bool) {
         if let Some(watched) = self.peers.get_mut(&id) {
-            watched.probed(took);
+            watched.probed(sent_at, took, is_alive);
         }
+    }
+
+    /// Whether a peer has not answered the last probe.
+    pub(crate) fn is_in_doubt(&self) -> bool {
+        self.peers.values().any(|watched| watched.failing.is_some())
     }
 
     /// Returns the problems of encrypted networks on this host.
@@ -277,15 +305,14 @@ impl Tunnel {
             let Some(node) = view.nodes.get(id).filter(|node| node.state == PeerState::Alive) else {
                 continue;
             };
-            let Some(end) = node.record.tunnel else { continue };
-            let last = watched.status.as_ref().and_then(|status| status.last_handshake);
-            if last.is_none_or(|last| last > RENEWED_WITHIN) && watched.since.elapsed() > FIRST_WITHIN {
-                let sentence = format!(
-                    "the tunnel to host {} at {} port {} has no session: nothing passes on encrypted networks. \
-                     Check the path and the firewalls for UDP port {} there and {} here",
-                    node.record.name, node.record.vtep, end.port, end.port, config.tunnel_port
-                );
-                problems.push(Code::NoTunnelSession.about(&node.record.name, sentence));
+            let (Some(there), Some((own, here))) = (node.record.tunnel, tunnel::own(view)) else { continue };
+            if let Some(lost) = watched.lost(Instant::now()) {
+                let ends = [(own.record.vtep, here.port), (node.record.vtep, there.port)];
+                let sentence = lost.sentence(&node.record.name, ends);
+                problems.push(Code::TunnelBroken.about(&node.record.name, sentence));
+            }
+            if watched.status.as_ref().is_some_and(|status| status.segments == Offload::Damages) {
+                problems.push(Code::SegmentsDamaged.about(&node.record.name, damaged(&node.record.name)));
             }
         }
         problems
@@ -300,6 +327,38 @@ impl Tunnel {
     pub(crate) fn drops(&self) -> Vec<(&'static str, u64)> {
         self.drops.clone()
     }
+}
+
+impl Lost {
+    /// Returns the sentence that says so, and what to do. `here` and `there` are the addresses and ports of the tunnel.
+    fn sentence(self, name: &str, [here, there]: [(IpAddr, u16); 2]) -> String {
+        let (what, (from, _), (to, port)) = match self {
+            Self::Outbound => (
+                format!(
+                    "host {name} answers nothing that this host sends into the tunnel, and its own packets arrive"
+                ),
+                here,
+                there,
+            ),
+            Self::Inbound => {
+                (format!("no packet of the tunnel from host {name} arrives at this host"), there, here)
+            }
+        };
+        format!(
+            "{what}, and host {name} is alive: nothing passes between the two on encrypted networks. Allow UDP port {port} \
+             from {from} to {to} in the firewalls and security groups of the two hosts and between them"
+        )
+    }
+}
+
+/// Returns the sentence that says that datagrams to a host are not divided by the kernel, because that damages them.
+fn damaged(name: &str) -> String {
+    format!(
+        "datagrams of the tunnel to host {name} that the kernel or a network card divides (UDP_SEGMENT) arrive damaged, and \
+         others arrive: ovld sends each one by itself now, which works and is slower. Some releases of Linux (7.0 to 7.1.4) \
+         and some drivers do this: update the kernel of this host, or turn the offload off on the link to host {name} with \
+         'ethtool -K LINK tx-udp-segmentation off'. ovld divides datagrams again when they arrive"
+    )
 }
 
 impl Heard {
@@ -324,12 +383,47 @@ impl Watched {
         Self {
             since: Instant::now(),
             status: None,
+            heard: None,
+            failing: None,
             answered: VecDeque::with_capacity(WINDOW),
             round_trip: None,
         }
     }
 
-    fn probed(&mut self, took: Option<Duration>) {
+    /// Takes what the WireGuard interface that carries packets to the peer says.
+    fn measured(&mut self, status: Option<TunnelPeerStatus>, now: Instant) {
+        if let Some(status) = &status {
+            let is_more = |before: u64| status.heard != before && status.heard > 0;
+            if is_more(self.heard.map_or(0, |(before, _)| before)) {
+                self.heard = Some((status.heard, now));
+            }
+        }
+        self.status = status;
+    }
+
+    /// Returns the direction in which nothing passes. `None` if packets pass, or if it is too early to judge.
+    fn lost(&self, now: Instant) -> Option<Lost> {
+        let last = self.status.as_ref().and_then(|status| status.last_handshake);
+        let has_session = last.is_some_and(|last| last <= RENEWED_WITHIN);
+        let since = match self.failing {
+            Some((since, count)) if has_session && count >= FAILING => since,
+            Some((since, _)) if !has_session && now.duration_since(self.since) > FIRST_WITHIN => since,
+            _ => return None,
+        };
+        match self.heard {
+            Some((_, at)) if now.duration_since(at) < SILENT => {
+                (at.saturating_duration_since(since) >= LATER).then_some(Lost::Outbound)
+            }
+            _ => Some(Lost::Inbound),
+        }
+    }
+
+    fn probed(&mut self, sent_at: Instant, took: Option<Duration>, is_alive: bool) {
+        self.failing = match (took, self.failing) {
+            (None, Some((since, count))) if is_alive => Some((since, count.saturating_add(1))),
+            (None, None) if is_alive => Some((sent_at, 1)),
+            _ => None,
+        };
         if self.answered.len() == WINDOW {
             self.answered.pop_front();
         }
@@ -425,15 +519,57 @@ mod tests {
     fn probes_are_smoothed_and_counted_over_a_window() {
         let mut watched = Watched::new();
         assert_eq!((watched.shown().rtt_us, watched.shown().loss_percent), (None, None));
-        watched.probed(Some(Duration::from_micros(800)));
-        assert_eq!((watched.shown().rtt_us, watched.shown().loss_percent), (Some(800), Some(0)));
-        watched.probed(Some(Duration::from_micros(1600)));
-        assert_eq!(watched.shown().rtt_us, Some(900));
-        watched.probed(None);
-        watched.probed(None);
-        assert_eq!((watched.shown().rtt_us, watched.shown().loss_percent), (Some(900), Some(50)));
-        (0..WINDOW).for_each(|_| watched.probed(None));
+        let mut probed = |took| {
+            watched.probed(Instant::now(), took, true);
+            (watched.shown().rtt_us, watched.shown().loss_percent)
+        };
+        assert_eq!(probed(Some(Duration::from_micros(800))), (Some(800), Some(0)));
+        assert_eq!(probed(Some(Duration::from_micros(1600))), (Some(900), Some(0)));
+        probed(None);
+        assert_eq!(probed(None), (Some(900), Some(50)));
+        for _ in 0..WINDOW {
+            probed(None);
+        }
         assert_eq!((watched.answered.len(), watched.shown().loss_percent), (WINDOW, Some(100)));
+    }
+
+    #[test]
+    fn direction_of_the_tunnel_that_fails_is_known_from_what_arrives() {
+        let second = Duration::from_secs(1);
+        let status = |heard| {
+            let last_handshake = Some(second);
+            let (key, endpoint) = (tunnel_key(2), None);
+            let segments = Offload::Unknown;
+            Some(TunnelPeerStatus { key, endpoint, last_handshake, sent: 0, received: 0, heard, segments })
+        };
+        let start = Instant::now();
+        for (arrives, expected) in [(true, Lost::Outbound), (false, Lost::Inbound)] {
+            let mut watched = Watched::new();
+            watched.measured(status(1), start);
+            watched.probed(start, Some(second), true);
+            let mut found = Vec::new();
+            for at in 1..20u32 {
+                let now = start + second * at;
+                if at % 3 == 0 {
+                    watched.probed(now - second * 2, None, true);
+                    watched.measured(status(if arrives { 1 + u64::from(at) } else { 2 }), now);
+                }
+                found.extend(watched.lost(now).map(|lost| (at, lost)));
+            }
+            assert!(found.iter().all(|(_, lost)| *lost == expected), "{found:?}");
+            assert!(found.first().is_some_and(|(at, _)| (9..=12).contains(at)), "{found:?}");
+            watched.probed(start + second * 20, Some(second), true);
+            assert_eq!(watched.lost(start + second * 20), None);
+        }
+        let mut watched = Watched::new();
+        for _ in 0..5 {
+            watched.probed(start, None, false);
+        }
+        assert_eq!(watched.lost(start + second * 20), None, "the host is down");
+        watched.probed(start, None, true);
+        assert_eq!(watched.lost(start + second * 20), Some(Lost::Inbound), "no session from the start");
+        let sentence = Lost::Inbound.sentence("h2", [([10, 0, 0, 1].into(), 1), ([10, 0, 0, 2].into(), 2)]);
+        assert!(sentence.contains("Allow UDP port 1 from 10.0.0.2 to 10.0.0.1"), "{sentence}");
     }
 
     #[test]
@@ -448,6 +584,8 @@ mod tests {
                 last_handshake,
                 sent: 0,
                 received,
+                heard: received,
+                segments: Offload::Unknown,
             }],
         };
         let mut heard = Heard::default();

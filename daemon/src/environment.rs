@@ -48,12 +48,12 @@ pub trait Environment {
     /// Creates the prober, which sends ICMP probes.
     fn prober(&self) -> ovl_kernel::Result<Prober>;
 
-    /// Opens the socket of path probes. `None` if this daemon sends none.
+    /// Opens the sockets of path probes, one of which has a UDP port. `None` if this daemon sends none.
     ///
     /// # Errors
     ///
     /// The process may not open packet sockets.
-    fn path_socket(&self) -> ovl_kernel::Result<Option<PathSocket>>;
+    fn path_socket(&self, port: u16) -> ovl_kernel::Result<Option<PathSocket>>;
 
     /// Returns the id of this boot of the kernel. The files in the run directory are valid only for one boot.
     ///
@@ -133,8 +133,8 @@ impl Environment for Host {
         Prober::new()
     }
 
-    fn path_socket(&self) -> ovl_kernel::Result<Option<PathSocket>> {
-        PathSocket::open(FROM_HOST).map(Some)
+    fn path_socket(&self, port: u16) -> ovl_kernel::Result<Option<PathSocket>> {
+        PathSocket::open(FROM_HOST, port).map(Some)
     }
 
     fn boot_id(&self) -> anyhow::Result<String> {

@@ -1,7 +1,7 @@
 //! Probes of the paths that packets of workloads take between hosts.
 //!
 //! Each host sends small and large frames through its VXLAN device to the VXLAN device of each watched host, which
-//! does the same. So each host knows what arrives, and each frame says it to the other side ([`frame::Report`]): both know
+//! does the same, or echo requests by the direct route to it ([`Carrier`]). So each host knows what arrives, and each frame says it to the other side ([`frame::Report`]): both know
 //! both directions. A direction is broken if nothing arrives for [`Pace::broken`] while the sender is known to be alive and
 //! to be sending. Before that, missing probes are asked for faster, so that a path that loses some packets is not
 //! taken for one that carries none.
@@ -16,13 +16,15 @@ pub(crate) mod fuzz;
 mod search;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use ipnet::IpNet;
 use ovl_proto::id::NodeId;
+use ovl_udp::trial::{Offload, Trial};
 
 use self::choice::{Watched, choose};
-use self::frame::{Frame, Report, Size, Verdict};
+use self::frame::{Arrived, Frame, Report, Size, Verdict};
 use self::search::{Search, Step};
 
 /// Interval in which [`Paths::tick`] is to be called.
@@ -43,6 +45,8 @@ const REMEMBERED: usize = 16;
 const SEARCH_AGAIN: Duration = Duration::from_secs(60);
 /// Time in which the other host begins to send, after this one does.
 const GRACE: Duration = Duration::from_secs(3);
+/// The number of answers to probes of an offload that one probe brings at most.
+const MOST_ANSWERS: u32 = 16;
 /// The arrivals after which a broken direction works again.
 const BACK: u8 = 2;
 
@@ -59,12 +63,38 @@ struct Pace {
     broken: Duration,
 }
 
+/// How packets of workloads are carried on the paths.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Carrier {
+    /// In VXLAN.
+    Vxlan,
+    /// As they are, by a route to the other host.
+    Direct,
+}
+
+impl Carrier {
+    /// The size of the small probes.
+    const fn small(self) -> Size {
+        match self {
+            Self::Vxlan => Size::Small,
+            Self::Direct => Size::Direct,
+        }
+    }
+
+    /// Whether there are large probes. Direct routes carry packets of workloads as those of the host itself.
+    const fn has_large(self) -> bool {
+        matches!(self, Self::Vxlan)
+    }
+}
+
 impl Pace {
     const fn of(size: Size) -> Self {
         let ms = Duration::from_millis;
         match size {
+            // The other host's kernel answers each of them, which costs as much as the probe.
+            Size::Direct => Self { calm: ms(2000), hurry: ms(200), doubt: ms(2400), broken: ms(4000) },
             Size::Small => Self { calm: ms(1000), hurry: ms(200), doubt: ms(1300), broken: ms(3600) },
-            Size::Large | Size::Trial => {
+            Size::Large | Size::Trial | Size::Partial | Size::Complete => {
                 Self { calm: ms(5000), hurry: ms(500), doubt: ms(6000), broken: ms(9000) }
             }
         }
@@ -75,6 +105,7 @@ impl Pace {
 #[derive(Debug)]
 pub(crate) struct Paths {
     me: NodeId,
+    carrier: Carrier,
     paths: BTreeMap<NodeId, Path>,
     /// Hosts that can be probed.
     candidates: BTreeMap<NodeId, Candidate>,
@@ -89,6 +120,8 @@ pub(crate) struct Candidate {
     pub run: u64,
     /// The length of the longest packet of a workload to it, in bytes.
     pub mtu: u16,
+    /// Whether it answers probes of the offload of checksums, and this host uses the offload.
+    pub tries_offload: bool,
 }
 
 /// What is to be done now.
@@ -109,11 +142,34 @@ pub(crate) struct PathState {
     pub sent: Direction,
     /// The smoothed round-trip time. `None` before the first.
     pub round_trip: Option<Duration>,
+    /// Whether packets arrive there whose checksums are left to the offload.
+    pub offload: Offload,
     /// Whether the other host is known to send probes without being asked.
     pub is_mutual: bool,
 }
 
+/// The directions in which nothing arrives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Failing {
+    Both,
+    Outbound,
+    Inbound,
+    /// In one of them at least. The other host sends only when it is asked.
+    Unanswered,
+}
+
 impl PathState {
+    /// Returns the directions in which no small probe arrives. `None` if some arrive both ways.
+    fn failing(&self) -> Option<Failing> {
+        match (self.received.small, self.sent.small) {
+            (Verdict::Broken, Verdict::Broken) => Some(Failing::Both),
+            (_, Verdict::Broken) => Some(Failing::Outbound),
+            (Verdict::Broken, _) if self.is_mutual => Some(Failing::Inbound),
+            (Verdict::Broken, _) => Some(Failing::Unanswered),
+            _ => None,
+        }
+    }
+
     /// Whether no probe of some size arrives in some direction.
     pub(crate) fn is_broken(&self) -> bool {
         let Self { received, sent, .. } = self;
@@ -143,22 +199,19 @@ impl Ends<'_> {
             format!("UDP port {} from {} to {}", to.port(), from.ip(), to.ip())
         };
         let (inbound, outbound) = (allow(*there, *here), allow(*here, *there));
-        let (what, open) = match (path.received.small, path.sent.small) {
-            (Verdict::Broken, Verdict::Broken) => (
+        let (what, open) = match path.failing()? {
+            Failing::Both => (
                 format!("no VXLAN packet passes between this host and host {name}, in neither direction"),
                 format!("{inbound}, and {outbound}"),
             ),
-            (_, Verdict::Broken) => {
+            Failing::Outbound => {
                 (format!("no VXLAN packet from this host arrives at host {name}, as it says"), outbound)
             }
-            (Verdict::Broken, _) if path.is_mutual => {
-                (format!("no VXLAN packet from host {name} arrives at this host"), inbound)
-            }
-            (Verdict::Broken, _) => (
+            Failing::Inbound => (format!("no VXLAN packet from host {name} arrives at this host"), inbound),
+            Failing::Unanswered => (
                 format!("host {name} answers no probe in VXLAN: packets are lost on the way there or back"),
                 format!("{outbound}, and {inbound}"),
             ),
-            _ => return None,
         };
         Some(format!(
             "{what}, and host {name} is alive: allow {open} in the firewalls and security groups of the two hosts and \
@@ -186,12 +239,74 @@ impl Ends<'_> {
     }
 }
 
+/// The ends of a directly routed path, as users know them.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DirectEnds<'a> {
+    /// The name of the other host.
+    pub name: &'a str,
+    /// The name of the network whose packets take the path.
+    pub network: &'a str,
+    /// The subnet of the network.
+    pub subnet: IpNet,
+    /// The underlay address of this host.
+    pub here: IpAddr,
+    /// The underlay address of the other host.
+    pub there: IpAddr,
+}
+
+impl DirectEnds<'_> {
+    /// Returns the sentence that says in which direction no packet passes, and what to do. `None` if some pass both ways.
+    pub(crate) fn broken(&self, path: &PathState) -> Option<String> {
+        let Self { name, network, subnet, here, there } = self;
+        let allow = |from: &IpAddr, to: &IpAddr| {
+            format!("packets with source and destination addresses in {subnet} from {from} to {to}")
+        };
+        let (inbound, outbound) = (allow(there, here), allow(here, there));
+        let (what, open) = match path.failing()? {
+            Failing::Both => (
+                format!(
+                    "no packet of network {network} passes between this host and host {name}, in neither direction"
+                ),
+                format!("{inbound}, and {outbound}"),
+            ),
+            Failing::Outbound => (
+                format!("no packet of network {network} from this host arrives at host {name}, as it says"),
+                outbound,
+            ),
+            Failing::Inbound => {
+                (format!("no packet of network {network} from host {name} arrives at this host"), inbound)
+            }
+            Failing::Unanswered => (
+                format!(
+                    "host {name} answers no probe on network {network}: packets are lost on the way there or back"
+                ),
+                format!("{outbound}, and {inbound}"),
+            ),
+        };
+        Some(format!(
+            "{what}, and host {name} is alive. The network is routed without VXLAN: allow {open} (a cloud's \
+             source/destination check, a security group, or a firewall of the two hosts or between them drops them), or \
+             create the network with '--backend vxlan'"
+        ))
+    }
+}
+
 /// Returns the sentence that says that networks use a smaller MTU, because longer packets do not pass to a host.
 pub(crate) fn limited(name: &str, limit: u16) -> String {
     format!(
         "packets of more than {limit} bytes were lost in VXLAN from this host to host {name}, so the networks of both use no \
          longer ones: a device on the path carries less than its links say, or damages large packets. Set the MTU of the \
          hosts' links to what the path carries, or repair the path; then restart ovld on this host"
+    )
+}
+
+/// Returns the sentence that says that packets to a host are lost if their checksums are left to the offload.
+pub(crate) fn unfinished(name: &str) -> String {
+    format!(
+        "TCP and UDP packets in VXLAN from this host to host {name} are lost if the kernel or a network card is left to compute \
+         their checksums, and others arrive: the driver, or address translation of VXLAN packets, leaves wrong checksums. ovld \
+         computes them before VXLAN now, as 'ethtool -K DEVICE tx off' does on the VXLAN devices, which works and is slower. \
+         Update the kernel or the driver of this host's link, then restart ovld on this host"
     )
 }
 
@@ -208,8 +323,9 @@ pub(crate) struct Direction {
 
 impl Paths {
     /// Creates the state of a host that watches no path.
-    pub(crate) fn new(me: NodeId) -> Self {
-        Self { me, paths: BTreeMap::new(), candidates: BTreeMap::new(), watched: Watched::default() }
+    pub(crate) fn new(me: NodeId, carrier: Carrier) -> Self {
+        let (paths, candidates) = (BTreeMap::new(), BTreeMap::new());
+        Self { me, carrier, paths, candidates, watched: Watched::default() }
     }
 
     /// Takes the hosts that can be probed now, and chooses those that are watched. A host that was started again is judged
@@ -231,7 +347,7 @@ impl Paths {
     /// Returns the state of a path, which is watched from now on if it was not. `None` if the host cannot be probed.
     fn watch(&mut self, id: NodeId, now: Duration) -> Option<&mut Path> {
         let run = self.candidates.get(&id)?.run;
-        Some(self.paths.entry(id).or_insert_with(|| Path::new(self.me, id, run, now)))
+        Some(self.paths.entry(id).or_insert_with(|| Path::new(self.carrier, self.me, id, run, now)))
     }
 
     /// Returns the probes that are due, and what was found. `vouches` says whether a host is known, by other means, to run at
@@ -239,20 +355,39 @@ impl Paths {
     pub(crate) fn tick(&mut self, now: Duration, run: u64, vouches: impl Fn(NodeId) -> bool) -> Due {
         let mut due = Due::default();
         for (id, path) in &mut self.paths {
-            let Some(mtu) = self.candidates.get(id).map(|found| found.mtu) else { continue };
+            let Some(Candidate { mtu, tries_offload, .. }) = self.candidates.get(id).copied() else {
+                continue;
+            };
             path.judge(now, vouches(*id));
             let [small, large] = path.next_numbers(now).map(Option::into_iter);
-            let mut numbers: Vec<(Size, u64, u16)> = small.map(|number| (Size::Small, number, 0)).collect();
+            let size = self.carrier.small();
+            let mut numbers: Vec<(Size, u64, u16)> = small.map(|number| (size, number, 0)).collect();
             numbers.extend(large.map(|number| (Size::Large, number, mtu)));
             match path.search(now, mtu) {
                 Step::Wait => {}
                 Step::Try(length) => numbers.push((Size::Trial, path.trials, length)),
                 Step::Found(limit) => due.limits.extend(limit.map(|limit| (*id, limit))),
             }
+            let tries_offload = tries_offload && self.carrier == Carrier::Vxlan;
+            if tries_offload && let Some(round) = path.offload.next(now) {
+                numbers.push((Size::Partial, round.number.into(), 0));
+                numbers.extend(round.has_control.then_some((Size::Complete, round.number.into(), 0)));
+            }
+            let arrived = path.offload_probes.arrived;
             let (small, large) = (path.small.arrivals.report(now), path.large.arrivals.report(now));
             let (from, to, heard_run, heard_trial) = (self.me, *id, path.run, path.heard_trial);
-            let frame =
-                |size, number| Frame { from, to, size, run, number, heard_run, heard_trial, small, large };
+            let frame = |size, number| Frame {
+                from,
+                to,
+                size,
+                run,
+                number,
+                heard_run,
+                heard_trial,
+                small,
+                large,
+                arrived,
+            };
             due.probes.extend(numbers.into_iter().map(|(size, number, mtu)| (frame(size, number), mtu)));
         }
         due
@@ -261,6 +396,9 @@ impl Paths {
     /// Takes a probe that was received and authenticated. `run` is the run of this host. A probe of an unknown host, or
     /// one that was received before, is ignored.
     pub(crate) fn take(&mut self, frame: &Frame, run: u64, now: Duration) {
+        if (frame.size == Size::Direct) != (self.carrier == Carrier::Direct) {
+            return;
+        }
         if !self.paths.contains_key(&frame.from)
             && self.paths.keys().filter(|id| !self.watched.contains(**id)).count() >= MAX_ASKED
         {
@@ -286,6 +424,7 @@ impl Paths {
 /// The path to one host.
 #[derive(Debug)]
 struct Path {
+    carrier: Carrier,
     /// The run of the other host, as its record says.
     announced_run: u64,
     /// The run of the other host from which the last probe arrived; 0 before the first.
@@ -305,6 +444,36 @@ struct Path {
     search: Option<Search>,
     /// The time of the end of the last search.
     searched_at: Option<Duration>,
+    /// The trial of the offload of checksums.
+    offload: Trial<1>,
+    /// What arrived there of it, as the other host said last.
+    offload_answered: Arrived,
+    /// The other host's probes of its offload.
+    offload_probes: OffloadProbes,
+}
+
+/// The probes of the other host's offload that arrive here.
+#[derive(Debug, Clone, Copy, Default)]
+struct OffloadProbes {
+    arrived: Arrived,
+    /// The highest numbers that arrived.
+    partial: u64,
+    /// See `partial`.
+    complete: u64,
+}
+
+impl OffloadProbes {
+    /// Takes a probe. Returns whether it is new.
+    fn take(&mut self, is_complete: bool, number: u64) -> bool {
+        let (last, count) = match is_complete {
+            true => (&mut self.complete, &mut self.arrived.complete),
+            false => (&mut self.partial, &mut self.arrived.partial),
+        };
+        let is_new = number > *last;
+        *last = number.max(*last);
+        *count = count.saturating_add(u32::from(is_new));
+        is_new
+    }
 }
 
 /// The probes of one size, in both directions.
@@ -342,13 +511,14 @@ struct Arrivals {
 }
 
 impl Path {
-    fn new(me: NodeId, to: NodeId, announced_run: u64, now: Duration) -> Self {
+    fn new(carrier: Carrier, me: NodeId, to: NodeId, announced_run: u64, now: Duration) -> Self {
         // A host does not send to all others at once.
         let spread = me.0.iter().chain(&to.0).fold(0, |sum, byte| sum ^ u32::from(*byte));
         Self {
+            carrier,
             announced_run,
             run: 0,
-            small: Side::new(Size::Small, now, spread),
+            small: Side::new(carrier.small(), now, spread),
             large: Side::new(Size::Large, now, spread),
             said: None,
             round_trip: None,
@@ -357,6 +527,9 @@ impl Path {
             heard_trial: 0,
             search: None,
             searched_at: None,
+            offload: Trial::new(now + GRACE),
+            offload_answered: Arrived::default(),
+            offload_probes: OffloadProbes::default(),
         }
     }
 
@@ -379,6 +552,7 @@ impl Path {
         self.small.arrivals.judge(now, is_vouched);
         self.small.is_due |= self.small.arrivals.verdict != before;
         // Large ones say something only while small ones arrive.
+        let is_vouched = is_vouched && self.carrier.has_large();
         self.large.arrivals.judge(now, is_vouched && self.small.arrivals.verdict == Verdict::Works);
     }
 
@@ -387,15 +561,18 @@ impl Path {
         let report = self.report(now);
         let is_missed = |report: Report| report.verdict == Verdict::Doubtful;
         let small = self.small.next_number(now, report.is_some_and(|(small, _)| is_missed(small)));
-        let large = self.large.next_number(now, report.is_some_and(|(_, large)| is_missed(large)));
-        [small, large]
+        let has_large = self.carrier.has_large();
+        let large =
+            has_large.then(|| self.large.next_number(now, report.is_some_and(|(_, large)| is_missed(large))));
+        [small, large.flatten()]
     }
 
     /// Searches for the longest packets that pass to the other host, while it says that those of full length do not.
     fn search(&mut self, now: Duration, mtu: u16) -> Step {
-        let is_narrow = self.report(now).is_some_and(|(small, large)| {
-            large.verdict == Verdict::Broken && small.verdict == Verdict::Works
-        });
+        let is_narrow =
+            self.report(now).filter(|_| self.carrier.has_large()).is_some_and(|(small, large)| {
+                large.verdict == Verdict::Broken && small.verdict == Verdict::Works
+            });
         let is_due = self.searched_at.is_none_or(|at| now.saturating_sub(at) >= SEARCH_AGAIN);
         if !is_narrow {
             self.search = None;
@@ -424,27 +601,44 @@ impl Path {
             self.small.arrivals.restart();
             self.large.arrivals.restart();
             self.heard_trial = 0;
+            (self.offload_answered, self.offload_probes) = (Arrived::default(), OffloadProbes::default());
         }
         let is_new = match frame.size {
-            Size::Small => self.small.arrivals.take(frame.number, now),
+            Size::Small | Size::Direct => self.small.arrivals.take(frame.number, now),
             Size::Large => self.large.arrivals.take(frame.number, now),
             Size::Trial => {
                 let before = std::mem::replace(&mut self.heard_trial, frame.number);
                 self.heard_trial = self.heard_trial.max(before);
                 frame.number > before
             }
+            Size::Partial => self.offload_probes.take(false, frame.number),
+            Size::Complete => self.offload_probes.take(true, frame.number),
         };
         if !is_new {
             return;
         }
         if frame.heard_run == run {
             self.arrived_trial = self.arrived_trial.max(frame.heard_trial);
+            self.take_answers(frame.arrived);
             if let Some(sent_at) = self.small.sent_at(frame.small.number) {
                 let trip = now.saturating_sub(sent_at).saturating_sub(frame.small.held);
                 self.round_trip = Some(self.round_trip.map_or(trip, |before| (before * 7 + trip) / 8));
             }
         }
         self.said = Some((frame.small, frame.large, now));
+    }
+
+    /// Takes what arrived at the other host of the probes of the offload.
+    fn take_answers(&mut self, arrived: Arrived) {
+        let before = std::mem::replace(&mut self.offload_answered, arrived);
+        let round = self.offload.number();
+        let more = |now: u32, before: u32| now.saturating_sub(before).min(round);
+        for _ in 0..more(arrived.partial, before.partial).min(MOST_ANSWERS) {
+            self.offload.answered(round, 0);
+        }
+        for _ in 0..more(arrived.complete, before.complete).min(MOST_ANSWERS) {
+            self.offload.control_answered(round);
+        }
     }
 
     fn state(&self, now: Duration) -> PathState {
@@ -456,7 +650,8 @@ impl Path {
             large: large.verdict,
             loss_percent: loss(small),
         });
-        PathState { received, sent, round_trip: self.round_trip, is_mutual: false }
+        let offload = self.offload.verdict();
+        PathState { received, sent, round_trip: self.round_trip, offload, is_mutual: false }
     }
 }
 

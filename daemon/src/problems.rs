@@ -61,6 +61,10 @@ pub(crate) enum Code {
     PathNarrow,
     /// Networks use shorter packets, because a path loses longer ones.
     PathLimited,
+    /// No directly routed packet passes to or from a live host.
+    DirectBroken,
+    /// Packets in VXLAN are lost whose checksums are left to the offload, so ovld computes them before.
+    ChecksumOffload,
     /// The cluster was recovered from the loss of its majority, and hosts of both sides are there.
     Recovered,
     /// Two networks of the cluster overlap.
@@ -83,10 +87,12 @@ pub(crate) enum Code {
     PeerWithoutTunnel,
     /// Two hosts publish the same tunnel key.
     TunnelKeyCopied,
-    /// The tunnel to a host has no session.
-    NoTunnelSession,
+    /// No packet of the tunnel passes to or from a live host.
+    TunnelBroken,
     /// A network is not encrypted although encryption is configured.
     NotEncrypted,
+    /// Datagrams of the tunnel that the kernel divides arrive damaged, so it divides none.
+    SegmentsDamaged,
     /// A published port is held by another program.
     PublishedPort,
     /// The health check port of a Service is held by another program.
@@ -118,7 +124,7 @@ pub(crate) enum Code {
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    const ALL: [Self; 52] = [
+    const ALL: [Self; 55] = [
         Self::Address,
         Self::StateFile,
         Self::DamagedFile,
@@ -146,6 +152,8 @@ impl Code {
         Self::PathNarrow,
         Self::PathLimited,
         Self::Recovered,
+        Self::DirectBroken,
+        Self::ChecksumOffload,
         Self::NetworkOverlap,
         Self::BridgeConflict,
         Self::NoBlock,
@@ -156,8 +164,9 @@ impl Code {
         Self::NoTunnel,
         Self::PeerWithoutTunnel,
         Self::TunnelKeyCopied,
-        Self::NoTunnelSession,
+        Self::TunnelBroken,
         Self::NotEncrypted,
+        Self::SegmentsDamaged,
         Self::PublishedPort,
         Self::HealthPort,
         Self::Firewall,
@@ -174,7 +183,7 @@ impl Code {
     ];
 
     /// Returns the code as users see it, such as `OVL-E011`. The tens digit names the area: 1 this host, 2
-    /// members, 3 cluster key (34 to 36: paths, 37: members again), 4 networks, 5 encryption, 6 published ports and Services, 7 names, 8 settings
+    /// members, 3 cluster key (34 to 36, 38 and 39: paths, 37: members again), 4 networks, 5 encryption, 6 published ports and Services, 7 names, 8 settings
     /// of the host.
     pub(crate) const fn as_str(self) -> &'static str {
         match self {
@@ -205,6 +214,8 @@ impl Code {
             Self::PathNarrow => "OVL-E035",
             Self::PathLimited => "OVL-E036",
             Self::Recovered => "OVL-E037",
+            Self::DirectBroken => "OVL-E038",
+            Self::ChecksumOffload => "OVL-E039",
             Self::NetworkOverlap => "OVL-E040",
             Self::BridgeConflict => "OVL-E041",
             Self::NoBlock => "OVL-E042",
@@ -215,8 +226,9 @@ impl Code {
             Self::NoTunnel => "OVL-E050",
             Self::PeerWithoutTunnel => "OVL-E051",
             Self::TunnelKeyCopied => "OVL-E052",
-            Self::NoTunnelSession => "OVL-E053",
+            Self::TunnelBroken => "OVL-E053",
             Self::NotEncrypted => "OVL-E054",
+            Self::SegmentsDamaged => "OVL-E055",
             Self::PublishedPort => "OVL-E060",
             Self::HealthPort => "OVL-E061",
             Self::Firewall => "OVL-E062",
@@ -257,6 +269,7 @@ impl Code {
             | Self::PathBroken
             | Self::PathNarrow
             | Self::Recovered
+            | Self::DirectBroken
             | Self::NoBlock
             | Self::EndpointIsolated
             | Self::NetworkRange
@@ -264,7 +277,7 @@ impl Code {
             | Self::NoTunnel
             | Self::PeerWithoutTunnel
             | Self::TunnelKeyCopied
-            | Self::NoTunnelSession
+            | Self::TunnelBroken
             | Self::PublishedPort
             | Self::HealthPort
             | Self::Firewall
@@ -276,10 +289,12 @@ impl Code {
             | Self::KeyFile
             | Self::KeyRotation
             | Self::PathLimited
+            | Self::ChecksumOffload
             | Self::NetworkOverlap
             | Self::MulticastGroups
             | Self::BridgeConflict
             | Self::NotEncrypted
+            | Self::SegmentsDamaged
             | Self::ServiceDenied
             | Self::PoolUsedUp
             | Self::PoolOverlap

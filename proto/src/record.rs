@@ -104,6 +104,14 @@ pub struct Tunnel {
 /// The maximum number of cluster keys that a host opens with, other than the one that it seals with.
 pub const MAX_OTHER_KEYS: usize = 2;
 
+/// Bits of [`NodeRecord::probe_kinds`].
+pub mod probe_kinds {
+    /// Probes of directly routed paths.
+    pub const DIRECT: u8 = 1;
+    /// Probes of the offload of checksums in VXLAN.
+    pub const OFFLOAD: u8 = 2;
+}
+
 /// The maximum length of [`NodeRecord::not_built`].
 pub const MAX_NOT_BUILT: usize = 4;
 
@@ -192,6 +200,8 @@ pub struct NodeRecord {
     /// Networks in which it has endpoints and that it does not build, because they cover addresses that it needs: at most
     /// [`MAX_NOT_BUILT`].
     pub not_built: Vec<NetworkId>,
+    /// The kinds of path probes that it sends and answers beside those of [`Self::probes`]: bits of [`probe_kinds`].
+    pub probe_kinds: u8,
     /// Fields that this release does not know.
     pub unknown: Unknown,
 }
@@ -200,7 +210,7 @@ fields! {
     NodeRecord {
         1 id, 2 public_key, 3 name, 4 generation, 5 revision, 6 cluster, 7 address, 8 version, 9 wire, 10 vtep,
         11 vxlan_port, 12 link_mtu, 13 tunnel optional, 14 keys, 15 presence, 16 probes optional,
-        17 not_built optional,
+        17 not_built optional, 18 probe_kinds optional,
         ..unknown
     }
 }
@@ -361,6 +371,7 @@ mod tests {
             wire: WireVersions::own(),
             probes: u8::MAX,
             not_built: vec![NetworkId([7; 5]); MAX_NOT_BUILT],
+            probe_kinds: u8::MAX,
             unknown: Unknown::default(),
         };
         let signed =

@@ -63,6 +63,7 @@ impl Liar {
             wire: WireVersions::own(),
             probes: 0,
             not_built: Vec::new(),
+            probe_kinds: 0,
             unknown: Unknown::default(),
         })?;
         let config = StreamsConfig {

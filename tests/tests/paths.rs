@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -14,6 +15,8 @@ use serde_json::Value;
 
 /// Time limit for a fault of a path to be shown, and for its end.
 const WITHIN: Duration = Duration::from_secs(5);
+/// The same for a fault of the tunnel.
+const WITHIN_TUNNEL: Duration = Duration::from_secs(16);
 /// The same for a fault of large packets, which are probed less often.
 const WITHIN_LARGE: Duration = Duration::from_secs(15);
 /// The same for the search of what passes instead.
@@ -21,15 +24,61 @@ const WITHIN_SEARCH: Duration = Duration::from_secs(60);
 
 /// Drops VXLAN packets from one host to another one on the switch between them. `more` is a further condition of nft.
 fn block(lab: &Lab, from: &str, to: &str, more: &str) {
-    let rule = format!("iifname {from} oifname {to} udp dport 4789 {more} drop");
-    let table = format!(
-        "table bridge security-group {{ chain forward {{ type filter hook forward priority 0; {rule}; }}; }}"
-    );
-    lab.switch().exec_input(["nft", "-f", "-"], Some(&table)).unwrap();
+    drop_on_switch(lab, &format!("iifname {from} oifname {to} udp dport 4789 {more}"));
 }
 
 fn unblock(lab: &Lab) {
     lab.switch().exec_ok(["nft", "delete table bridge security-group"]).unwrap();
+}
+
+/// Drops what a rule of nft matches on the switch.
+fn drop_on_switch(lab: &Lab, rule: &str) {
+    let table = format!(
+        "table bridge security-group {{ chain forward {{ type filter hook forward priority 0; {rule} drop; }}; }}"
+    );
+    lab.switch().exec_input(["nft", "-f", "-"], Some(&table)).unwrap();
+}
+
+/// Damages datagrams of the tunnel from one host to another one that their sender left to the kernel to divide. Links of the lab
+/// carry them undivided, so they are longer than any packet of a link.
+fn damage_divided(lab: &Lab, from: &str, to: &str) {
+    let rule = format!(
+        "iifname {from} oifname {to} udp dport 51940 ip length > 1500 counter @th,1024,32 set 0xbadbad"
+    );
+    let table = format!(
+        "table bridge faulty-card {{ chain forward {{ type filter hook forward priority 0; {rule}; }}; }}"
+    );
+    lab.switch().exec_input(["nft", "-f", "-"], Some(&table)).unwrap();
+}
+
+/// The number of packets that [`damage_divided`] has damaged.
+fn damaged(lab: &Lab) -> u64 {
+    let rules = lab.switch().exec_ok(["nft", "list table bridge faulty-card"]).unwrap();
+    let mut words = rules.split_whitespace().skip_while(|word| *word != "packets");
+    words.nth(1).unwrap().parse().unwrap()
+}
+
+/// The sum of the pseudo-header of TCP between two addresses, for a segment of `length` bytes: what is in the place of a checksum
+/// that is left to an offload.
+fn pseudo_sum([from, to]: [Ipv4Addr; 2], length: u16) -> u16 {
+    let halves = |address: Ipv4Addr| address.to_bits() / 0x1_0000 + address.to_bits() % 0x1_0000;
+    let sum = halves(from) + halves(to) + 6 + u32::from(length);
+    u16::try_from(sum % 0xffff).unwrap()
+}
+
+/// Drops packets in VXLAN from a host that left their checksums to an offload, as if one had left wrong ones: requests for a
+/// connection between two addresses, and datagrams to all hosts of a link. Links of the lab carry them as they are.
+fn drop_unfinished(lab: &Lab, from: &str, ends: [Ipv4Addr; 2]) {
+    let sum = pseudo_sum(ends, 40);
+    let rules = [
+        format!("iifname {from} udp dport 4789 @th,312,8 6 @th,528,16 {sum} drop"),
+        format!("iifname {from} udp dport 4789 @th,312,8 17 @th,368,32 0xffffffff @th,448,16 < 512 drop"),
+    ]
+    .join("; ");
+    let table = format!(
+        "table bridge faulty-card {{ chain forward {{ type filter hook forward priority 0; {rules}; }}; }}"
+    );
+    lab.switch().exec_input(["nft", "-f", "-"], Some(&table)).unwrap();
 }
 
 /// The probed path from a host to another one.
@@ -148,6 +197,133 @@ fn path_for_small_packets_alone_is_named_and_networks_use_what_passes() {
     h1.restart().unwrap();
     lab.hosts().iter().for_each(|host| wait_ready(host, SOON));
     wait_until(SOON, "the old MTU", || -> Result<bool> { Ok(mtu(h2) == Some(1450)) }).unwrap();
+    wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+#[test]
+fn tunnel_divides_no_datagrams_while_that_damages_them() {
+    let lab = start_lab_with(LabConfig::hosts(2)).unwrap();
+    create_network(&lab, "red", &["--encrypted", "--subnet", "10.99.0.0/24"]).unwrap();
+    let all = [("h1", "a"), ("h2", "b")].map(|(host, name)| attach(&lab[host], name, "red", &[]).unwrap());
+    ping_all_pairs(&all, SOON).unwrap();
+    let (h1, h2) = (&lab["h1"], &lab["h2"]);
+    wait_ready(h1, SOON);
+    damage_divided(&lab, "h1", "h2");
+    let found =
+        wait_problem(h1, &["to host h2", "UDP_SEGMENT", "ovld sends each one by itself"], WITHIN_SEARCH)
+            .unwrap();
+    assert!(!found.contains("h1"), "{found}");
+    let status = h1.ctl_json(&["status"]).unwrap();
+    assert_eq!(text(&status["problems"][0]["code"]), "OVL-E055");
+
+    let (long, before) = (vec![7; 4_000_000], damaged(&lab));
+    let [from, to] = &all;
+    let echo = to.workload.tcp_echo(0).unwrap();
+    let back = from.workload.tcp_roundtrip(to.address(), echo.port(), &long).unwrap();
+    assert!(back == long);
+    // Rounds of the trial itself go on.
+    let more = damaged(&lab) - before;
+    assert!(more < 5, "{more} datagrams of a connection were divided");
+    wait_ready(h2, WITHIN);
+
+    lab.switch().exec_ok(["nft", "delete table bridge faulty-card"]).unwrap();
+    wait_ready(h1, WITHIN_SEARCH);
+    wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+#[test]
+fn checksums_are_computed_before_vxlan_where_the_offload_leaves_wrong_ones() {
+    let lab = two_hosts(Underlay::V4, &["--subnet", "10.99.0.0/24"]);
+    let (h1, h2) = (&lab["h1"], &lab["h2"]);
+    let ends = [(h1, "a"), (h2, "b")].map(|(host, name)| text(&address_of(host, name)).parse().unwrap());
+    let (from, to) = (h1.find_workload("a").unwrap(), h2.find_workload("b").unwrap());
+    let echo = to.tcp_echo(0).unwrap();
+    let at = SocketAddr::from((ends[1], echo.port()));
+    let connect = || from.run(|| TcpStream::connect_timeout(&at, Duration::from_secs(2))).unwrap();
+    connect().unwrap();
+    drop_unfinished(&lab, "h1", ends);
+    connect().unwrap_err();
+    from.exec_ok(["ping", "-n", "-c1", "-W5", &ends[1].to_string()]).unwrap();
+
+    wait_problem(h1, &["in VXLAN from this host to host h2 are lost", "ovld computes them"], WITHIN_SEARCH)
+        .unwrap();
+    let status = h1.ctl_json(&["status"]).unwrap();
+    assert_eq!(text(&status["problems"][0]["code"]), "OVL-E039");
+    wait_until(SOON, "connections to open", || -> Result<bool> { Ok(connect().is_ok()) }).unwrap();
+    let long = vec![7; 1_000_000];
+    assert!(from.tcp_roundtrip(ends[1], echo.port(), &long).unwrap() == long);
+    wait_ready(h2, WITHIN);
+
+    lab.switch().exec_ok(["nft", "delete table bridge faulty-card"]).unwrap();
+    h1.restart().unwrap();
+    lab.hosts().iter().for_each(|host| wait_ready(host, SOON));
+    connect().unwrap();
+    wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+/// Lets the underlay drop packets with addresses of a directly routed network, and checks what both hosts say of it.
+fn assert_foreign_sources_are_named(underlay: Underlay, subnet: &str, family: &str) {
+    let network = ["--mode", "l3", "--backend", "direct", "--subnet", subnet];
+    let lab = two_hosts(underlay, &network);
+    let (h1, h2) = (&lab["h1"], &lab["h2"]);
+    let (first, second) = (h1.address().unwrap().to_string(), h2.address().unwrap().to_string());
+    let row = path(h1, "h2").unwrap();
+    assert_eq!(
+        (text(&row["encapsulation"]), text(&row["network"])),
+        ("direct".into(), "blue".into()),
+        "{row}"
+    );
+    let pair = |from: &str, to: &str| format!("addresses in {subnet} from {from} to {to}");
+
+    drop_on_switch(&lab, &format!("{family} saddr {subnet}"));
+    for (host, other, there, here) in [(h1, "h2", &second, &first), (h2, "h1", &first, &second)] {
+        let what = format!("from host {other} arrives at this host");
+        let both = format!("between this host and host {other}, in neither direction");
+        let found =
+            wait_problem(host, &["network blue", "without VXLAN", &pair(there, here)], WITHIN).unwrap();
+        assert!(found.contains(&what) || found.contains(&both), "{found}");
+        let status = host.ctl_json(&["status"]).unwrap();
+        assert_eq!(text(&status["problems"][0]["code"]), "OVL-E038");
+    }
+    unblock(&lab);
+    lab.hosts().iter().for_each(|host| wait_ready(host, WITHIN));
+
+    drop_on_switch(&lab, &format!("iifname h1 oifname h2 {family} saddr {subnet}"));
+    let open = pair(&first, &second);
+    wait_problem(h1, &["from this host arrives at host h2, as it says", &open], WITHIN).unwrap();
+    wait_problem(h2, &["from host h1 arrives at this host", &open], WITHIN).unwrap();
+    wait_path(h1, "h2", ["broken", "works"], WITHIN);
+    unblock(&lab);
+    lab.hosts().iter().for_each(|host| wait_ready(host, WITHIN));
+    wait_path(h2, "h1", ["works"; 2], WITHIN);
+    wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+#[test]
+fn filter_of_foreign_sources_is_named_on_a_direct_network() {
+    assert_foreign_sources_are_named(Underlay::V4, "10.61.0.0/16", "ip");
+}
+
+#[test]
+fn filter_of_foreign_sources_is_named_on_a_direct_network_over_ipv6() {
+    assert_foreign_sources_are_named(Underlay::V6, "fd61::/48", "ip6");
+}
+
+#[test]
+fn direction_in_which_the_tunnel_is_blocked_is_named_by_both_hosts() {
+    let lab = start_lab_with(LabConfig::hosts(2)).unwrap();
+    create_network(&lab, "red", &["--encrypted", "--subnet", "10.99.0.0/24"]).unwrap();
+    let all = [("h1", "a"), ("h2", "b")].map(|(host, name)| attach(&lab[host], name, "red", &[]).unwrap());
+    ping_all_pairs(&all, SOON).unwrap();
+    let (h1, h2) = (&lab["h1"], &lab["h2"]);
+    lab.hosts().iter().for_each(|host| wait_ready(host, SOON));
+    let (first, second) = (h1.address().unwrap(), h2.address().unwrap());
+    drop_on_switch(&lab, "iifname h1 oifname h2 udp dport 51940");
+    let open = format!("Allow UDP port 51940 from {first} to {second}");
+    wait_problem(h1, &["host h2 answers nothing that this host sends", &open], WITHIN_TUNNEL).unwrap();
+    wait_problem(h2, &["no packet of the tunnel from host h1 arrives", &open], WITHIN_TUNNEL).unwrap();
+    unblock(&lab);
+    lab.hosts().iter().for_each(|host| wait_ready(host, WITHIN_TUNNEL));
     wait_clean(lab.hosts(), SOON).unwrap();
 }
 

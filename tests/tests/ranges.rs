@@ -117,6 +117,7 @@ fn write_unchecked(lab: &Lab, writer: &Host, to: &[&Host], networks: Vec<Network
         wire: WireVersions::own(),
         probes: 0,
         not_built: Vec::new(),
+        probe_kinds: 0,
         unknown: Unknown::default(),
     })?;
     writer.run(|| -> Result<()> {

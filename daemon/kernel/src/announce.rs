@@ -70,7 +70,7 @@ impl Announcer {
     /// Sends one announcement. A failure is only logged: neighbour resolution works without it.
     fn send(&self, device: Device, index: u32, address: IpAddr, mac: Mac) {
         if let Some(frame) = frame(address, mac)
-            && let Err(error) = sys::send_frame(self.socket.as_fd(), index, &frame)
+            && let Err(error) = sys::send_frame(self.socket.as_fd(), index, 0, &frame)
         {
             tracing::debug!(%device, %address, %error, "cannot announce an address");
         }
@@ -81,7 +81,7 @@ impl Announcer {
     /// without a query.
     pub(super) fn ask_for_members(&self, port: u32) {
         if let Some(frame) = query()
-            && let Err(error) = sys::send_frame(self.socket.as_fd(), port, &frame)
+            && let Err(error) = sys::send_frame(self.socket.as_fd(), port, 0, &frame)
         {
             tracing::debug!(port, %error, "cannot ask for the members of IPv6 groups");
         }

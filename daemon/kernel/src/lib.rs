@@ -75,6 +75,7 @@ pub use error::{KernelError, Result};
 pub use foreign::{look as foreign_firewalls, run_commands};
 pub use message::port_mac;
 pub use netns::{Netns, open_netns};
+pub use ovl_tunnel::Offload;
 pub use path::PathSocket;
 pub use probe::{Probe, Prober};
 pub use resolver::Resolver;

@@ -93,11 +93,13 @@ pub(super) fn receive_with_namespace(
     Ok((length.min(buffer.len()), namespace))
 }
 
-/// Sends an Ethernet frame through a device, with a packet socket.
-pub(super) fn send_frame(socket: BorrowedFd<'_>, index: u32, frame: &[u8]) -> io::Result<()> {
+/// Sends an Ethernet frame through a device, with a packet socket. `protocol` is the EtherType of the frame; 0: that of the
+/// socket.
+pub(super) fn send_frame(socket: BorrowedFd<'_>, index: u32, protocol: u16, frame: &[u8]) -> io::Result<()> {
     // SAFETY: all zeros are a valid address.
     let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
     to.sll_family = libc::AF_PACKET as u16;
+    to.sll_protocol = protocol.to_be();
     to.sll_ifindex = i32::try_from(index).map_err(io::Error::other)?;
     // SAFETY: the pointers are to a frame and an address of these lengths.
     let sent = unsafe {
@@ -111,6 +113,71 @@ pub(super) fn send_frame(socket: BorrowedFd<'_>, index: u32, frame: &[u8]) -> io
         )
     };
     if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Lets a packet socket expect a `struct virtio_net_hdr` before each frame that it sends (packet(7)).
+pub(super) fn expect_offload_headers(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: the value is an int and outlives the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_PACKET,
+            libc::PACKET_VNET_HDR,
+            (&raw const on).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Lets a device leave the checksums of packets to what is below it, or compute them itself (`ETHTOOL_STXCSUM`).
+pub(super) fn set_checksum_offload(socket: BorrowedFd<'_>, device: &str, on: bool) -> io::Result<()> {
+    /// `struct ethtool_value` of `linux/ethtool.h`.
+    #[repr(C)]
+    struct Value {
+        command: u32,
+        data: u32,
+    }
+    const ETHTOOL_STXCSUM: u32 = 0x17;
+    let mut value = Value { command: ETHTOOL_STXCSUM, data: on.into() };
+    // SAFETY: all zeroes are a valid value of this plain C structure.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if device.len() >= request.ifr_name.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (place, byte) in request.ifr_name.iter_mut().zip(device.bytes()) {
+        *place = byte as libc::c_char;
+    }
+    request.ifr_ifru.ifru_data = (&raw mut value).cast();
+    // SAFETY: the request and the value that it points to are whole and outlive the call.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL as _, &raw mut request) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Lets a raw ICMP socket receive echo requests and nothing else (raw(7), RFC 3542).
+pub(super) fn receive_echo_requests(socket: BorrowedFd<'_>, is_v4: bool) -> io::Result<()> {
+    /// `ICMP_FILTER` of `linux/icmp.h`, at the level of raw sockets: a bit for each type below 32 that is dropped.
+    const ICMP_FILTER: libc::c_int = 1;
+    /// `ICMPV6_FILTER` of `linux/icmpv6.h`: a bit for each type that is dropped.
+    const ICMPV6_FILTER: libc::c_int = 1;
+    /// `SOL_RAW` of `linux/socket.h`.
+    const SOL_RAW: libc::c_int = 255;
+    const REQUEST_V4: u32 = 8;
+    const REQUEST_V6: usize = 128;
+    let mut filter = [u32::MAX; 8];
+    let (level, name, length) = if is_v4 {
+        filter[0] = !(1 << REQUEST_V4);
+        (SOL_RAW, ICMP_FILTER, size_of::<u32>())
+    } else {
+        filter[REQUEST_V6 / 32] = !(1 << (REQUEST_V6 % 32));
+        (libc::IPPROTO_ICMPV6, ICMPV6_FILTER, size_of_val(&filter))
+    };
+    // SAFETY: the filter outlives the call and is at least as long as the call is told.
+    let result = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), level, name, filter.as_ptr().cast(), length as libc::socklen_t)
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// The type of the namespace behind a descriptor of nsfs: a `CLONE_NEW...` constant.

@@ -12,7 +12,7 @@ use ovl_dataplane::op::{AddressOp, FdbOp, Op, RouteOp, SourceOp, WireguardOp};
 use ovl_dataplane::state::{Dataplane, Link, Remote, Source, Tunnel, TunnelKind, TunnelPeer};
 use ovl_proto::SEALED_VXLAN_PORT;
 use ovl_proto::id::{Mac, TunnelKey};
-use ovl_tunnel::{Engine, InterfaceConfig, PeerConfig, PrivateKey, public_key};
+use ovl_tunnel::{Engine, InterfaceConfig, Offload, PeerConfig, PrivateKey, public_key};
 
 use super::error::{KernelError, Result};
 use super::sources::{Change, Sources};
@@ -43,6 +43,10 @@ pub struct TunnelPeerStatus {
     pub sent: u64,
     /// The number of bytes received from it.
     pub received: u64,
+    /// A number that grows with each authenticated message from it, handshakes included.
+    pub heard: u64,
+    /// Whether datagrams that the kernel divides (`UDP_SEGMENT`) arrive at it. WireGuard in the kernel divides none.
+    pub segments: Offload,
 }
 
 /// All tunnel devices, and the devices of encrypted networks. To delete an absent one is no error.
@@ -326,6 +330,8 @@ impl Tunnels {
                         last_handshake: peer.last_handshake,
                         sent: peer.sent,
                         received: peer.received,
+                        heard: peer.heard,
+                        segments: peer.segments,
                     })
                     .collect(),
                 drops: Vec::new(),
@@ -496,6 +502,9 @@ impl KernelTunnels {
             last_handshake: peer.last_handshake,
             sent: peer.sent,
             received: peer.received,
+            // Handshakes count as well.
+            heard: peer.received,
+            segments: Offload::Unknown,
         };
         Ok(peers.into_iter().map(status).collect())
     }

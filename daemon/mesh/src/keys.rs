@@ -425,6 +425,7 @@ pub(crate) fn sample_record(identity: &Identity) -> NodeRecord {
         wire: ovl_proto::record::WireVersions::own(),
         probes: 0,
         not_built: Vec::new(),
+        probe_kinds: 0,
         unknown: ovl_proto::wire::fields::Unknown::default(),
     }
 }

@@ -173,6 +173,8 @@ async fn start_tasks(node: &Rc<Node>, inbox: Inbox, listener: Option<UnixListene
     tasks.spawn_local(Rc::clone(node).tunnel_loop());
     tasks.spawn_local(Rc::clone(node).path_loop());
     tasks.spawn_local(Rc::clone(node).path_receive_loop());
+    tasks.spawn_local(Rc::clone(node).direct_receive_loop());
+    tasks.spawn_local(Rc::clone(node).offload_receive_loop());
     tasks.spawn_local(Rc::clone(node).deleted_loop());
     let (on_gossip, on_links, on_kernel) = (Rc::clone(node), Rc::clone(node), Rc::clone(node));
     tasks.spawn_local(async move {

@@ -63,8 +63,7 @@ use ovl_mesh::keys::{ClusterKey, Identity, KeyFile, Keyring, RecordError, Tunnel
 use ovl_mesh::streams::{StreamEvent, Streams, StreamsConfig};
 use ovl_mesh::transport::Transport;
 use ovl_proto::id::NodeId;
-use ovl_proto::record::WireVersions;
-use ovl_proto::record::{NodeRecord, Presence, SignedRecord};
+use ovl_proto::record::{NodeRecord, Presence, SignedRecord, WireVersions, probe_kinds};
 use ovl_proto::wire::fields::Unknown;
 use ovl_subsystems::local::Local;
 use ovl_subsystems::networks::ranges::HostRanges;
@@ -88,7 +87,7 @@ use crate::multicast::Multicast;
 use crate::names::Resolver;
 use crate::networks::Bridges;
 use crate::objects::ObjectStore;
-use crate::paths::Paths;
+use crate::paths::{Carrier, Paths};
 use crate::ports::Ports;
 use crate::problems::{Code, Problems};
 use crate::progress::Progress;
@@ -122,8 +121,10 @@ pub(crate) struct Node {
     prober: Prober,
     /// The socket of path probes. `None` if this host sends none.
     path_socket: Option<PathSocket>,
-    /// Paths to other hosts.
+    /// Paths to other hosts in VXLAN.
     paths: RefCell<Paths>,
+    /// Paths to other hosts by direct routes.
+    direct_paths: RefCell<Paths>,
     /// Published ports of this host.
     published: PublishedPorts,
     /// Answers to health checks of Services.
@@ -239,7 +240,7 @@ impl Node {
                 config.advertise.ip()
             )
         })?;
-        let path_socket = environment.path_socket().unwrap_or_else(|error| {
+        let path_socket = environment.path_socket(config.advertise.port()).unwrap_or_else(|error| {
             tracing::warn!(%error, "the paths to other hosts are not probed");
             None
         });
@@ -262,6 +263,9 @@ impl Node {
             wire: WireVersions::own(),
             probes: if path_socket.is_some() { crate::paths::frame::VERSION } else { 0 },
             not_built: Vec::new(),
+            probe_kinds: path_socket.as_ref().map_or(0, |socket| {
+                probe_kinds::DIRECT | if socket.has_offload() { probe_kinds::OFFLOAD } else { 0 }
+            }),
             unknown: Unknown::default().played(),
         };
         let signed = identity.sign_record(&record)?;
@@ -300,7 +304,8 @@ impl Node {
             identity,
             kernel,
             path_socket,
-            paths: RefCell::new(Paths::new(me)),
+            paths: RefCell::new(Paths::new(me, Carrier::Vxlan)),
+            direct_paths: RefCell::new(Paths::new(me, Carrier::Direct)),
             prober: environment.prober().context("opening a socket for ICMP")?,
             published: PublishedPorts::new(ports.clone(), Rc::clone(&environment)),
             health: HealthAnswers::new(ports),
@@ -602,6 +607,7 @@ fn first_state(
         reconcile: Progress::new(),
         caught_up: false,
         path_limits: BTreeMap::new(),
+        offload_faults: BTreeSet::new(),
         problems: Problems::default(),
         newer: newer::Newer::default(),
         save: state::Save::default(),

@@ -1,5 +1,6 @@
 //! Path probes: sends and receives them, and shows what they find.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -7,16 +8,19 @@ use std::time::Duration;
 
 use ovl_cluster::addresses;
 use ovl_control::{PathDirection, PathVerdict, PeerPath, PeerState};
+use ovl_dataplane::device::Device;
 use ovl_kernel::PathSocket;
+use ovl_mesh::keys::ClusterKey;
 use ovl_proto::id::NodeId;
-use ovl_proto::record::Presence;
-use ovl_subsystems::networks::VxlanHop;
+use ovl_proto::record::{NodeRecord, Presence, probe_kinds};
+use ovl_subsystems::networks::{DirectHop, VxlanHop};
+use ovl_udp::trial::Offload;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use super::Node;
 use super::state::State;
-use crate::paths::frame::{Frame, Verdict};
-use crate::paths::{self, Candidate, Direction, Ends};
+use crate::paths::frame::{Frame, Size, Verdict};
+use crate::paths::{self, Candidate, DirectEnds, Direction, Ends, PathState, Paths};
 use crate::problems::Code;
 
 /// Time without a direct datagram of gossip after which a host is not vouched for. Gossip pings every 0.6 s.
@@ -36,20 +40,34 @@ impl Node {
         let Some(socket) = &self.path_socket else { return std::future::pending().await };
         let mut ticks = interval(paths::TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut hops = BTreeMap::new();
+        let (mut hops, mut direct_hops) = (BTreeMap::new(), BTreeMap::new());
+        let mut offloads = BTreeSet::new();
         for count in 0u32.. {
             ticks.tick().await;
             if count.is_multiple_of(TICKS_OF_CHOICE) {
                 hops = self.path_hops();
-                let state = self.state.borrow();
-                let candidates = hops.iter().filter_map(|(id, hop)| {
-                    let run = state.view.nodes.get(id)?.record.generation;
-                    Some((*id, Candidate { run, mtu: hop.mtu }))
-                });
-                self.paths.borrow_mut().follow(candidates.collect(), state.epoch.elapsed());
+                direct_hops = self.direct_hops();
+                self.follow_paths(&self.paths, hops.iter().map(|(id, hop)| (*id, hop.mtu)));
+                self.follow_paths(&self.direct_paths, direct_hops.iter().map(|(id, hop)| (*id, hop.mtu)));
+                self.note_offloads();
+                self.set_offloads(socket, &mut offloads);
             }
             self.send_probes(socket, &hops);
+            self.send_direct_probes(socket, &direct_hops);
+            self.tell_paths();
         }
+    }
+
+    /// Tells the paths of a kind which hosts can be probed, each with the length of the longest packet to it in bytes.
+    fn follow_paths(&self, paths: &RefCell<Paths>, hosts: impl Iterator<Item = (NodeId, u16)>) {
+        let state = self.state.borrow();
+        let candidates = hosts.filter_map(|(id, mtu)| {
+            let record = &state.view.nodes.get(&id)?.record;
+            let tries_offload =
+                record.probe_kinds & probe_kinds::OFFLOAD != 0 && state.offload_faults.is_empty();
+            Some((id, Candidate { run: record.generation, mtu, tries_offload }))
+        });
+        paths.borrow_mut().follow(candidates.collect(), state.epoch.elapsed());
     }
 
     /// Receives path probes forever.
@@ -72,40 +90,119 @@ impl Node {
         }
     }
 
+    /// Receives path probes by direct routes forever.
+    pub(super) async fn direct_receive_loop(self: Rc<Self>) {
+        let Some(socket) = &self.path_socket else { return std::future::pending().await };
+        let mut buffer = vec![0; MAX_FRAME];
+        loop {
+            let started = Instant::now();
+            for _ in 0..BATCH {
+                match socket.receive_echo(&mut buffer).await {
+                    Ok(Some(payload)) => self.take_echo(buffer.get(payload).unwrap_or_default()),
+                    Ok(None) => {}
+                    Err(error) => {
+                        tracing::debug!(%error, "cannot receive path probes by direct routes");
+                        break;
+                    }
+                }
+            }
+            sleep_until(started + PERIOD).await;
+        }
+    }
+
+    /// Receives probes of the offload of checksums forever.
+    pub(super) async fn offload_receive_loop(self: Rc<Self>) {
+        let Some(socket) = &self.path_socket else { return std::future::pending().await };
+        let mut buffer = vec![0; MAX_FRAME];
+        loop {
+            let started = Instant::now();
+            for _ in 0..BATCH {
+                match socket.receive_datagram(&mut buffer).await {
+                    Ok(length) => self.take_datagram(buffer.get(..length).unwrap_or_default()),
+                    Err(error) => {
+                        tracing::debug!(%error, "cannot receive path probes in datagrams");
+                        break;
+                    }
+                }
+            }
+            sleep_until(started + PERIOD).await;
+        }
+    }
+
+    /// Lets new VXLAN devices leave checksums to what is below; lets all compute checksums themselves while that is known to
+    /// damage packets. `done` has the devices that are known.
+    fn set_offloads(&self, socket: &PathSocket, done: &mut BTreeSet<Device>) {
+        let state = self.state.borrow();
+        let on = state.offload_faults.is_empty();
+        let devices: BTreeSet<Device> = state.subsystems.networks.vxlan_devices().collect();
+        done.retain(|device| devices.contains(device));
+        for device in devices {
+            // A device that was made again has the offload.
+            if on && done.contains(&device) {
+                continue;
+            }
+            match socket.set_checksum_offload(device, on) {
+                Ok(()) => _ = done.insert(device),
+                Err(error) => tracing::debug!(%device, %error, "cannot change the offload of checksums"),
+            }
+        }
+    }
+
+    /// Notes the hosts to which packets are lost whose checksums are left to the offload.
+    fn note_offloads(&self) {
+        let mut state = self.state.borrow_mut();
+        let now = state.epoch.elapsed();
+        let State { view, offload_faults, .. } = &mut *state;
+        offload_faults.retain(|id| view.nodes.contains_key(id));
+        let paths = self.paths.borrow();
+        offload_faults
+            .extend(paths.all(now).filter(|(_, path)| path.offload == Offload::Damages).map(|(id, _)| id));
+    }
+
     /// Returns the hosts that can be probed, with the VXLAN device that leads to each.
     fn path_hops(&self) -> BTreeMap<NodeId, VxlanHop> {
         let state = self.state.borrow();
-        if !state.is_member() {
-            return BTreeMap::new();
-        }
-        let is_probed = |id: &NodeId| {
-            state.view.nodes.get(id).is_some_and(|node| {
-                node.record.probes == paths::frame::VERSION
-                    && node.record.presence == Presence::Running
-                    && node.state == PeerState::Alive
-                    && state.view.alloc.members.contains(id)
-            })
-        };
         let networks = &state.subsystems.networks;
-        let others = state.peers.keys().filter(|id| is_probed(id));
+        let others = state
+            .peers
+            .keys()
+            .filter(|id| is_probed(&state, **id, |record| record.probes == paths::frame::VERSION));
         others.filter_map(|id| Some((*id, networks.vxlan_to(&state.view, *id)?))).collect()
     }
 
-    fn send_probes(&self, socket: &PathSocket, hops: &BTreeMap<NodeId, VxlanHop>) {
+    /// Returns the hosts that can be probed by a direct route, with the way to each.
+    fn direct_hops(&self) -> BTreeMap<NodeId, DirectHop> {
+        let state = self.state.borrow();
+        let mut hops = state.subsystems.networks.direct_hops(&state.view);
+        hops.retain(|id, _| is_probed(&state, *id, |record| record.probe_kinds & probe_kinds::DIRECT != 0));
+        hops
+    }
+
+    /// Whether gossip heard a host a moment ago.
+    fn vouches(&self) -> impl Fn(NodeId) -> bool {
         let contacts = self.gossip().contacts();
-        let vouches = |id| contacts.get(&id).is_some_and(|contact| contact.last_heard.elapsed() < VOUCHED);
+        move |id| contacts.get(&id).is_some_and(|contact| contact.last_heard.elapsed() < VOUCHED)
+    }
+
+    fn send_probes(&self, socket: &PathSocket, hops: &BTreeMap<NodeId, VxlanHop>) {
         let state = self.state.borrow();
         let Some(own) = state.record() else { return };
-        let due = self.paths.borrow_mut().tick(state.epoch.elapsed(), own.generation, vouches);
+        let due = self.paths.borrow_mut().tick(state.epoch.elapsed(), own.generation, self.vouches());
         for (frame, mtu) in due.probes {
-            let (Some(hop), Some(peer)) = (hops.get(&frame.to), state.view.nodes.get(&frame.to)) else {
-                continue;
-            };
-            let ring = &state.keys.ring;
-            let mut opened = ring.all().filter(|key| peer.record.keys.has(key.id()));
-            let key = opened.next().unwrap_or(ring.sealing());
+            let (Some(hop), Some(key)) = (hops.get(&frame.to), key_to(&state, frame.to)) else { continue };
             let macs = [frame.from, frame.to].map(|host| addresses::mac_of_host(hop.network, host));
-            if let Err(error) = socket.send(hop.device, &frame.encode(macs, key, mtu)) {
+            let sent = match frame.size {
+                Size::Partial | Size::Complete => {
+                    let Some(peer) = state.view.nodes.get(&frame.to) else { continue };
+                    let port = peer.record.address.port();
+                    let is_complete = frame.size == Size::Complete;
+                    socket.send_datagram(hop.device, macs, port, &frame.encode_payload(key), is_complete)
+                }
+                Size::Small | Size::Large | Size::Trial | Size::Direct => {
+                    socket.send(hop.device, &frame.encode(macs, key, mtu))
+                }
+            };
+            if let Err(error) = sent {
                 tracing::debug!(to = %frame.to, device = %hop.device, %error, "cannot send a path probe");
             }
         }
@@ -113,7 +210,18 @@ impl Node {
         for (host, mtu) in due.limits {
             self.limit_path(host, mtu);
         }
-        self.tell_paths();
+    }
+
+    fn send_direct_probes(&self, socket: &PathSocket, hops: &BTreeMap<NodeId, DirectHop>) {
+        let state = self.state.borrow();
+        let Some(own) = state.record() else { return };
+        let due = self.direct_paths.borrow_mut().tick(state.epoch.elapsed(), own.generation, self.vouches());
+        for (frame, _) in due.probes {
+            let (Some(hop), Some(key)) = (hops.get(&frame.to), key_to(&state, frame.to)) else { continue };
+            if let Err(error) = socket.send_echo(hop.gateway, &frame.encode_payload(key)) {
+                tracing::debug!(to = %frame.to, gateway = %hop.gateway, %error, "cannot send a path probe");
+            }
+        }
     }
 
     /// Publishes that only packets of workloads up to a length pass to a host.
@@ -152,6 +260,7 @@ impl Node {
             broken.extend(ends.broken(&path).map(|sentence| (peer.name.clone(), sentence)));
             narrow.extend(ends.narrow(&path).map(|sentence| (peer.name.clone(), sentence)));
         }
+        let direct = self.broken_direct_paths(&state);
         let limits = state.path_limits.iter();
         let limited: Vec<(String, String)> = limits
             .filter_map(|(id, limit)| {
@@ -159,9 +268,20 @@ impl Node {
                 Some((peer.name.clone(), paths::limited(&peer.name, *limit)))
             })
             .collect();
-        for (code, found) in
-            [(Code::PathBroken, broken), (Code::PathNarrow, narrow), (Code::PathLimited, limited)]
-        {
+        let faults = state.offload_faults.iter();
+        let unfinished: Vec<(String, String)> = faults
+            .filter_map(|id| {
+                let peer = &state.view.nodes.get(id)?.record;
+                Some((peer.name.clone(), paths::unfinished(&peer.name)))
+            })
+            .collect();
+        for (code, found) in [
+            (Code::PathBroken, broken),
+            (Code::PathNarrow, narrow),
+            (Code::PathLimited, limited),
+            (Code::DirectBroken, direct),
+            (Code::ChecksumOffload, unfinished),
+        ] {
             let before: BTreeSet<String> =
                 state.problems.of(code).map(|(object, _)| object.to_owned()).collect();
             for (name, sentence) in found.iter().filter(|(name, _)| !before.contains(name)) {
@@ -174,29 +294,104 @@ impl Node {
         }
     }
 
+    /// Returns the name of each host to which or from which no directly routed packet passes, with the sentence that says so.
+    fn broken_direct_paths(&self, state: &State) -> Vec<(String, String)> {
+        let paths = self.direct_paths.borrow();
+        let broken: Vec<(NodeId, PathState)> =
+            paths.all(state.epoch.elapsed()).filter(|(_, path)| path.is_broken()).collect();
+        if broken.is_empty() {
+            return Vec::new();
+        }
+        let Some(own) = state.record() else { return Vec::new() };
+        let hops = state.subsystems.networks.direct_hops(&state.view);
+        let sentence = |(id, path): (NodeId, PathState)| {
+            let (hop, peer) = (hops.get(&id)?, &state.view.nodes.get(&id)?.record);
+            let ends = DirectEnds {
+                name: &peer.name,
+                network: &state.view.networks.get(&hop.network)?.network.name,
+                subnet: hop.subnet,
+                here: own.vtep,
+                there: peer.vtep,
+            };
+            Some((peer.name.clone(), ends.broken(&path)?))
+        };
+        broken.into_iter().filter_map(sentence).collect()
+    }
+
     /// Returns the probed paths to a host, for `ovlctl peers`.
     pub(super) fn peer_paths(&self, state: &State, host: NodeId) -> Vec<PeerPath> {
-        let Some(path) = self.paths.borrow().state(host, state.epoch.elapsed()) else { return Vec::new() };
-        let Some(hop) = state.subsystems.networks.vxlan_to(&state.view, host) else { return Vec::new() };
-        let network = state.view.networks.get(&hop.network).map(|found| found.network.name.clone());
-        vec![PeerPath {
-            encapsulation: "vxlan".to_owned(),
-            network: network.unwrap_or_default(),
-            mtu: hop.mtu,
-            sent: direction(path.sent),
-            received: direction(path.received),
-            rtt_us: path.round_trip.map(|trip| u64::try_from(trip.as_micros()).unwrap_or(u64::MAX)),
-        }]
+        let (now, networks) = (state.epoch.elapsed(), &state.subsystems.networks);
+        let shown = |encapsulation: &str, network, mtu, path: PathState| {
+            let network = state.view.networks.get(&network).map(|found| found.network.name.clone());
+            PeerPath {
+                encapsulation: encapsulation.to_owned(),
+                network: network.unwrap_or_default(),
+                mtu,
+                sent: direction(path.sent),
+                received: direction(path.received),
+                rtt_us: path.round_trip.map(|trip| u64::try_from(trip.as_micros()).unwrap_or(u64::MAX)),
+            }
+        };
+        let vxlan = self.paths.borrow().state(host, now).and_then(|path| {
+            let hop = networks.vxlan_to(&state.view, host)?;
+            Some(shown("vxlan", hop.network, hop.mtu, path))
+        });
+        let direct = self.direct_paths.borrow().state(host, now).and_then(|path| {
+            let hop = *networks.direct_hops(&state.view).get(&host)?;
+            Some(shown("direct", hop.network, hop.mtu, path))
+        });
+        vxlan.into_iter().chain(direct).collect()
     }
 
     fn take_probe(&self, bytes: &[u8]) {
         let state = self.state.borrow();
         let Some(own) = state.record() else { return };
         match Frame::decode(bytes, own.id, &state.keys.ring) {
+            // Probes of the offload come by another socket.
+            Ok(Frame { size: Size::Partial | Size::Complete, .. }) => {}
             Ok(frame) => self.paths.borrow_mut().take(&frame, own.generation, state.epoch.elapsed()),
             Err(error) => tracing::debug!(%error, "passed over a path probe"),
         }
     }
+
+    fn take_datagram(&self, bytes: &[u8]) {
+        let state = self.state.borrow();
+        let Some(own) = state.record() else { return };
+        match Frame::decode_payload(bytes, own.id, &state.keys.ring) {
+            Ok(frame) if matches!(frame.size, Size::Partial | Size::Complete) => {
+                self.paths.borrow_mut().take(&frame, own.generation, state.epoch.elapsed());
+            }
+            Ok(_) => {}
+            Err(error) => tracing::debug!(%error, "passed over a path probe in a datagram"),
+        }
+    }
+
+    fn take_echo(&self, bytes: &[u8]) {
+        let state = self.state.borrow();
+        let Some(own) = state.record() else { return };
+        // Most echo requests are pings of other programs.
+        if let Ok(frame) = Frame::decode_payload(bytes, own.id, &state.keys.ring) {
+            self.direct_paths.borrow_mut().take(&frame, own.generation, state.epoch.elapsed());
+        }
+    }
+}
+
+/// Whether a host is a member that is there, and `answers` probes by its record.
+fn is_probed(state: &State, id: NodeId, answers: impl Fn(&NodeRecord) -> bool) -> bool {
+    state.is_member()
+        && state.view.alloc.members.contains(&id)
+        && state.view.nodes.get(&id).is_some_and(|node| {
+            node.record.presence == Presence::Running
+                && node.state == PeerState::Alive
+                && answers(&node.record)
+        })
+}
+
+/// Returns the key to authenticate a probe to a host with. `None` if the host is unknown.
+fn key_to(state: &State, host: NodeId) -> Option<&ClusterKey> {
+    let (ring, peer) = (&state.keys.ring, state.view.nodes.get(&host)?);
+    let mut opened = ring.all().filter(|key| peer.record.keys.has(key.id()));
+    Some(opened.next().unwrap_or(ring.sealing()))
 }
 
 fn direction(of: Direction) -> PathDirection {

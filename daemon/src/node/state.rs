@@ -142,6 +142,9 @@ pub(crate) struct State {
     pub caught_up: bool,
     /// Hosts to which only packets of workloads up to a length pass in VXLAN, in bytes.
     pub path_limits: BTreeMap<NodeId, u16>,
+    /// Hosts to which packets in VXLAN are lost whose checksums are left to the offload. While there are any, no VXLAN device
+    /// leaves them to it.
+    pub offload_faults: BTreeSet<NodeId>,
     /// Problems that last until they are cleared.
     pub problems: Problems,
     /// What is not understood of other hosts.

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
-use ovl_control::KeyStatus;
+use ovl_control::{KeyStatus, PeerState};
 use ovl_mesh::keys::TunnelSecret;
 use ovl_proto::id::NodeId;
 use ovl_subsystems::Change;
@@ -18,6 +18,8 @@ use crate::encryption::{self, Move};
 /// Interval of the probes of each peer. Probes also keep sessions up, so that the first packet need not wait
 /// for a handshake.
 const EVERY: Duration = Duration::from_secs(3);
+/// Interval of the checks while a peer does not answer.
+const IN_DOUBT: Duration = Duration::from_secs(1);
 /// Interval of the checks during a rotation.
 const SOON: Duration = Duration::from_millis(250);
 /// Time limit for the answer to a probe. A later answer counts as lost.
@@ -39,7 +41,11 @@ impl Node {
                     tokio::task::spawn_local(async move { node.probe_tunnel(id, address).await });
                 }
             }
-            let pause = if encryption::is_moving(&self.state.borrow().view) { SOON } else { EVERY };
+            let pause = match encryption::is_moving(&self.state.borrow().view) {
+                true => SOON,
+                false if self.tunnel.borrow().is_in_doubt() => IN_DOUBT,
+                false => EVERY,
+            };
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 () = self.tunnel_turn.notified() => {}
@@ -144,7 +150,10 @@ impl Node {
     async fn probe_tunnel(&self, id: NodeId, address: IpAddr) {
         let start = Instant::now();
         let answered = self.prober.probe(address, ANSWER_WITHIN).await;
-        self.tunnel.borrow_mut().probed(id, answered.then(|| start.elapsed()));
+        let took = answered.then(|| start.elapsed());
+        let is_alive =
+            self.state.borrow().view.nodes.get(&id).is_some_and(|node| node.state == PeerState::Alive);
+        self.tunnel.borrow_mut().probed(id, start, took, is_alive);
     }
 }
 

@@ -1,12 +1,14 @@
 //! The frame of a path probe: encoding, and authentication with a key that is derived from the cluster key.
 //!
-//! After the Ethernet header, in network byte order:
+//! After the Ethernet header, or as the payload of an ICMP echo request or a UDP datagram, in network byte order:
 //!
 //! ```text
 //! version (1) | size (1) | key id (4) | sender (10) | receiver (10) | length (2) | run (8) | number (8)
-//! | heard run (8) | heard trial (8) | report on small probes (15) | report on large probes (15) | padding | tag (16)
+//! | heard run (8) | heard trial (8) | report on small probes (15) | report on large probes (15)
+//! | arrived | padding | tag (16)
 //!
 //! report: verdict (1) | number (8) | held (4) | lost (1) | of (1)
+//! arrived: 1 (1) | partial (4) | complete (4)
 //! ```
 //!
 //! `length` is the length from `version` to the tag. The tag is the first half of HMAC-SHA256 over all before it, padding
@@ -24,7 +26,11 @@ pub(crate) const VERSION: u8 = 1;
 /// Length of an Ethernet header, in bytes.
 const ETHERNET: usize = 14;
 const TAG: usize = 16;
-/// Length of a probe without padding, from `version` to the tag, in bytes.
+/// Says that what arrived follows. Padding begins with 0.
+const HAS_ARRIVED: u8 = 1;
+/// Length of what arrived, in bytes.
+const ARRIVED: usize = 1 + 2 * 4;
+/// Length of a probe without what arrived and without padding, from `version` to the tag, in bytes.
 const LENGTH: usize = 1 + 1 + 4 + 10 + 10 + 2 + 8 + 8 + 8 + 8 + 2 * 15 + TAG;
 
 /// The size of a probe.
@@ -36,6 +42,13 @@ pub(crate) enum Size {
     Large,
     /// Of any length, in a search for the longest that passes.
     Trial,
+    /// As small as it can be, on a directly routed path. It is a size of its own, so that no probe of a path can be repeated on
+    /// another one.
+    Direct,
+    /// As small as it can be, in a UDP datagram whose checksum is left to the offload of the VXLAN device and of what is below.
+    Partial,
+    /// The same with its checksum.
+    Complete,
 }
 
 impl Size {
@@ -44,6 +57,9 @@ impl Size {
             Self::Small => 0,
             Self::Large => 1,
             Self::Trial => 2,
+            Self::Direct => 3,
+            Self::Partial => 4,
+            Self::Complete => 5,
         }
     }
 }
@@ -98,6 +114,15 @@ pub(crate) struct Report {
     pub of: u8,
 }
 
+/// How many probes of an offload have arrived from a run of a host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Arrived {
+    /// Those whose checksum was left to the offload.
+    pub partial: u32,
+    /// Those that had their checksum.
+    pub complete: u32,
+}
+
 /// The content of a probe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Frame {
@@ -119,6 +144,8 @@ pub(crate) struct Frame {
     pub small: Report,
     /// What the sender says of the receiver's large probes.
     pub large: Report,
+    /// What arrived at the sender from that run of the receiver.
+    pub arrived: Arrived,
 }
 
 /// The reason why a received frame is not used.
@@ -136,11 +163,24 @@ impl Frame {
     /// Encodes the frame with its Ethernet header, as an IP packet of `mtu` bytes would be long; at least as long as it
     /// must be.
     pub(crate) fn encode(&self, [source, destination]: [Mac; 2], key: &ClusterKey, mtu: u16) -> Vec<u8> {
-        let length = LENGTH.max(usize::from(mtu));
-        let mut frame = Vec::with_capacity(ETHERNET + length);
+        let mut frame = Vec::with_capacity(ETHERNET + (LENGTH + ARRIVED).max(usize::from(mtu)));
         frame.extend(destination.0);
         frame.extend(source.0);
         frame.extend(PROBE_ETHERTYPE.to_be_bytes());
+        self.write(&mut frame, key, mtu);
+        frame
+    }
+
+    /// Encodes the frame as the payload of an echo request.
+    pub(crate) fn encode_payload(&self, key: &ClusterKey) -> Vec<u8> {
+        let mut payload = Vec::with_capacity(LENGTH + ARRIVED);
+        self.write(&mut payload, key, 0);
+        payload
+    }
+
+    /// Appends the frame without a header, of `mtu` bytes or as long as it must be.
+    fn write(&self, frame: &mut Vec<u8>, key: &ClusterKey, mtu: u16) {
+        let (start, length) = (frame.len(), (LENGTH + ARRIVED).max(usize::from(mtu)));
         frame.extend([VERSION, self.size.to_byte()]);
         frame.extend(key.id().0);
         frame.extend(self.from.0);
@@ -155,12 +195,15 @@ impl Frame {
             frame.extend(u32::try_from(report.held.as_micros()).unwrap_or(u32::MAX).to_be_bytes());
             frame.extend([report.lost, report.of]);
         }
+        frame.push(HAS_ARRIVED);
+        for count in [self.arrived.partial, self.arrived.complete] {
+            frame.extend(count.to_be_bytes());
+        }
         // Not all alike, so that damage of any byte changes the tag's input.
-        let padding = (0u8..=u8::MAX).cycle().take((ETHERNET + length - TAG).saturating_sub(frame.len()));
+        let padding = (0u8..=u8::MAX).cycle().take((start + length - TAG).saturating_sub(frame.len()));
         frame.extend(padding);
-        let tag = hmac::sign(&key_of(key), frame.get(ETHERNET..).unwrap_or_default());
+        let tag = hmac::sign(&key_of(key), frame.get(start..).unwrap_or_default());
         frame.extend(tag.as_ref().iter().take(TAG));
-        frame
     }
 
     /// Decodes a frame with its Ethernet header and verifies its tag. What is cheap is checked first.
@@ -169,13 +212,24 @@ impl Frame {
     ///
     /// It is malformed, for another host than `me`, or not authenticated by a key of the ring.
     pub(crate) fn decode(frame: &[u8], me: NodeId, ring: &Keyring) -> Result<Self, FrameError> {
-        let probe = frame.get(ETHERNET..).ok_or(FrameError::Malformed)?;
+        Self::decode_payload(frame.get(ETHERNET..).ok_or(FrameError::Malformed)?, me, ring)
+    }
+
+    /// Decodes a frame without a header, as [`Self::decode`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::decode`].
+    pub(crate) fn decode_payload(probe: &[u8], me: NodeId, ring: &Keyring) -> Result<Self, FrameError> {
         let mut rest = Reader(probe);
         let [version, size] = rest.take()?;
         let size = match (version, size) {
             (VERSION, 0) => Size::Small,
             (VERSION, 1) => Size::Large,
             (VERSION, 2) => Size::Trial,
+            (VERSION, 3) => Size::Direct,
+            (VERSION, 4) => Size::Partial,
+            (VERSION, 5) => Size::Complete,
             _ => return Err(FrameError::Malformed),
         };
         let key = ClusterKeyId(rest.take()?);
@@ -187,6 +241,14 @@ impl Frame {
         let numbers = [rest.take()?, rest.take()?, rest.take()?, rest.take()?].map(u64::from_be_bytes);
         let [run, number, heard_run, heard_trial] = numbers;
         let (small, large) = (rest.report()?, rest.report()?);
+        let arrived = match rest.take() {
+            Ok([HAS_ARRIVED]) if length >= LENGTH + ARRIVED => {
+                let [partial, complete] = [rest.take()?, rest.take()?].map(u32::from_be_bytes);
+                Arrived { partial, complete }
+            }
+            // An earlier release sent it.
+            _ => Arrived::default(),
+        };
         let sealed = probe.get(..length).filter(|_| length >= LENGTH).ok_or(FrameError::Malformed)?;
         let (body, tag) = sealed.split_last_chunk::<TAG>().ok_or(FrameError::Malformed)?;
         let is_genuine = |key: &ClusterKey| {
@@ -198,7 +260,7 @@ impl Frame {
         if !ring.opening(key).any(is_genuine) {
             return Err(FrameError::Unauthenticated);
         }
-        Ok(Self { from, to, size, run, number, heard_run, heard_trial, small, large })
+        Ok(Self { from, to, size, run, number, heard_run, heard_trial, small, large, arrived })
     }
 }
 
@@ -248,6 +310,7 @@ mod tests {
                 of: 9,
             },
             large: Report::default(),
+            arrived: Arrived { partial: 11, complete: 12 },
         }
     }
 
@@ -259,7 +322,7 @@ mod tests {
     fn frame_is_read_back_with_any_padding_and_any_key_of_the_ring() {
         for (key, mtu) in [(1, 0), (1, 1450), (9, 1450)] {
             let bytes = frame().encode(MACS, &ClusterKey::new([key; 32]), mtu);
-            assert_eq!(bytes.len(), 14 + LENGTH.max(mtu.into()));
+            assert_eq!(bytes.len(), 14 + (LENGTH + ARRIVED).max(mtu.into()));
             assert_eq!(Frame::decode(&bytes, NodeId([2; 10]), &ring(1)), Ok(frame()));
             // A device may pad short frames.
             let longer = [&bytes[..], &[0; 7]].concat();

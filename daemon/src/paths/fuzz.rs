@@ -7,8 +7,8 @@ use std::time::Duration;
 use ovl_mesh::keys::{ClusterKey, Keyring};
 use ovl_proto::id::{Mac, NodeId};
 
-use super::frame::{Frame, Report, Size, Verdict};
-use super::{Candidate, Paths};
+use super::frame::{Arrived, Frame, Report, Size, Verdict};
+use super::{Candidate, Carrier, Paths};
 
 const ME: NodeId = NodeId([0; 10]);
 /// The run of this host.
@@ -22,40 +22,47 @@ pub(crate) fn run(bytes: &[u8]) {
     let ring = Keyring::new(ClusterKey::new([5; 32]), Vec::new());
     let _refused = Frame::decode(bytes, ME, &ring);
     let mut input = Input(bytes);
-    let mut paths = Paths::new(ME);
+    let mut both = [Carrier::Vxlan, Carrier::Direct].map(|carrier| Paths::new(ME, carrier));
     let (mut now, mut candidates) = (Duration::ZERO, BTreeMap::new());
     while let Some(event) = input.byte() {
         match event % 4 {
             0 => {
                 let peer = peer(input.small());
-                let candidate = Candidate { run: input.small().into(), mtu: u16::from(input.small()) * 16 };
+                let (run, mtu) = (input.small().into(), u16::from(input.small()) * 16);
+                let candidate = Candidate { run, mtu, tries_offload: run % 2 == 0 };
                 if candidates.remove(&peer).is_none() {
                     candidates.insert(peer, candidate);
                 }
-                paths.follow(candidates.clone(), now);
+                both.iter_mut().for_each(|paths| paths.follow(candidates.clone(), now));
             }
             1 => {
                 now += Duration::from_millis(u64::from(input.small()) * 20);
                 let silent = input.small();
-                let due = paths.tick(now, RUN, |host| host != peer(silent));
-                for (frame, mtu) in due.probes {
+                let due = both.each_mut().map(|paths| paths.tick(now, RUN, |host| host != peer(silent)));
+                let [vxlan, direct] = due;
+                assert!(
+                    direct.limits.is_empty()
+                        && direct.probes.iter().all(|(frame, _)| frame.size == Size::Direct),
+                    "a large probe on a direct route"
+                );
+                for (frame, mtu) in vxlan.probes.into_iter().chain(direct.probes) {
                     assert!(
                         frame.from == ME && candidates.contains_key(&frame.to),
                         "a probe for a host that is no candidate"
                     );
                     assert_read_back(&frame, mtu, &key, &ring);
                 }
-                for (host, limit) in due.limits {
+                for (host, limit) in vxlan.limits {
                     assert!(candidates.get(&host).is_some_and(|found| limit < found.mtu), "no limit");
                 }
             }
             _ => {
                 let frame = input.frame();
                 assert_read_back(&frame, u16::from(event) * 8, &key, &ring);
-                paths.take(&frame, RUN, now);
+                both.iter_mut().for_each(|paths| paths.take(&frame, RUN, now));
             }
         }
-        for (host, _) in paths.all(now) {
+        for (host, _) in both.iter().flat_map(|paths| paths.all(now)) {
             assert!(candidates.contains_key(&host), "the path to a host that is gone");
         }
     }
@@ -108,10 +115,13 @@ impl Input<'_> {
 
     fn frame(&mut self) -> Frame {
         let from = peer(self.small());
-        let size = match self.small() % 3 {
+        let size = match self.small() % 6 {
             0 => Size::Small,
             1 => Size::Large,
-            _ => Size::Trial,
+            2 => Size::Trial,
+            3 => Size::Direct,
+            4 => Size::Partial,
+            _ => Size::Complete,
         };
         let [run, number, heard_run, heard_trial] = std::array::from_fn(|_| self.number());
         Frame {
@@ -124,6 +134,7 @@ impl Input<'_> {
             heard_trial,
             small: self.report(),
             large: self.report(),
+            arrived: Arrived { partial: self.small().into(), complete: self.small().into() },
         }
     }
 }

@@ -7,10 +7,26 @@ const STEP: Duration = Duration::from_millis(50);
 /// The delay of a probe.
 const DELAY: Duration = Duration::from_millis(50);
 
-const CANDIDATE: Candidate = Candidate { run: 7, mtu: 1450 };
+const CANDIDATE: Candidate = Candidate { run: 7, mtu: 1450, tries_offload: true };
 
 fn id(n: u8) -> NodeId {
     NodeId([n; 10])
+}
+
+/// The first probe of a host.
+fn probe(from: NodeId, to: NodeId) -> Frame {
+    Frame {
+        from,
+        to,
+        size: Size::Small,
+        run: 1,
+        number: 1,
+        heard_run: 0,
+        heard_trial: 0,
+        small: Report::default(),
+        large: Report::default(),
+        arrived: Arrived::default(),
+    }
 }
 
 /// Two hosts, 1 and 2, and the probes between them.
@@ -26,7 +42,11 @@ struct World {
 
 impl World {
     fn new() -> Self {
-        let mut hosts = [Paths::new(id(1)), Paths::new(id(2))];
+        Self::with(Carrier::Vxlan)
+    }
+
+    fn with(carrier: Carrier) -> Self {
+        let mut hosts = [Paths::new(id(1), carrier), Paths::new(id(2), carrier)];
         hosts[0].follow([(id(2), CANDIDATE)].into(), Duration::ZERO);
         hosts[1].follow([(id(1), CANDIDATE)].into(), Duration::ZERO);
         Self { now: Duration::ZERO, hosts, flying: Vec::new(), sent: 0, vouched: true, limits: Vec::new() }
@@ -71,8 +91,8 @@ impl World {
     /// The judgements of host 1 and 2: what it receives, and what the other one receives.
     fn verdicts(&self, size: Size) -> [Verdict; 4] {
         let of = |direction: Direction| match size {
-            Size::Small => direction.small,
             Size::Large | Size::Trial => direction.large,
+            _ => direction.small,
         };
         let (one, two) = (self.state(1), self.state(2));
         [one.received, one.sent, two.received, two.sent].map(of)
@@ -92,8 +112,8 @@ fn healthy_path_works_both_ways_with_few_probes_and_a_round_trip() {
     assert_eq!(world.state(1).sent.loss_percent, Some(0));
     let trip = world.state(2).round_trip.unwrap();
     assert!(trip >= DELAY * 2 && trip <= DELAY * 4, "{trip:?}");
-    // One small probe a second and one large one in five, of two hosts.
-    assert!(world.sent <= 60 * 12 / 10 * 2, "{}", world.sent);
+    // One small probe a second, one large one in five, and one of the offload in fifteen, of two hosts.
+    assert!(world.sent <= (60 * 12 / 10 + 4) * 2, "{}", world.sent);
 }
 
 #[test]
@@ -108,6 +128,56 @@ fn both_hosts_name_the_broken_direction_within_four_seconds_and_its_end() {
     assert_eq!(world.state(1).sent.loss_percent, Some(100));
     world.run(SECOND * 3, |_| true);
     assert_eq!(world.verdicts(Size::Small), [Verdict::Works; 4]);
+}
+
+#[test]
+fn direct_route_that_is_broken_is_named_within_five_seconds_and_has_no_large_probes() {
+    let mut world = World::with(Carrier::Direct);
+    world.run(SECOND * 60, |frame| {
+        assert_eq!(frame.size, Size::Direct);
+        true
+    });
+    assert_eq!(world.verdicts(Size::Direct), [Verdict::Works; 4]);
+    assert_eq!(world.verdicts(Size::Large), [Verdict::Unknown; 4]);
+    assert!(world.sent <= 62, "{}", world.sent);
+    world.run(SECOND * 9 / 2, |frame| frame.from != id(1));
+    let ends = DirectEnds {
+        name: "h2",
+        network: "pods",
+        subnet: "10.61.0.0/16".parse().unwrap(),
+        here: [192, 0, 2, 1].into(),
+        there: [192, 0, 2, 2].into(),
+    };
+    let mutual = |host| PathState { is_mutual: true, ..world.state(host) };
+    let sentence = ends.broken(&mutual(1)).unwrap();
+    assert!(sentence.contains("from this host arrives at host h2, as it says"), "{sentence}");
+    assert!(sentence.contains("in 10.61.0.0/16 from 192.0.2.1 to 192.0.2.2 ("), "{sentence}");
+    let sentence = ends.broken(&mutual(2)).unwrap();
+    assert!(sentence.contains("from host h2 arrives at this host"), "{sentence}");
+    world.run(SECOND * 60, |_| true);
+    assert_eq!(ends.broken(&world.state(1)), None);
+    // What is sent on one path says nothing of another one.
+    let mut other = World::new();
+    other.run(SECOND * 5, |frame| frame.from != id(1));
+    let frame = Frame { size: Size::Direct, ..probe(id(1), id(2)) };
+    other.hosts[1].take(&frame, 7, other.now);
+    assert_eq!(other.hosts[1].paths[&id(1)].small.arrivals.number, 0);
+}
+
+#[test]
+fn offload_that_damages_checksums_is_found_by_the_host_that_sends() {
+    let mut world = World::new();
+    world.run(SECOND * 20, |_| true);
+    assert_eq!([1, 2].map(|host| world.state(host).offload), [Offload::Works; 2]);
+    world.run(SECOND * 25, |frame| frame.from != id(1) || frame.size != Size::Partial);
+    assert_eq!([1, 2].map(|host| world.state(host).offload), [Offload::Damages, Offload::Works]);
+    assert_eq!(world.verdicts(Size::Small), [Verdict::Works; 4]);
+    assert!(unfinished("h2").contains("host h2"));
+    // A path that carries nothing says nothing of an offload.
+    let mut world = World::new();
+    world.run(SECOND * 20, |_| true);
+    world.run(SECOND * 60, |frame| frame.from != id(1));
+    assert_eq!([1, 2].map(|host| world.state(host).offload), [Offload::Works; 2]);
 }
 
 #[test]
@@ -212,25 +282,12 @@ fn hosts_that_ask_are_answered_up_to_a_limit() {
         let [a, b] = n.to_be_bytes();
         NodeId([a, b, 0, 0, 0, 0, 0, 0, 0, 0])
     };
-    let mut paths = Paths::new(many(0));
+    let mut paths = Paths::new(many(0), Carrier::Vxlan);
     let candidates = || (1..1000).map(|n| (many(n), CANDIDATE)).collect();
     paths.follow(candidates(), Duration::ZERO);
     let watched = paths.paths.len();
     for n in 1..2000 {
-        let (small, large) = (Report::default(), Report::default());
-        let (from, to) = (many(n), many(0));
-        let frame = Frame {
-            from,
-            to,
-            size: Size::Small,
-            run: 1,
-            number: 1,
-            heard_run: 0,
-            heard_trial: 0,
-            small,
-            large,
-        };
-        paths.take(&frame, 7, SECOND);
+        paths.take(&probe(many(n), many(0)), 7, SECOND);
     }
     assert_eq!(paths.paths.len(), watched + MAX_ASKED);
     assert!(paths.state(many(1500), SECOND).is_none(), "not a host of the cluster");

@@ -16,7 +16,9 @@ mod switched;
 pub mod touched;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
+use ipnet::IpNet;
 use ovl_cluster::addresses;
 use ovl_cluster::view::View;
 use ovl_dataplane::device::Device;
@@ -24,7 +26,7 @@ use ovl_dataplane::diff::diff;
 use ovl_dataplane::op::{LinkOp, NftOp, Op};
 use ovl_dataplane::state::{Dataplane, Link, Remote};
 use ovl_proto::id::{NetworkId, NodeId};
-use ovl_proto::object::Network;
+use ovl_proto::object::{Mode, Network};
 use ovl_proto::resource::Kind;
 use ovl_proto::table::{Endpoint, Entry};
 
@@ -74,7 +76,59 @@ pub struct VxlanHop {
     pub mtu: u16,
 }
 
+/// How packets of workloads reach a remote host by a direct route.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DirectHop {
+    /// The network.
+    pub network: NetworkId,
+    /// The subnet of the network that the addresses are in.
+    pub subnet: IpNet,
+    /// The gateway address of a block of the remote host. What this host sends to it has a gateway address of its own as its
+    /// source, and takes the way of workloads' packets.
+    pub gateway: IpAddr,
+    /// The largest IP packet that passes to the remote host, in bytes.
+    pub mtu: u16,
+}
+
 impl Networks {
+    /// Returns how packets are routed directly to each remote host, on the network with the smallest id that does so and is
+    /// built there.
+    ///
+    /// Internal networks do not count: no host answers other hosts there.
+    pub fn direct_hops(&self, view: &View) -> BTreeMap<NodeId, DirectHop> {
+        let mut hops = BTreeMap::new();
+        for (id, sent) in &self.sent {
+            let Some(network) = view.networks.get(id).map(|state| &state.network) else { continue };
+            if network.internal || network.encrypted || network.mode != Mode::L3 {
+                continue;
+            }
+            for (block, holder) in view.blocks(*id) {
+                let Some(peer) = view.nodes.get(&holder) else { continue };
+                let is_direct = sent.routes.get(&block).is_some_and(|hop| {
+                    hop.device.is_none() && hop.gateway == Some(peer.record.vtep) && hop.source.is_some()
+                });
+                let subnet = network.subnets.iter().find(|subnet| subnet.prefix.contains(&block));
+                let Some(subnet) = subnet.filter(|_| is_direct && !peer.record.not_built.contains(id)) else {
+                    continue;
+                };
+                let Some(mtu) = view.own().map(|own| path_mtu(own, peer)) else { continue };
+                let (subnet, gateway) = (subnet.prefix, addresses::gateway(block));
+                hops.entry(holder).or_insert(DirectHop { network: *id, subnet, gateway, mtu });
+            }
+        }
+        hops
+    }
+
+    /// Returns the VXLAN devices of unencrypted networks that are built here.
+    pub fn vxlan_devices(&self) -> impl Iterator<Item = Device> {
+        self.sent.values().flat_map(|sent| {
+            let links = sent.links.iter();
+            links
+                .filter(|(_, link)| matches!(link, Link::Vxlan { sealed: false, .. }))
+                .map(|(device, _)| *device)
+        })
+    }
+
     /// Returns how frames are sent to a remote host in unencrypted VXLAN, on the network with the smallest id that has
     /// an FDB entry for the host itself and is built there. `None` if there is none.
     pub fn vxlan_to(&self, view: &View, host: NodeId) -> Option<VxlanHop> {

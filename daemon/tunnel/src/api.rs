@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use ipnet::IpNet;
+use ovl_udp::trial::Offload;
 use zeroize::Zeroize as _;
 
 /// An X25519 private key (RFC 7748). Its `Debug` output does not show it, and it is overwritten when it is dropped.
@@ -46,7 +47,8 @@ pub struct InterfaceConfig {
 pub struct PeerConfig {
     /// The address and port to send to, until an authenticated datagram comes from elsewhere.
     pub endpoint: SocketAddr,
-    /// The allowed IPs: the peer may send from them, and packets for them are sent to it.
+    /// The allowed IPs: the peer may send from them, and packets for them are sent to it. One of them is its tunnel address,
+    /// whose first 48 bits are those of [`InterfaceConfig::address`].
     pub allowed: Vec<IpNet>,
 }
 
@@ -74,6 +76,11 @@ pub struct PeerStatus {
     pub sent: u64,
     /// Bytes of IP packets received from the peer.
     pub received: u64,
+    /// The number of its authenticated messages, handshakes and keepalives included.
+    pub heard: u64,
+    /// Whether datagrams that the kernel divides (`UDP_SEGMENT`) arrive at the peer. If they are damaged on the way, the engine
+    /// sends it each datagram by itself.
+    pub segments: Offload,
 }
 
 /// The numbers of dropped packets, by reason.

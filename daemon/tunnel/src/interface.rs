@@ -21,6 +21,7 @@ use crate::cut::{UncutPacket, cut};
 use crate::join::Joiner;
 use crate::packet::{Ip, VXLAN_HEADERS, VnetHeader, VxlanFrame, put_vxlan};
 use crate::peers::{PeerTable, Session, WireguardPeer};
+use crate::segments::{self, PAIR};
 use crate::stop::StopSignal;
 use crate::switch::{Counters, DeviceOutput, Switch, Tap, TapOutput, reading, writing};
 use crate::sys::VNET_HEADER;
@@ -198,6 +199,56 @@ impl<B: Backend> Interface<B> {
                 self.send_one(session.endpoint, message);
             }
         }
+        if self.has_segmentation.load(Ordering::Relaxed) {
+            for (peer, address) in reading(&self.peers).all_with_addresses(self.address) {
+                self.try_segments(peer, address);
+            }
+        }
+    }
+
+    /// Sends the packets that are due in the trial of `UDP_SEGMENT` with a peer, and follows its judgement.
+    fn try_segments(&self, peer: &WireguardPeer, address: Ipv6Addr) {
+        let mut session = peer.session();
+        if session.tunn.time_since_last_handshake().is_none() {
+            return;
+        }
+        let round = session.segments.next();
+        peer.follow_trial(session.segments.verdict());
+        let Some(round) = round else { return };
+        const SEALED: usize = segments::LENGTH + OVERHEAD;
+        let mut sealed = [0; (PAIR + 1) * SEALED];
+        let (rooms, _) = sealed.as_chunks_mut::<SEALED>();
+        for (place, room) in rooms.iter_mut().enumerate() {
+            let request = session.segments.request(round, place, self.address, address);
+            let TunnResult::WriteToNetwork(datagram) = session.tunn.encapsulate(&request, room) else {
+                return;
+            };
+            if datagram.first() != Some(&DATA) {
+                return;
+            }
+        }
+        let to = session.endpoint;
+        drop(session);
+        let (pair, single) = sealed.split_at(PAIR * SEALED);
+        if let Some(socket) = reading(&self.sockets).first()
+            && let Err(error) = self.transmit(socket, to, pair, SEALED)
+        {
+            self.note_refusal(&error);
+            return;
+        }
+        if round.has_control {
+            self.send_one(to, single);
+        }
+    }
+
+    /// Takes a refusal of datagrams to divide. Returns whether none can be divided: the kernel does not do so for a network
+    /// device that computes no checksums.
+    fn note_refusal(&self, error: &io::Error) -> bool {
+        let is_for_good = error.raw_os_error() == Some(nix::libc::EIO);
+        if is_for_good {
+            self.has_segmentation.store(false, Ordering::Relaxed);
+        }
+        is_for_good
     }
 
     /// Sends datagrams, and waits for room in the socket's buffer.
@@ -223,8 +274,9 @@ impl<B: Backend> Interface<B> {
         }
     }
 
-    /// Sends datagrams of `size` bytes that lie one after the other; the last one may be shorter.
-    fn send(&self, to: SocketAddr, datagrams: &[u8], size: usize) {
+    /// Sends datagrams of `size` bytes that lie one after the other; the last one may be shorter. `is_divided` says that the
+    /// kernel may divide them, if it can.
+    fn send(&self, to: SocketAddr, datagrams: &[u8], size: usize, is_divided: bool) {
         let sockets = reading(&self.sockets);
         let Some(socket) = sockets.first() else { return };
         let transmit = |bytes: &[u8]| {
@@ -235,12 +287,9 @@ impl<B: Backend> Interface<B> {
         };
         let at_once = size * (MAX_DATAGRAM / size.max(1)).clamp(1, MAX_SEGMENTS);
         for part in datagrams.chunks(at_once.max(1)) {
-            if self.has_segmentation.load(Ordering::Relaxed) {
+            if is_divided && self.has_segmentation.load(Ordering::Relaxed) {
                 match self.transmit(socket, to, part, size) {
-                    // The kernel does not divide datagrams for a network device that computes no checksums.
-                    Err(error) if error.raw_os_error() == Some(nix::libc::EIO) => {
-                        self.has_segmentation.store(false, Ordering::Relaxed);
-                    }
+                    Err(error) if self.note_refusal(&error) => {}
                     Ok(()) => continue,
                     Err(_) => {
                         Counters::count(&self.switch.counters.full);
@@ -413,7 +462,8 @@ impl Sealer {
             interface.send_one(to, &message);
         }
         if used > 0 {
-            interface.send(to, self.sealed.get(..used).unwrap_or_default(), size);
+            let is_divided = peer.has_segmentation.load(Ordering::Relaxed);
+            interface.send(to, self.sealed.get(..used).unwrap_or_default(), size, is_divided);
             peer.sent.fetch_add(bytes, Ordering::Relaxed);
         }
     }
@@ -542,6 +592,7 @@ impl<'a, B: Backend> Opener<'a, B> {
                 return;
             }
         }
+        peer.heard.fetch_add(1, Ordering::Relaxed);
         session.endpoint = from;
         if session.has_queued {
             self.send_queued(&mut session);
@@ -594,6 +645,7 @@ impl<'a, B: Backend> Opener<'a, B> {
             TunnResult::WriteToNetwork(message) => {
                 // A response to an authenticated initiation, or the first data after an authenticated
                 // response: the peer is where the datagram came from.
+                peer.heard.fetch_add(1, Ordering::Relaxed);
                 session.endpoint = from;
                 let is_first_data = message.first() == Some(&DATA);
                 self.interface.send_one(from, message);
@@ -642,6 +694,9 @@ impl<'a, B: Backend> Opener<'a, B> {
                 last = Some(ip.source);
             }
             let packet = self.opened.get(at.clone()).unwrap_or_default();
+            if segments::may_be_answer(packet, &ip) && peer.session().segments.take(packet) {
+                continue;
+            }
             match VxlanFrame::parse(packet, &ip, interface.address, interface.vxlan_port) {
                 Some(frame) => self.deliver_frame(at.start, frame),
                 None => {

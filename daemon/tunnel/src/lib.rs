@@ -23,6 +23,7 @@ mod packet;
 mod peers;
 #[cfg(test)]
 mod roundtrip;
+mod segments;
 mod stop;
 mod switch;
 mod sys;
@@ -34,3 +35,4 @@ pub use api::{
     PrivateKey, PublicKey, TapState, public_key,
 };
 pub use engine::Engine;
+pub use ovl_udp::trial::Offload;

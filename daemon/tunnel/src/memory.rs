@@ -14,6 +14,8 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use ovl_udp::Received;
 
 use crate::backend::{Backend, Device, DeviceKind, Socket};
+use crate::packet::VnetHeader;
+use crate::segments;
 use crate::sys::VNET_HEADER;
 
 /// The MTU of all devices, in bytes.
@@ -62,6 +64,8 @@ pub(crate) struct Datagram {
     pub(crate) from: SocketAddr,
     pub(crate) to: SocketAddr,
     pub(crate) bytes: Vec<u8>,
+    /// It is one of several that the kernel would divide (`UDP_SEGMENT`).
+    pub(crate) is_divided: bool,
 }
 
 type Inbox = Queue<Datagram>;
@@ -133,7 +137,12 @@ impl MemoryHost {
 
     /// Sends a packet by a device, as a program on the host would.
     pub(crate) fn inject(&self, device: &str, packet: &[u8]) {
-        self.find(device).unwrap().to_engine.push([&[0; VNET_HEADER], packet].concat());
+        self.inject_with(device, VnetHeader::default(), packet);
+    }
+
+    /// As [`Self::inject`], with a header that says how the packet is to be cut.
+    pub(crate) fn inject_with(&self, device: &str, header: VnetHeader, packet: &[u8]) {
+        self.find(device).unwrap().to_engine.push([&header.to_bytes()[..], packet].concat());
     }
 
     /// Takes the next packet that the engine wrote to a device.
@@ -204,7 +213,12 @@ impl Device for MemoryDevice {
     }
 
     fn write(&self, pieces: &[IoSlice<'_>]) -> io::Result<()> {
-        self.0.from_engine.push(pieces.iter().flat_map(|piece| piece.iter().copied()).collect());
+        let packet: Vec<u8> = pieces.iter().flat_map(|piece| piece.iter().copied()).collect();
+        match packet.get(VNET_HEADER..).and_then(segments::answer) {
+            // The kernel of the host answers, and no program sees it.
+            Some(reply) => self.0.to_engine.push([&[0; VNET_HEADER], &reply[..]].concat()),
+            None => self.0.from_engine.push(packet),
+        }
         Ok(())
     }
 }
@@ -228,7 +242,8 @@ impl Socket for MemorySocket {
 
     fn send(&self, to: SocketAddr, bytes: &[u8], segment_size: usize) -> io::Result<()> {
         for segment in bytes.chunks(segment_size) {
-            self.network.send(Datagram { from: self.address, to, bytes: segment.to_vec() });
+            let is_divided = bytes.len() > segment_size;
+            self.network.send(Datagram { from: self.address, to, bytes: segment.to_vec(), is_divided });
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use crate::checksum;
 
 pub(crate) const TCP: u8 = 6;
 pub(crate) const UDP: u8 = 17;
-const ICMPV6: u8 = 58;
+pub(crate) const ICMPV6: u8 = 58;
 /// The type of an ICMPv6 neighbor advertisement (RFC 4861, section 4.4).
 const NEIGHBOR_ADVERTISEMENT: u8 = 136;
 /// The types of ICMPv6 router advertisements and redirects (RFC 4861, sections 4.2 and 4.5).

@@ -1,15 +1,17 @@
 //! The peers of an interface and their allowed IPs.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use boringtun::noise::Tunn;
 use ipnet::IpNet;
+use ovl_udp::trial::Offload;
 
 use crate::api::{PeerConfig, PeerStatus, PublicKey};
+use crate::segments::SegmentTrial;
 
 /// A peer of an interface.
 pub(crate) struct WireguardPeer {
@@ -17,8 +19,12 @@ pub(crate) struct WireguardPeer {
     /// The upper 24 bits of the receiver indexes of its sessions.
     pub(crate) slot: u32,
     session: Mutex<Session>,
+    /// The kernel may divide datagrams to this peer (`UDP_SEGMENT`): they are not damaged on the way.
+    pub(crate) has_segmentation: AtomicBool,
     pub(crate) sent: AtomicU64,
     pub(crate) received: AtomicU64,
+    /// The number of its authenticated messages, with data or without.
+    pub(crate) heard: AtomicU64,
 }
 
 /// The part of a peer that packets change.
@@ -29,6 +35,8 @@ pub(crate) struct Session {
     pub(crate) has_queued: bool,
     /// When a handshake was last begun because the peer's clock had gone back.
     pub(crate) turned_at: Option<Instant>,
+    /// Whether datagrams that the kernel divides arrive.
+    pub(crate) segments: SegmentTrial,
 }
 
 impl WireguardPeer {
@@ -36,9 +44,17 @@ impl WireguardPeer {
         Self {
             key,
             slot,
-            session: Mutex::new(Session { tunn, endpoint, has_queued: false, turned_at: None }),
+            session: Mutex::new(Session {
+                tunn,
+                endpoint,
+                has_queued: false,
+                turned_at: None,
+                segments: SegmentTrial::new(),
+            }),
+            has_segmentation: AtomicBool::new(true),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
+            heard: AtomicU64::new(0),
         }
     }
 
@@ -55,7 +71,14 @@ impl WireguardPeer {
             last_handshake: session.tunn.stats().0,
             sent: self.sent.load(Ordering::Relaxed),
             received: self.received.load(Ordering::Relaxed),
+            heard: self.heard.load(Ordering::Relaxed),
+            segments: session.segments.verdict(),
         }
+    }
+
+    /// Takes the judgement of the trial, and sends accordingly from now on.
+    pub(crate) fn follow_trial(&self, verdict: Offload) {
+        self.has_segmentation.store(verdict != Offload::Damages, Ordering::Relaxed);
     }
 }
 
@@ -84,6 +107,22 @@ impl PeerTable {
 
     pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<WireguardPeer>> {
         self.by_slot.values()
+    }
+
+    /// Returns all peers, each with its tunnel address: the allowed address in the /48 of the tunnel address `own`.
+    pub(crate) fn all_with_addresses(
+        &self,
+        own: Ipv6Addr,
+    ) -> impl Iterator<Item = (&Arc<WireguardPeer>, Ipv6Addr)> {
+        self.by_key.values().filter_map(move |(peer, config)| {
+            let address = config.allowed.iter().find_map(|net| match net {
+                IpNet::V6(net) if net.prefix_len() == 128 => {
+                    Some(net.addr()).filter(|to| to.to_bits() >> 80 == own.to_bits() >> 80)
+                }
+                _ => None,
+            })?;
+            Some((peer, address))
+        })
     }
 
     /// Returns the peer with the longest allowed prefix that contains the address.

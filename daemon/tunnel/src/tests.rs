@@ -2,16 +2,20 @@
 //! datagrams.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+
+use ovl_udp::trial::Offload;
 
 use crate::api::{FrameSource, InterfaceConfig, PeerConfig, PrivateKey, public_key};
 use crate::checksum;
 use crate::engine::Engine;
 use crate::memory::{Datagram, MemoryHost, MemoryNetwork};
-use crate::packet::{ETHERNET_HEADER, Ip, put};
+use crate::packet::{ETHERNET_HEADER, Gso, Ip, UDP, VnetHeader, put};
+use crate::segments;
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(30);
 /// Long enough for a packet that must not arrive.
 const NOT_ARRIVING: Duration = Duration::from_millis(50);
 const DEVICE: &str = "ovt-0";
@@ -222,8 +226,12 @@ fn catch(network: &MemoryNetwork, a: &Node, packet: &[u8]) -> Datagram {
     let caught = Arc::new(Mutex::new(None));
     let place = Arc::clone(&caught);
     network.set_filter(move |datagram| {
-        // A keepalive has 32 bytes.
-        let is_data = datagram.bytes[0] == 4 && datagram.bytes.len() > 32 && datagram.from == endpoint(1);
+        // A keepalive has 32 bytes, and a datagram of a trial is longer than any packet of these tests.
+        let length = datagram.bytes.len();
+        let is_data = datagram.bytes[0] == 4
+            && length > 32
+            && length < segments::LENGTH
+            && datagram.from == endpoint(1);
         if is_data {
             place.lock().unwrap().get_or_insert_with(|| datagram.clone());
         }
@@ -411,6 +419,51 @@ fn frames_cross_and_spoofed_frames_are_dropped() {
     b.engine.delete_tap("ovx-t");
     assert!(b.engine.state().taps.is_empty() && !b.host.has_device("ovx-t"));
     b.engine.add_tap("ovx-u", 7).unwrap();
+}
+
+/// Sends two UDP datagrams of equal length from `a` to `b` as one packet, which the engine cuts.
+fn send_uncut(a: &Node) {
+    const PAYLOAD: u16 = 500;
+    let mut packet = packet(1, 2, &[7; 8 + 2 * PAYLOAD as usize]);
+    put(&mut packet, 9, &[UDP]);
+    put(&mut packet, 24, &(8 + 2 * PAYLOAD).to_be_bytes());
+    let header = VnetHeader {
+        needs_checksum: true,
+        gso: Gso::Udp,
+        header_length: 28,
+        gso_size: PAYLOAD,
+        checksum_start: 20,
+        checksum_offset: 6,
+    };
+    a.host.inject_with(DEVICE, header, &packet);
+}
+
+#[test]
+fn datagrams_are_not_divided_while_that_damages_them_on_the_way_to_a_peer() {
+    let (network, a, b) = pair();
+    let verdict = |node: &Node| node.engine.state().interfaces[0].peers[0].segments;
+    wait_until("the trial of both", || [&a, &b].iter().all(|node| verdict(node) == Offload::Works));
+    send_uncut(&a);
+    assert_eq!([b.receive().len(), b.receive().len()], [528; 2]);
+
+    let divided = Arc::new(AtomicUsize::new(0));
+    let seen = Arc::clone(&divided);
+    network.set_filter(move |datagram| {
+        let is_damaged = datagram.from == endpoint(1) && datagram.is_divided;
+        if is_damaged && datagram.bytes.len() < segments::LENGTH {
+            seen.fetch_add(1, Ordering::SeqCst);
+        }
+        !is_damaged
+    });
+    wait_until("the damage to be seen", || verdict(&a) == Offload::Damages);
+    let before = divided.load(Ordering::SeqCst);
+    send_uncut(&a);
+    assert_eq!([b.receive().len(), b.receive().len()], [528; 2]);
+    assert_eq!(divided.load(Ordering::SeqCst), before, "divided datagrams");
+    assert_eq!(verdict(&b), Offload::Works, "the other direction");
+
+    network.remove_filter();
+    wait_until("its end to be seen", || verdict(&a) == Offload::Works);
 }
 
 #[test]

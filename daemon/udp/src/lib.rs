@@ -2,6 +2,10 @@
 //! datagrams (`UDP_SEGMENT` and `UDP_GRO`, `udp(7)`).
 //!
 //! A batch allocates its memory once; receiving and sending allocate nothing. No call blocks.
+//!
+//! [`trial`] judges whether such an offload damages packets.
+
+pub mod trial;
 
 use std::io;
 use std::mem;

@@ -438,11 +438,11 @@ pub struct PeerInfo {
 /// A probed path to a host.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PeerPath {
-    /// How packets of workloads are carried: `vxlan`.
+    /// How packets of workloads are carried: `vxlan`, or `direct` for a route to the host.
     pub encapsulation: String,
-    /// The network whose device the probes pass through.
+    /// The network by whose device or route the probes pass.
     pub network: String,
-    /// The length of the longest probe, as an IP packet of a workload, in bytes.
+    /// The length of the longest packets of workloads, in bytes. Large probes in VXLAN have it.
     pub mtu: u16,
     /// From this host to the other one.
     pub sent: PathDirection,

@@ -44,6 +44,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "ovl-files",
             "ovl-tunnel",
             "ovl-dns",
+            "ovl-udp",
         ],
     ),
     ("ovlctl", &["ovl-proto", "ovl-control", "ovl-manifest"]),

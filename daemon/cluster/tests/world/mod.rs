@@ -50,6 +50,7 @@ pub(crate) fn node(n: u8) -> Node {
             wire: WireVersions::own(),
             probes: 0,
             not_built: Vec::new(),
+            probe_kinds: 0,
             unknown: Unknown::default(),
         },
         state: PeerState::Alive,

@@ -42,6 +42,7 @@ fn record_at(identity: &Identity, address: SocketAddr, generation: u64) -> NodeR
         wire: WireVersions::own(),
         probes: 0,
         not_built: Vec::new(),
+        probe_kinds: 0,
         unknown: Unknown::default(),
     }
 }

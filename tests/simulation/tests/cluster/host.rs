@@ -137,7 +137,7 @@ impl Environment for Simulated {
         Ok(self.kernel.start(events, KERNEL_LATENCY))
     }
 
-    fn path_socket(&self) -> ovl_kernel::Result<Option<PathSocket>> {
+    fn path_socket(&self, _port: u16) -> ovl_kernel::Result<Option<PathSocket>> {
         Ok(None)
     }
 
