@@ -577,4 +577,27 @@ mod tests {
         (0..50).for_each(|_| book.note_lateness(Duration::ZERO));
         assert!(!book.is_alive(peer, silent + Duration::from_millis(500)));
     }
+
+    #[test]
+    fn many_silent_peers_cost_a_bounded_number_of_datagrams() {
+        let start = Instant::now();
+        let mut book = PeerBook::new(1500, start);
+        for number in 1..=60 {
+            let addr = SocketAddr::from(([192, 0, 2, number], 7940));
+            book.list(NodeId([number; 10]), addr, 1500, (true, true), start);
+        }
+        let (mut pings, mut relayed) = (0, 0);
+        for tick in 0..50 {
+            for due in book.due(start + Duration::from_millis(200) * tick) {
+                match due {
+                    Due::Ping { .. } => pings += 1,
+                    Due::PingFor { .. } => relayed += 1,
+                    Due::Probe { .. } => panic!("a probe of a silent peer"),
+                }
+            }
+        }
+        // In ten seconds: each peer every 1.5 s, and what the limits allow, which can be saved up for one second.
+        assert!((360..=420 + 11 * EARLY_PINGS).contains(&pings), "{pings}");
+        assert!((1..=11 * RELAYED_PINGS).contains(&relayed), "{relayed}");
+    }
 }
