@@ -105,7 +105,8 @@ mod tests {
         assert_eq!(rounds(&mut calm, 8, at(1)), 100);
         assert_eq!(rounds(&mut calm, 100, at(2)), 15);
         calm.stir(at(3));
-        assert!(calm.permits(TO, 100, at(3)) && calm.permits(TO, 100, at(3) + LIVELY_FOR / 2));
+        let soon = at(3) + LIVELY_EACH * 80;
+        assert!(calm.permits(TO, 100, soon) && calm.permits(TO, 100, soon + LIVELY_FOR / 2));
         let mut few = Rounds::new(at(4));
         assert_eq!(rounds(&mut few, LIVELY_HOSTS, at(4)), 25 + 68, "all of them at first, then every 0.8 s");
     }
