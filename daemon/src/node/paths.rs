@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
@@ -33,6 +34,21 @@ const BATCH: usize = 64;
 const PERIOD: Duration = Duration::from_millis(50);
 /// The ticks between two choices of the hosts that are watched.
 const TICKS_OF_CHOICE: u32 = 5;
+
+/// Receives forever, at most [`BATCH`] packets in each [`PERIOD`]. `what` names them in the log.
+async fn receive_batches(what: &str, mut receive: impl AsyncFnMut(&mut [u8]) -> io::Result<()>) {
+    let mut buffer = vec![0; MAX_FRAME];
+    loop {
+        let started = Instant::now();
+        for _ in 0..BATCH {
+            if let Err(error) = receive(&mut buffer).await {
+                tracing::debug!(%error, "cannot receive {what}");
+                break;
+            }
+        }
+        sleep_until(started + PERIOD).await;
+    }
+}
 
 impl Node {
     /// Sends path probes forever.
@@ -73,60 +89,36 @@ impl Node {
     /// Receives path probes forever.
     pub(super) async fn path_receive_loop(self: Rc<Self>) {
         let Some(socket) = &self.path_socket else { return std::future::pending().await };
-        let mut buffer = vec![0; MAX_FRAME];
-        loop {
-            let started = Instant::now();
-            for _ in 0..BATCH {
-                match socket.receive(&mut buffer).await {
-                    Ok(Some(length)) => self.take_probe(buffer.get(..length).unwrap_or_default()),
-                    Ok(None) => {}
-                    Err(error) => {
-                        tracing::debug!(%error, "cannot receive path probes");
-                        break;
-                    }
-                }
+        receive_batches("path probes", async |buffer| {
+            if let Some(length) = socket.receive(buffer).await? {
+                self.take_probe(buffer.get(..length).unwrap_or_default());
             }
-            sleep_until(started + PERIOD).await;
-        }
+            Ok(())
+        })
+        .await;
     }
 
     /// Receives path probes by direct routes forever.
     pub(super) async fn direct_receive_loop(self: Rc<Self>) {
         let Some(socket) = &self.path_socket else { return std::future::pending().await };
-        let mut buffer = vec![0; MAX_FRAME];
-        loop {
-            let started = Instant::now();
-            for _ in 0..BATCH {
-                match socket.receive_echo(&mut buffer).await {
-                    Ok(Some(payload)) => self.take_echo(buffer.get(payload).unwrap_or_default()),
-                    Ok(None) => {}
-                    Err(error) => {
-                        tracing::debug!(%error, "cannot receive path probes by direct routes");
-                        break;
-                    }
-                }
+        receive_batches("path probes by direct routes", async |buffer| {
+            if let Some(payload) = socket.receive_echo(buffer).await? {
+                self.take_echo(buffer.get(payload).unwrap_or_default());
             }
-            sleep_until(started + PERIOD).await;
-        }
+            Ok(())
+        })
+        .await;
     }
 
     /// Receives probes of the offload of checksums forever.
     pub(super) async fn offload_receive_loop(self: Rc<Self>) {
         let Some(socket) = &self.path_socket else { return std::future::pending().await };
-        let mut buffer = vec![0; MAX_FRAME];
-        loop {
-            let started = Instant::now();
-            for _ in 0..BATCH {
-                match socket.receive_datagram(&mut buffer).await {
-                    Ok(length) => self.take_datagram(buffer.get(..length).unwrap_or_default()),
-                    Err(error) => {
-                        tracing::debug!(%error, "cannot receive path probes in datagrams");
-                        break;
-                    }
-                }
-            }
-            sleep_until(started + PERIOD).await;
-        }
+        receive_batches("path probes in datagrams", async |buffer| {
+            let length = socket.receive_datagram(buffer).await?;
+            self.take_datagram(buffer.get(..length).unwrap_or_default());
+            Ok(())
+        })
+        .await;
     }
 
     /// Lets new VXLAN devices leave checksums to what is below; lets all compute checksums themselves while that is known to
