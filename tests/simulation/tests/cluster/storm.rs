@@ -204,7 +204,8 @@ impl Storm {
         }
         self.counter += 1;
         let name = format!("spare{}", self.counter);
-        let subnet = format!("10.{}.0.0/24", 20 + self.counter % 200);
+        // One of the last 200, apart from the ranges of Services.
+        let subnet = format!("10.20.{}.0/24", self.counter % 200);
         if world.create_network(host, &name, Mode::L2, &subnet).await? {
             self.spare = Some(name);
         }
