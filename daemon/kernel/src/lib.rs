@@ -12,6 +12,7 @@ mod apply;
 mod attribute;
 mod conntrack;
 mod dump;
+mod echo;
 mod endpoint;
 mod error;
 mod event_queue;

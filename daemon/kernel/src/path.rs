@@ -6,18 +6,18 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 
-use etherparse::{IcmpEchoHeader, Icmpv4Header, Icmpv4Type, Icmpv6Header, Icmpv6Type, Ipv4HeaderSlice};
+use etherparse::{IcmpEchoHeader, Ipv4HeaderSlice};
 use nix::net::if_::if_nametoindex;
 use nix::sys::socket::{LinkAddr, recvfrom};
 use ovl_dataplane::device::{Device, Role};
 use ovl_proto::PROBE_ETHERTYPE;
 use ovl_proto::id::Mac;
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
 use super::error::{KernelError, Result};
-use super::sys;
+use super::{echo, sys};
 
 /// The receive buffer, in bytes: a flood of frames costs no more memory.
 const RECEIVE_BUFFER: usize = 256 * 1024;
@@ -61,12 +61,12 @@ impl PathSocket {
             socket.set_nonblocking(true)?;
             // It is a packet socket, but is waited for like a UDP socket.
             let frames = UdpSocket::from_std(socket.into())?;
-            let echo_v4 = echo_socket(Domain::IPV4, Protocol::ICMPV4)?;
+            let echo_v4 = echo_socket(Domain::IPV4)?;
             let offload = OffloadSockets::open(mark, port).inspect_err(|error| {
                 tracing::warn!(%error, port, "the offload of checksums in VXLAN is not probed");
             });
             let offload = offload.ok();
-            Ok(Self { frames, offload, echo_v4, echo_v6: echo_socket(Domain::IPV6, Protocol::ICMPV6).ok() })
+            Ok(Self { frames, offload, echo_v4, echo_v6: echo_socket(Domain::IPV6).ok() })
         };
         open().map_err(|error| KernelError::io("cannot open a packet socket for path probes", &error))
     }
@@ -99,8 +99,8 @@ impl PathSocket {
         self.offload.is_some()
     }
 
-    /// Sends a UDP datagram by a VXLAN device, in a frame with these source and destination addresses, to `port` of whoever gets
-    /// it. Unless it `is_complete`, its checksum is left to the device and to what is below, as by most workloads.
+    /// Sends a UDP datagram by a VXLAN device, in a frame with these source and destination addresses, to `port` of the host
+    /// that gets it. Unless it `is_complete`, its checksum is left to the device and to what is below, as by most workloads.
     ///
     /// # Errors
     ///
@@ -119,7 +119,7 @@ impl PathSocket {
         sys::send_frame(sockets.frames.as_fd(), index, ETHERTYPE_IPV4, &frame)
     }
 
-    /// Receives the next UDP datagram to all hosts of a link, from whomever, and returns its length.
+    /// Receives the next UDP datagram to all hosts of a link, from any host, and returns its length.
     ///
     /// # Errors
     ///
@@ -146,23 +146,14 @@ impl PathSocket {
     ///
     /// There is no route, or a packet filter of this host refuses it.
     pub fn send_echo(&self, to: IpAddr, payload: &[u8]) -> io::Result<()> {
-        let mut packet = Vec::with_capacity(8 + payload.len());
         let socket = match to {
-            IpAddr::V4(_) => {
-                Icmpv4Header::with_checksum(Icmpv4Type::EchoRequest(ECHO), payload).write(&mut packet)?;
-                &self.echo_v4
-            }
-            // The kernel computes this checksum: it needs the source address.
-            IpAddr::V6(_) => {
-                Icmpv6Header::new(Icmpv6Type::EchoRequest(ECHO)).write(&mut packet)?;
-                self.echo_v6.as_ref().ok_or(io::ErrorKind::Unsupported)?
-            }
+            IpAddr::V4(_) => &self.echo_v4,
+            IpAddr::V6(_) => self.echo_v6.as_ref().ok_or(io::ErrorKind::Unsupported)?,
         };
-        packet.extend_from_slice(payload);
-        socket.try_send_to(&packet, SocketAddr::new(to, 0)).map(drop)
+        socket.try_send_to(&echo::request(to, ECHO, payload)?, SocketAddr::new(to, 0)).map(drop)
     }
 
-    /// Receives the next echo request that the host gets, from whomever, and returns where its payload is in the buffer. `None`
+    /// Receives the next echo request that the host gets, from any host, and returns where its payload is in the buffer. `None`
     /// if it has no header.
     ///
     /// # Errors
@@ -253,13 +244,11 @@ const PROTOCOL_UDP: u8 = 17;
 const ECHO_HEADER: usize = 8;
 
 /// Opens a socket that receives the echo requests of a family and nothing else.
-fn echo_socket(domain: Domain, protocol: Protocol) -> io::Result<UdpSocket> {
-    let socket = Socket::new(domain, Type::RAW, Some(protocol))?;
+fn echo_socket(domain: Domain) -> io::Result<UdpSocket> {
+    let socket = echo::socket(domain)?;
     sys::receive_echo_requests(socket.as_fd(), domain == Domain::IPV4)?;
-    socket.set_recv_buffer_size(RECEIVE_BUFFER)?;
-    socket.set_nonblocking(true)?;
-    // It is a raw socket, but is read and written like a UDP socket.
-    UdpSocket::from_std(socket.into())
+    SockRef::from(&socket).set_recv_buffer_size(RECEIVE_BUFFER)?;
+    Ok(socket)
 }
 
 /// Whether a device is a bridge or a VXLAN device of ovl, by its name.

@@ -9,11 +9,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use etherparse::{IcmpEchoHeader, Icmpv4Header, Icmpv4Type, Icmpv6Header, Icmpv6Type, Ipv4HeaderSlice};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::Domain;
 use tokio::net::UdpSocket;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
+use super::echo;
 use super::error::{KernelError, Result};
 
 /// The payload of echo requests, which has no meaning.
@@ -62,8 +63,8 @@ impl Prober {
     /// A raw socket cannot be opened: it needs CAP_NET_RAW.
     pub fn new() -> Result<Self> {
         let error = |error| KernelError::io("cannot open a socket for ICMP", &error);
-        let v4 = Family::open(Domain::IPV4, Protocol::ICMPV4, echo_reply_v4).map_err(error)?;
-        let v6 = Family::open(Domain::IPV6, Protocol::ICMPV6, echo_reply_v6).ok();
+        let v4 = Family::open(Domain::IPV4, echo_reply_v4).map_err(error)?;
+        let v6 = Family::open(Domain::IPV6, echo_reply_v6).ok();
         // A raw socket receives the replies for all processes of the host, another ovld included.
         let id = std::process::id() as u16;
         Ok(Self(Kind::Host(Arc::new(Inner { v4, v6, id, next: AtomicU16::new(0) }))))
@@ -102,30 +103,15 @@ impl Prober {
 }
 
 impl Family {
-    fn open(
-        domain: Domain,
-        protocol: Protocol,
-        parse: fn(&[u8]) -> Option<IcmpEchoHeader>,
-    ) -> io::Result<Self> {
-        let socket = Socket::new(domain, Type::RAW, Some(protocol))?;
-        socket.set_nonblocking(true)?;
-        // It is a raw socket, but is read and written like a UDP socket.
-        let socket = Arc::new(UdpSocket::from_std(socket.into())?);
+    fn open(domain: Domain, parse: fn(&[u8]) -> Option<IcmpEchoHeader>) -> io::Result<Self> {
+        let socket = Arc::new(echo::socket(domain)?);
         let waiting = Waiting::default();
         let reader = tokio::spawn(read(Arc::clone(&socket), Arc::clone(&waiting), parse));
         Ok(Self { socket, waiting, reader })
     }
 
     async fn send(&self, to: IpAddr, echo: IcmpEchoHeader) -> io::Result<()> {
-        let mut packet = Vec::with_capacity(64);
-        match to {
-            IpAddr::V4(_) => {
-                Icmpv4Header::with_checksum(Icmpv4Type::EchoRequest(echo), PAYLOAD).write(&mut packet)?;
-            }
-            // The kernel computes this checksum: it needs the source address.
-            IpAddr::V6(_) => Icmpv6Header::new(Icmpv6Type::EchoRequest(echo)).write(&mut packet)?,
-        }
-        packet.extend_from_slice(PAYLOAD);
+        let packet = echo::request(to, echo, PAYLOAD)?;
         self.socket.send_to(&packet, SocketAddr::new(to, 0)).await.map(drop)
     }
 }

@@ -22,7 +22,7 @@ const FEW: u32 = 4;
 const MAX_ROUNDS: u32 = 64;
 /// The same if no packet at all was answered.
 const MAX_SILENT_ROUNDS: u32 = 12;
-/// The interval until the next round after a doubt without any answer: nobody answers, or nothing passes.
+/// The interval until the next round after a doubt without any answer: the other host answers none, or nothing passes.
 const SILENT: Duration = Duration::from_secs(120);
 
 /// The judgement of an offload on a path.
@@ -233,7 +233,7 @@ mod tests {
         let mut world = World::new();
         world.run(SECOND * 60, |_| false);
         assert_eq!(world.trial.verdict(), Offload::Unknown);
-        assert!(world.sent < 50, "{} packets that nobody answers", world.sent);
+        assert!(world.sent < 50, "{} packets without an answer", world.sent);
         world.run(SECOND * 120, |_| true);
         let mut random = 1u32;
         for _ in 0..1000 {
