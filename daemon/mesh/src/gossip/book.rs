@@ -151,9 +151,7 @@ impl PeerBook {
 
     /// A new nonce, which cannot be guessed. `None` if the kernel returns no random numbers.
     pub(super) fn nonce(&self) -> Option<u64> {
-        let mut bytes = [0; 8];
-        self.random.fill(&mut bytes).ok()?;
-        Some(u64::from_be_bytes(bytes))
+        nonce(&self.random)
     }
 
     /// Updates a peer from the state of chitchat. `hinted` says whether chitchat considers it alive, which is not
@@ -388,11 +386,13 @@ impl PeerBook {
         let silent_after = self.ping_every + RELAY_AFTER;
         let nodes: Vec<NodeId> = self.peers.keys().copied().collect();
         for node in nodes {
-            let Some(nonce) = self.nonce() else { return };
             let Some(peer) = self.peers.get_mut(&node) else { continue };
-            if !is_pinged(peer) {
+            let silent = peer.last_heard.is_none_or(|at| now.saturating_duration_since(at) > silent_after);
+            let is_relayed = silent && peer.listed && now >= peer.next_relay;
+            if !is_pinged(peer) || (now < peer.next_ping && !is_relayed) {
                 continue;
             }
+            let Some(nonce) = nonce(&self.random) else { return };
             if now >= peer.next_ping {
                 let last = peer.pings.back().map(|(_, sent)| *sent);
                 let early = last.is_some_and(|sent| now < sent + self.ping_every);
@@ -402,8 +402,7 @@ impl PeerBook {
                     due.push(peer.pinged(nonce, now));
                 }
             }
-            let silent = peer.last_heard.is_none_or(|at| now.saturating_duration_since(at) > silent_after);
-            if silent && peer.listed && now >= peer.next_relay {
+            if is_relayed {
                 peer.next_relay = now + RELAY_EVERY;
                 // Unlike the nonce of the ping: the answers differ in what they prove.
                 let nonce = nonce.wrapping_add(1);
@@ -418,8 +417,8 @@ impl PeerBook {
         }
     }
 
-    /// The pings to peers that are dialled now: up to `most` that are not alive, those first that have waited longest. A
-    /// peer that answers has proved to be live, and gossip with it begins at once.
+    /// The pings to peers that are dialled now: up to `most` that are not alive, those first that have waited longest.
+    /// Gossip with a peer waits for its answer.
     pub(super) fn dials(&mut self, now: Instant, most: usize) -> Vec<Due> {
         let due = self.peers.iter().filter(|(_, peer)| !peer.alive && now >= peer.next_dial);
         let mut due: Vec<(Instant, NodeId)> = due.map(|(node, peer)| (peer.next_dial, *node)).collect();
@@ -518,6 +517,12 @@ impl PeerBook {
             salt,
         })
     }
+}
+
+fn nonce(random: &SystemRandom) -> Option<u64> {
+    let mut bytes = [0; 8];
+    random.fill(&mut bytes).ok()?;
+    Some(u64::from_be_bytes(bytes))
 }
 
 /// The interval between answered pings to each of this many live peers.

@@ -40,8 +40,8 @@ const MAX_PROVED: usize = 256;
 /// The interval between challenges of a sender that has not answered one.
 const CHALLENGE_EVERY: Duration = Duration::from_secs(1);
 
-/// The maximum number of signatures a second that known senders cause: 1,000 take 7 % of a core. Pings of 60 hosts need
-/// 100.
+/// The maximum number of signatures a second that known senders cause: 1,000 take 7 % of a core. Only the first answer to
+/// each run of a host, and those to unanswered pings, are signed.
 const PEER_SIGNATURES: u32 = 1_000;
 /// The maximum number of verifications of hints a second: 1,000 take 11 % of a core. 60 hosts that change ten times a
 /// second need 600.
