@@ -14,7 +14,7 @@ use ovl_dataplane::state::Dataplane;
 use ovl_kernel::{CreatedEndpoint, EndpointSpec, HostEnd, Netns, PeerLocation, Resolver, RetiredEndpoint};
 use ovl_proto::id::{EndpointId, Mac, NetworkId};
 use ovl_proto::object::{Driver, Mode, Network, Subnet};
-use ovl_proto::resource::Name;
+use ovl_proto::resource::{Labels, Name};
 use ovl_proto::table::{Endpoint, Entry, Key, PodIdentity};
 use ovl_proto::wire::fields::Unknown;
 use ovl_runtimes::cni::{self, Attachment};
@@ -287,7 +287,7 @@ impl Node {
         {
             return Err(Failed::invalid(format!("'{ifname}' is no name for an interface")));
         }
-        check_sizes(&request.aliases, request.labels.iter()).map_err(Failed::invalid)?;
+        check_sizes(&request.aliases, &request.labels.clone().into()).map_err(Failed::invalid)?;
         if let Some(PodRef { name, uid }) = &request.pod {
             check_pod(name, uid).map_err(Failed::invalid)?;
         }
@@ -759,14 +759,10 @@ pub(super) fn check_pod(name: &str, uid: &str) -> Result<(), String> {
 /// # Errors
 ///
 /// A sentence with the limits.
-pub(super) fn check_sizes<'a>(
-    aliases: &[String],
-    labels: impl ExactSizeIterator<Item = (&'a String, &'a String)> + Clone,
-) -> Result<(), String> {
-    let count = labels.len();
-    let length: usize = labels.clone().map(|(key, value)| key.len() + value.len()).sum();
-    let clean = { labels }.all(|(key, value)| !key.chars().chain(value.chars()).any(char::is_control));
-    if aliases.len() > 64 || count > 64 || length > 8192 || !clean {
+pub(super) fn check_sizes(aliases: &[String], labels: &Labels) -> Result<(), String> {
+    let length: usize = labels.iter().map(|(key, value)| key.len() + value.len()).sum();
+    let clean = labels.iter().all(|(key, value)| !key.chars().chain(value.chars()).any(char::is_control));
+    if aliases.len() > 64 || labels.len() > 64 || length > 8192 || !clean {
         return Err(
             "at most 64 aliases, and 64 labels of 8 KiB together without control characters, are allowed"
                 .to_owned(),

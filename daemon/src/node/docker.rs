@@ -422,7 +422,7 @@ impl Node {
         // Peers refuse a table with a longer alias.
         aliases.retain(|alias| alias.len() <= crate::config::MAX_NAME && seen.insert(canonical_name(alias)));
         endpoint.aliases = aliases;
-        super::attach::check_sizes(&endpoint.aliases, endpoint.labels.iter()).map_err(Failed::invalid)?;
+        super::attach::check_sizes(&endpoint.aliases, &endpoint.labels).map_err(Failed::invalid)?;
         let local = self.state.borrow().endpoints.get(endpoint.id).cloned();
         if let Some(local) = local {
             self.keep_endpoint(&endpoint, &local).map_err(|error| Failed::internal(format!("{error:#}")))?;

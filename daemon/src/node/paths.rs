@@ -68,8 +68,9 @@ impl Node {
                 self.note_offloads();
                 self.set_offloads(socket, &mut offloads);
             }
-            self.send_probes(socket, &hops);
-            self.send_direct_probes(socket, &direct_hops);
+            let vouches = self.vouches();
+            self.send_probes(socket, &hops, &vouches);
+            self.send_direct_probes(socket, &direct_hops, &vouches);
             self.tell_paths();
         }
     }
@@ -170,16 +171,21 @@ impl Node {
         hops
     }
 
-    /// Whether gossip heard a host a moment ago.
+    /// Returns whether gossip heard a host a moment ago.
     fn vouches(&self) -> impl Fn(NodeId) -> bool {
         let contacts = self.gossip().contacts();
         move |id| contacts.get(&id).is_some_and(|contact| contact.last_heard.elapsed() < VOUCHED)
     }
 
-    fn send_probes(&self, socket: &PathSocket, hops: &BTreeMap<NodeId, VxlanHop>) {
+    fn send_probes(
+        &self,
+        socket: &PathSocket,
+        hops: &BTreeMap<NodeId, VxlanHop>,
+        vouches: impl Fn(NodeId) -> bool,
+    ) {
         let state = self.state.borrow();
         let Some(own) = state.record() else { return };
-        let due = self.paths.borrow_mut().tick(state.epoch.elapsed(), own.generation, self.vouches());
+        let due = self.paths.borrow_mut().tick(state.epoch.elapsed(), own.generation, vouches);
         for (frame, mtu) in due.probes {
             let (Some(hop), Some(key)) = (hops.get(&frame.to), key_to(&state, frame.to)) else { continue };
             let macs = [frame.from, frame.to].map(|host| addresses::mac_of_host(hop.network, host));
@@ -204,10 +210,15 @@ impl Node {
         }
     }
 
-    fn send_direct_probes(&self, socket: &PathSocket, hops: &BTreeMap<NodeId, DirectHop>) {
+    fn send_direct_probes(
+        &self,
+        socket: &PathSocket,
+        hops: &BTreeMap<NodeId, DirectHop>,
+        vouches: impl Fn(NodeId) -> bool,
+    ) {
         let state = self.state.borrow();
         let Some(own) = state.record() else { return };
-        let due = self.direct_paths.borrow_mut().tick(state.epoch.elapsed(), own.generation, self.vouches());
+        let due = self.direct_paths.borrow_mut().tick(state.epoch.elapsed(), own.generation, vouches);
         for (frame, _) in due.probes {
             let (Some(hop), Some(key)) = (hops.get(&frame.to), key_to(&state, frame.to)) else { continue };
             if let Err(error) = socket.send_echo(hop.gateway, &frame.encode_payload(key)) {
@@ -253,20 +264,14 @@ impl Node {
             narrow.extend(ends.narrow(&path).map(|sentence| (peer.name.clone(), sentence)));
         }
         let direct = self.broken_direct_paths(&state);
+        let said = |id: &NodeId, sentence: &dyn Fn(&str) -> String| {
+            let name = &state.view.nodes.get(id)?.record.name;
+            Some((name.clone(), sentence(name)))
+        };
         let limits = state.path_limits.iter();
-        let limited: Vec<(String, String)> = limits
-            .filter_map(|(id, limit)| {
-                let peer = &state.view.nodes.get(id)?.record;
-                Some((peer.name.clone(), paths::limited(&peer.name, *limit)))
-            })
-            .collect();
-        let faults = state.offload_faults.iter();
-        let unfinished: Vec<(String, String)> = faults
-            .filter_map(|id| {
-                let peer = &state.view.nodes.get(id)?.record;
-                Some((peer.name.clone(), paths::unfinished(&peer.name)))
-            })
-            .collect();
+        let limited =
+            limits.filter_map(|(id, limit)| said(id, &|name| paths::limited(name, *limit))).collect();
+        let unfinished = state.offload_faults.iter().filter_map(|id| said(id, &paths::unfinished)).collect();
         for (code, found) in [
             (Code::PathBroken, broken),
             (Code::PathNarrow, narrow),
@@ -310,8 +315,13 @@ impl Node {
         broken.into_iter().filter_map(sentence).collect()
     }
 
-    /// Returns the probed paths to a host, for `ovlctl peers`.
-    pub(super) fn peer_paths(&self, state: &State, host: NodeId) -> Vec<PeerPath> {
+    /// Returns the probed paths to a host, for `ovlctl peers`. `direct_hops` are the direct ways to all hosts.
+    pub(super) fn peer_paths(
+        &self,
+        state: &State,
+        direct_hops: &BTreeMap<NodeId, DirectHop>,
+        host: NodeId,
+    ) -> Vec<PeerPath> {
         let (now, networks) = (state.epoch.elapsed(), &state.subsystems.networks);
         let shown = |encapsulation: &str, network, mtu, path: PathState| {
             let network = state.view.networks.get(&network).map(|found| found.network.name.clone());
@@ -329,7 +339,7 @@ impl Node {
             Some(shown("vxlan", hop.network, hop.mtu, path))
         });
         let direct = self.direct_paths.borrow().state(host, now).and_then(|path| {
-            let hop = *networks.direct_hops(&state.view).get(&host)?;
+            let hop = direct_hops.get(&host)?;
             Some(shown("direct", hop.network, hop.mtu, path))
         });
         vxlan.into_iter().chain(direct).collect()

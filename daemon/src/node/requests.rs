@@ -239,6 +239,7 @@ impl Node {
         let contacts = self.gossip().contacts();
         let paths = self.gossip().path_mtus();
         let state = self.state.borrow();
+        let direct_hops = state.subsystems.networks.direct_hops(&state.view);
         let sealed =
             encryption::kind(&state.view).map(|kind| (encryption::name(kind), sealed_to(&state.view)));
         let mut peers: Vec<PeerInfo> = state
@@ -272,7 +273,7 @@ impl Node {
                     member: state.view.alloc.members.contains(&record.id),
                     reachable: own
                         || contact.is_some_and(|contact| contact.last_heard.elapsed() < UNREACHABLE),
-                    paths: self.peer_paths(&state, record.id),
+                    paths: self.peer_paths(&state, &direct_hops, record.id),
                     path_mtu: if own { Some(record.link_mtu) } else { paths.get(&record.id).copied() },
                 }
             })

@@ -346,7 +346,7 @@ fn check_entry(entry: &Entry) -> Result<(), String> {
     if let Some(PodIdentity { name, uid, .. }) = endpoint.pod.as_deref() {
         super::attach::check_pod(name, uid)?;
     }
-    super::attach::check_sizes(&endpoint.aliases, endpoint.labels.iter())
+    super::attach::check_sizes(&endpoint.aliases, &endpoint.labels)
 }
 
 /// Whether an address can be that of an endpoint or a LoadBalancer.
