@@ -28,15 +28,24 @@ fn block(lab: &Lab, from: &str, to: &str, more: &str) {
 }
 
 fn unblock(lab: &Lab) {
-    lab.switch().exec_ok(["nft", "delete table bridge security-group"]).unwrap();
+    remove_table(lab, "security-group");
 }
 
 /// Drops what a rule of nft matches on the switch.
 fn drop_on_switch(lab: &Lab, rule: &str) {
+    add_table(lab, "security-group", &format!("{rule} drop"));
+}
+
+/// Adds a table with rules of nft for what the switch forwards.
+fn add_table(lab: &Lab, name: &str, rules: &str) {
     let table = format!(
-        "table bridge security-group {{ chain forward {{ type filter hook forward priority 0; {rule} drop; }}; }}"
+        "table bridge {name} {{ chain forward {{ type filter hook forward priority 0; {rules}; }}; }}"
     );
     lab.switch().exec_input(["nft", "-f", "-"], Some(&table)).unwrap();
+}
+
+fn remove_table(lab: &Lab, name: &str) {
+    lab.switch().exec_ok(["nft", &format!("delete table bridge {name}")]).unwrap();
 }
 
 /// Damages datagrams of the tunnel from one host to another one that their sender left to the kernel to divide. Links of the lab
@@ -45,10 +54,7 @@ fn damage_divided(lab: &Lab, from: &str, to: &str) {
     let rule = format!(
         "iifname {from} oifname {to} udp dport 51940 ip length > 1500 counter @th,1024,32 set 0xbadbad"
     );
-    let table = format!(
-        "table bridge faulty-card {{ chain forward {{ type filter hook forward priority 0; {rule}; }}; }}"
-    );
-    lab.switch().exec_input(["nft", "-f", "-"], Some(&table)).unwrap();
+    add_table(lab, "faulty-card", &rule);
 }
 
 /// The number of packets that [`damage_divided`] has damaged.
@@ -75,10 +81,7 @@ fn drop_unfinished(lab: &Lab, from: &str, ends: [Ipv4Addr; 2]) {
         format!("iifname {from} udp dport 4789 @th,312,8 17 @th,368,32 0xffffffff @th,448,16 < 512 drop"),
     ]
     .join("; ");
-    let table = format!(
-        "table bridge faulty-card {{ chain forward {{ type filter hook forward priority 0; {rules}; }}; }}"
-    );
-    lab.switch().exec_input(["nft", "-f", "-"], Some(&table)).unwrap();
+    add_table(lab, "faulty-card", &rules);
 }
 
 /// The probed path from a host to another one.
@@ -226,7 +229,7 @@ fn tunnel_divides_no_datagrams_while_that_damages_them() {
     assert!(more < 5, "{more} datagrams of a connection were divided");
     wait_ready(h2, WITHIN);
 
-    lab.switch().exec_ok(["nft", "delete table bridge faulty-card"]).unwrap();
+    remove_table(&lab, "faulty-card");
     wait_ready(h1, WITHIN_SEARCH);
     wait_clean(lab.hosts(), SOON).unwrap();
 }
@@ -254,7 +257,7 @@ fn checksums_are_computed_before_vxlan_where_the_offload_leaves_wrong_ones() {
     assert!(from.tcp_roundtrip(ends[1], echo.port(), &long).unwrap() == long);
     wait_ready(h2, WITHIN);
 
-    lab.switch().exec_ok(["nft", "delete table bridge faulty-card"]).unwrap();
+    remove_table(&lab, "faulty-card");
     h1.restart().unwrap();
     lab.hosts().iter().for_each(|host| wait_ready(host, SOON));
     connect().unwrap();
