@@ -14,6 +14,7 @@ use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::netns::Netns;
+use crate::wait::uninterrupted;
 use crate::without_prefix_length;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -200,7 +201,8 @@ fn udp_exchange(server: SocketAddr, payload: &[u8]) -> Result<Vec<u8>> {
     socket.set_read_timeout(Some(UDP_TIMEOUT))?;
     socket.send(payload).context("cannot send")?;
     let mut buffer = vec![0; 65536];
-    let read = socket.recv(&mut buffer).with_context(|| format!("no answer in {UDP_TIMEOUT:?}"))?;
+    let read = uninterrupted(|| socket.recv(&mut buffer))
+        .with_context(|| format!("no answer in {UDP_TIMEOUT:?}"))?;
     buffer.truncate(read);
     Ok(buffer)
 }

@@ -63,7 +63,7 @@ pub use procs::cpu_time;
 pub use registry::{Swept, lab_names, remove, sweep};
 pub use spawned::Spawned;
 pub use tool::Output;
-pub use wait::{Outcome, wait_until};
+pub use wait::{Outcome, uninterrupted, wait_until};
 pub use workload::Workload;
 
 /// Removes the prefix length from an address: `10.0.0.1/24` becomes `10.0.0.1`.

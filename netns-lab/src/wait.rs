@@ -1,6 +1,7 @@
 //! Waiting for a condition. Only this module sleeps.
 
 use std::fmt::Display;
+use std::io;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -78,9 +79,36 @@ pub fn wait_until<O: Outcome>(
     }
 }
 
+/// Repeats a call as long as it ends with [`io::ErrorKind::Interrupted`].
+///
+/// Receiving from a socket with a timeout ends so when the process was stopped and continued meanwhile, whether or not it
+/// handles signals (signal(7), "Interruption of system calls and library functions by stop signals").
+///
+/// # Errors
+///
+/// Any other error of the call.
+pub fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn interrupted_call_is_repeated_and_other_errors_are_returned() {
+        let mut results =
+            vec![Err(io::ErrorKind::Interrupted), Err(io::ErrorKind::Interrupted), Ok(7)].into_iter();
+        let value = uninterrupted(|| results.next().unwrap().map_err(io::Error::from));
+        assert_eq!((value.unwrap(), results.len()), (7, 0));
+        let error = uninterrupted(|| Err::<(), _>(io::ErrorKind::WouldBlock.into())).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+    }
 
     #[test]
     fn value_is_returned() {

@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd as _;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use netns_lab::{Host, Netns};
+use netns_lab::{Host, Netns, uninterrupted};
 use nix::libc;
 
 use crate::Attached;
@@ -115,6 +115,6 @@ pub fn listener(at: &Attached, address: &str, within: Duration) -> UdpSocket {
 /// Receives one datagram as text. `None` after the timeout.
 pub fn receive(socket: &UdpSocket) -> Option<String> {
     let mut buffer = [0; 2048];
-    let (length, _) = socket.recv_from(&mut buffer).ok()?;
+    let (length, _) = uninterrupted(|| socket.recv_from(&mut buffer)).ok()?;
     Some(String::from_utf8_lossy(&buffer[..length]).into_owned())
 }

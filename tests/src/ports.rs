@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use netns_lab::{Host, Lab, Netns, Spawned, wait_until};
+use netns_lab::{Host, Lab, Netns, Spawned, uninterrupted, wait_until};
 
 use crate::SOON;
 
@@ -69,7 +69,7 @@ pub fn seen_client_udp(from: &Netns, at: SocketAddr) -> Result<IpAddr> {
         socket.connect(at)?;
         socket.send(b"who?")?;
         let mut answer = [0; 64];
-        let length = socket.recv(&mut answer)?;
+        let length = uninterrupted(|| socket.recv(&mut answer))?;
         Ok(String::from_utf8_lossy(&answer[..length]).into_owned())
     })??;
     Ok(said.parse::<IpAddr>()?.to_canonical())

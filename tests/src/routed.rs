@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
-use netns_lab::{Host, Lab, Netns, wait_until};
+use netns_lab::{Host, Lab, Netns, uninterrupted, wait_until};
 use serde_json::Value;
 
 use crate::{Attached, SOON, attach_workload, create_network, rows, strings, text, wait_clean};
@@ -110,9 +110,9 @@ fn seen_udp(from: &Netns, to: &Netns, address: IpAddr) -> Result<IpAddr> {
     sender.connect((address, port))?;
     sender.set_read_timeout(Some(SOON))?;
     sender.send(b"who am I")?;
-    let (_, seen) = listener.recv_from(&mut [0; 64]).context("no datagram arrived")?;
+    let (_, seen) = uninterrupted(|| listener.recv_from(&mut [0; 64])).context("no datagram arrived")?;
     listener.send_to(b"you", seen)?;
-    sender.recv(&mut [0; 64]).context("no reply arrived")?;
+    uninterrupted(|| sender.recv(&mut [0; 64])).context("no reply arrived")?;
     Ok(seen.ip())
 }
 

@@ -8,7 +8,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use netns_lab::{Host, Lab, Netns, wait_until};
+use netns_lab::{Host, Lab, Netns, uninterrupted, wait_until};
 
 use crate::SOON;
 
@@ -159,7 +159,7 @@ impl UdpClient {
     pub fn ask(&self) -> io::Result<Answer> {
         let mut buffer = [0; 64];
         self.0.send(b"?")?;
-        let length = self.0.recv(&mut buffer)?;
+        let length = uninterrupted(|| self.0.recv(&mut buffer))?;
         parse(buffer.get(..length).unwrap_or_default()).map_err(io::Error::other)
     }
 }

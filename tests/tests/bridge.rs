@@ -5,7 +5,7 @@
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 use anyhow::{Result, ensure};
-use netns_lab::{Lab, LabConfig, Netns, Underlay, wait_until};
+use netns_lab::{Lab, LabConfig, Netns, Underlay, uninterrupted, wait_until};
 use ovl_tests::ports::{create_bridge_network, outsider};
 use ovl_tests::{
     Attached, SOON, assert_contains, attach, create_network, ctl_error, endpoints, problems, rows, start_lab,
@@ -24,7 +24,7 @@ fn source_of_datagram(from: &Attached, at: &Netns, address: &str) -> Result<IpAd
     let to = listener.local_addr()?;
     let any: SocketAddr = if to.is_ipv4() { "0.0.0.0:0".parse()? } else { "[::]:0".parse()? };
     from.workload.run(|| UdpSocket::bind(any)?.send_to(b"hello", to))??;
-    let (_, seen) = listener.recv_from(&mut [0; 16])?;
+    let (_, seen) = uninterrupted(|| listener.recv_from(&mut [0; 16]))?;
     Ok(seen.ip())
 }
 

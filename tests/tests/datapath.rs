@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use netns_lab::{Host, Lab, LabConfig, Netns, PortMtu, Underlay, wait_until};
+use netns_lab::{Host, Lab, LabConfig, Netns, PortMtu, Underlay, uninterrupted, wait_until};
 use ovl_tests::inject::{mac_bytes, spoofing_socket};
 use ovl_tests::{
     Attached, SOON, assert_contains, assert_no_reply, attach, attach_workload, create_network, ctl_error,
@@ -69,7 +69,7 @@ fn listener(at: &Netns, address: impl Into<IpAddr>, port: u16) -> UdpSocket {
 /// Receives the next datagram and its source.
 fn receive(socket: &UdpSocket) -> Result<(String, SocketAddr)> {
     let mut buffer = [0; 2048];
-    let (length, from) = socket.recv_from(&mut buffer)?;
+    let (length, from) = uninterrupted(|| socket.recv_from(&mut buffer))?;
     Ok((String::from_utf8_lossy(&buffer[..length]).into_owned(), from))
 }
 

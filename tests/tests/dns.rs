@@ -7,7 +7,7 @@ use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use netns_lab::{Host, LabConfig, Netns, wait_until};
+use netns_lab::{Host, LabConfig, Netns, uninterrupted, wait_until};
 use ovl_tests::resolver::{dig, status};
 use ovl_tests::routed::create_routed_network;
 use ovl_tests::{
@@ -377,7 +377,7 @@ fn resolver_survives_malformed_queries() {
         socket.set_read_timeout(Some(SOON))?;
         let mut buffer = [0; 2048];
         loop {
-            let length = socket.recv(&mut buffer)?;
+            let length = uninterrupted(|| socket.recv(&mut buffer))?;
             // The answers to the other messages have another ID or an error.
             if length > 30 && buffer[..2] == [0xab, 0xcd] {
                 return Ok(buffer[..length].to_vec());

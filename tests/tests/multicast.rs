@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use netns_lab::{Host, Lab, Netns, wait_until};
+use netns_lab::{Host, Lab, Netns, uninterrupted, wait_until};
 use ovl_tests::frames::{FrameSocket, ICMPV6, ethernet, ipv6, link_local, mac};
 use ovl_tests::{
     Attached, Capture, SOON, attach, create_network, ensure_settled, ping_all_pairs, rows, start_lab,
@@ -96,7 +96,7 @@ fn number(datagram: &[u8]) -> u32 {
 /// Receives one datagram, and returns its number.
 fn receive(socket: &UdpSocket) -> u32 {
     let mut buffer = [0; 512];
-    let length = socket.recv(&mut buffer).unwrap();
+    let length = uninterrupted(|| socket.recv(&mut buffer)).unwrap();
     number(&buffer[..length])
 }
 
@@ -208,7 +208,7 @@ fn restart_loses_nothing(options: &[&str]) {
                 socket.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
                 let mut buffer = [0; 512];
                 while !stop.load(Ordering::Relaxed) {
-                    match socket.recv(&mut buffer) {
+                    match uninterrupted(|| socket.recv(&mut buffer)) {
                         Ok(length) => drop(got.insert(number(&buffer[..length]))),
                         Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock),
                     }

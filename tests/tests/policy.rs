@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
-use netns_lab::{Lab, LabConfig, Netns, wait_until};
+use netns_lab::{Lab, LabConfig, Netns, uninterrupted, wait_until};
 use ovl_tests::policy::{PolicyLab, Proto, namespace, policy, port_name, wait_enforced};
 use ovl_tests::routed::create_routed_network;
 use ovl_tests::service::{NamedServer, apply};
@@ -632,7 +632,7 @@ fn assert_no_bypass(nf_call: bool) {
         .unwrap();
         // Marker: a connection that the policy allows, and which needs ARP, is made after the broadcast.
         wait_until(SOON, "the api's connection", || connects(&api, &database, 5432, SOON)).unwrap();
-        let received = isolated.recv_from(&mut [0; 8]);
+        let received = uninterrupted(|| isolated.recv_from(&mut [0; 8]));
         assert!(received.is_err(), "bridge-nf-call-iptables={nf_call}: {received:?}");
         // Link-local addresses, which are not assigned by ovl. The sender's own one may still be tentative.
         let connects = |to: &Attached, timeout| {

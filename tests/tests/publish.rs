@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use netns_lab::{Host, Lab, LabConfig, Netns, Spawned, Underlay, wait_until};
+use netns_lab::{Host, Lab, LabConfig, Netns, Spawned, Underlay, uninterrupted, wait_until};
 use ovl_tests::frames::{FrameSocket, ipv4, mac, tagged};
 use ovl_tests::ports::{create_bridge_network, outsider, seen_client, seen_client_udp, start_address_server};
 use ovl_tests::resolver::dig;
@@ -278,7 +278,7 @@ impl UdpFlow {
     fn ask(&self) -> Result<String> {
         let mut buffer = [0; 64];
         self.0.send(b"?")?;
-        let length = self.0.recv(&mut buffer)?;
+        let length = uninterrupted(|| self.0.recv(&mut buffer))?;
         Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
     }
 
@@ -470,7 +470,7 @@ fn assert_localhost_closed(host: &Host, listener: &UdpSocket, from: &Attached, s
     let control = format!("from {}, {stage}", from.name);
     socket.send(&frame(host.address().unwrap().to_string().parse().unwrap(), &control)).unwrap();
     let mut buffer = [0; 64];
-    let read = listener.recv(&mut buffer).unwrap();
+    let read = uninterrupted(|| listener.recv(&mut buffer)).unwrap();
     assert_eq!(String::from_utf8_lossy(&buffer[..read]), control);
 }
 

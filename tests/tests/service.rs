@@ -3,13 +3,13 @@
 use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
-use netns_lab::{Lab, LabConfig, Signal, find_binary};
+use netns_lab::{Lab, LabConfig, Signal, find_binary, uninterrupted};
 use ovl_tests::SOON;
 
 /// Receives one datagram of sd_notify(3).
 fn notification(manager: &UnixDatagram) -> Option<String> {
     let mut bytes = [0; 256];
-    let length = manager.recv(&mut bytes).ok()?;
+    let length = uninterrupted(|| manager.recv(&mut bytes)).ok()?;
     String::from_utf8(bytes[..length].to_vec()).ok()
 }
 

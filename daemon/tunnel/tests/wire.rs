@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use boringtun::noise::{Tunn, TunnResult};
 use boringtun::x25519::{PublicKey, StaticSecret};
-use netns_lab::{Host, Lab, LabConfig, wait_until};
+use netns_lab::{Host, Lab, LabConfig, uninterrupted, wait_until};
 use ovl_tunnel::{Engine, FrameSource, InterfaceConfig, PeerConfig, PrivateKey, public_key};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -102,7 +102,7 @@ impl RawPeer {
     /// no packet.
     fn receive(&mut self) -> Option<Option<Vec<u8>>> {
         let mut datagram = [0; 2048];
-        let length = self.socket.recv(&mut datagram).ok()?;
+        let length = uninterrupted(|| self.socket.recv(&mut datagram)).ok()?;
         let mut room = [0; 2048];
         Some(match self.tunn.decapsulate(None, &datagram[..length], &mut room) {
             TunnResult::WriteToNetwork(reply) => {
@@ -183,7 +183,7 @@ fn arrived(raw: &mut RawPeer, service: &UdpSocket) -> Vec<Vec<u8>> {
     let mut all = Vec::new();
     let mut buffer = [0; 2048];
     loop {
-        let length = service.recv(&mut buffer).expect("the last message");
+        let length = uninterrupted(|| service.recv(&mut buffer)).expect("the last message");
         if &buffer[..length] == b"last" {
             return all;
         }
@@ -415,7 +415,7 @@ fn a_third_of_the_datagrams_lost_loses_no_more_packets() {
     }
     let mut back = std::collections::BTreeSet::new();
     let mut buffer = [0; 16];
-    while let Ok(length) = socket.recv(&mut buffer) {
+    while let Ok(length) = uninterrupted(|| socket.recv(&mut buffer)) {
         assert!(back.insert(buffer[..length].to_vec()), "twice");
     }
     // About half of them cross both ways: 196, with a standard deviation of 10.
