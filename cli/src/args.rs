@@ -11,8 +11,8 @@ use ovl_proto::DEFAULT_SOCKET;
 
 use crate::command::resource::jsonpath::{self, Template};
 use crate::command::{
-    attach, cni, completions, detach, dns, endpoint, endpoints, events, fdb, key, lifecycle, man, metrics,
-    network, peers, plan, policy, recover, resource, routes, sandbox, status, subnets, verify,
+    attach, cni, completions, detach, dns, endpoint, endpoints, events, exec, fdb, key, lifecycle, man,
+    metrics, network, peers, plan, policy, recover, resource, routes, sandbox, status, subnets, verify,
 };
 use crate::context::Context;
 use crate::error::{Error, Result};
@@ -140,6 +140,10 @@ enum Command {
     Detach(detach::Args),
     /// List the endpoints of all hosts
     Endpoints(endpoints::Args),
+    /// Run a program of this host in the network namespace of an endpoint
+    Exec(exec::ExecArgs),
+    /// Run a shell in the network namespace of an endpoint
+    Shell(exec::ShellArgs),
     /// Show the answer to a DNS query, and the reason for it
     Dns(dns::Args),
     /// Mark an endpoint as ready or not ready for Services
@@ -203,6 +207,9 @@ impl Cli {
             // These commands report differences through the exit status.
             Command::Verify => return verify::run(&context),
             Command::Diff(args) => return resource::diff(&context, &args),
+            // These are replaced by the program.
+            Command::Exec(args) => exec::exec(&context, args).map(|never| match never {}),
+            Command::Shell(args) => exec::shell(&context, args).map(|never| match never {}),
             Command::Status => status::run(&context),
             Command::Peers(args) => peers::run(&context, args),
             Command::Leave => lifecycle::leave(&context),
@@ -287,6 +294,11 @@ mod tests {
             "plan",
             "verify",
             "events --follow",
+            "events --since 03:10 --until 03:20",
+            "events --since 10m -f",
+            "exec web -- ping -c 1 10.1.0.9",
+            "exec --network blue --namespace shop web -- sh -c true",
+            "shell web --network blue",
             "metrics",
             "network create blue",
             "network create blue --driver overlay --mode l2 --subnet 10.1.0.0/16 --subnet fd00::/64 --vni 7 --encrypted --internal --mtu 1400",

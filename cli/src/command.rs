@@ -8,6 +8,7 @@ pub(crate) mod dns;
 pub(crate) mod endpoint;
 pub(crate) mod endpoints;
 pub(crate) mod events;
+pub(crate) mod exec;
 pub(crate) mod fdb;
 pub(crate) mod key;
 pub(crate) mod lifecycle;

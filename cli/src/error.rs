@@ -18,6 +18,8 @@ pub(crate) enum Error {
     Failed(String),
     /// The command line is invalid in a way that clap does not detect: exit status 2.
     Usage(String),
+    /// A program cannot be run: this exit status.
+    Program(String, u8),
 }
 
 impl Error {
@@ -61,6 +63,7 @@ impl Error {
         let (message, code) = match self {
             Self::Failed(message) => (message, 1),
             Self::Usage(message) => (message, 2),
+            Self::Program(message, status) => (message, *status),
         };
         // Not eprintln!: it panics if standard error is closed.
         let _ = writeln!(io::stderr(), "ovlctl: {}", printable_lines(message));

@@ -125,7 +125,7 @@ fn wait(context: &Context, mut status: KeyStatus, progress: Progress) -> Result<
         }
         std::thread::sleep(POLL_INTERVAL);
         status = keys(context, &Request::KeyStatus).map_err(|error| match error {
-            Error::Failed(why) | Error::Usage(why) => {
+            Error::Failed(why) | Error::Usage(why) | Error::Program(why, _) => {
                 Error::Failed(format!("{why}. The rotation continues: see `ovlctl key status`"))
             }
         })?;

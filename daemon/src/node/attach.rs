@@ -435,7 +435,7 @@ impl Node {
     /// # Errors
     ///
     /// Only another host has such an endpoint; `advice` is the last part of that error.
-    fn own_named(
+    pub(super) fn own_named(
         &self,
         name: &str,
         network: Option<&str>,

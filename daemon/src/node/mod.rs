@@ -21,6 +21,7 @@ mod limits;
 mod multicast;
 mod names;
 mod network;
+mod netns;
 mod newer;
 mod objects;
 mod paths;

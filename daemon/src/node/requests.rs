@@ -115,6 +115,9 @@ impl Node {
             }
             Request::Attach(attach) => Reply::Endpoint(Box::new(self.attach(*attach).await?)),
             Request::Detach { name, network, namespace } => {
+            Request::EndpointNetns { name, network, namespace } => {
+                Reply::Netns(self.netns_of(&name, network.as_deref(), namespace.as_deref())?)
+            }
                 self.detach(&name, network.as_deref(), namespace.as_deref()).await?;
                 Reply::Done
             }

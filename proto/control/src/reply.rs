@@ -50,6 +50,8 @@ pub enum Reply {
     Endpoint(Box<EndpointInfo>),
     /// All endpoints of the cluster, by network and name.
     Endpoints(Vec<EndpointInfo>),
+    /// A network namespace of a workload.
+    Netns(Netns),
     /// The result that the CNI plugin prints; null if the call has no result.
     Cni(serde_json::Value),
     /// The error that the CNI plugin prints.
@@ -138,6 +140,17 @@ pub struct SandboxInfo {
     /// Warnings, see [`EndpointInfo::warnings`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
+}
+
+/// The network namespace of a workload on this host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Netns {
+    /// A path that it can be opened by.
+    pub path: std::path::PathBuf,
+    /// Its inode: another one at the path is another workload's.
+    pub inode: u64,
+    /// A resolv.conf(5) with ovl's resolver as the workload reaches it.
+    pub resolv_conf: String,
 }
 
 /// Why a request failed.

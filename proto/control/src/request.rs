@@ -120,6 +120,17 @@ pub enum Request {
     SandboxCreate(SandboxCreate),
     /// Deletes a sandbox; succeeds if there is none, and is refused while processes are inside:
     /// [`crate::Reply::Done`].
+    /// Looks up the network namespace of an endpoint of this host: [`crate::Reply::Netns`].
+    EndpointNetns {
+        /// The endpoint's name.
+        name: String,
+        /// Only on this network. `None`: on all networks.
+        #[serde(default)]
+        network: Option<String>,
+        /// The Kubernetes namespace. `None`: `default`.
+        #[serde(default)]
+        namespace: Option<String>,
+    },
     SandboxRm {
         /// The sandbox's name.
         name: String,
