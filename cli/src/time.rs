@@ -1,4 +1,40 @@
-//! Human-readable durations.
+//! Human-readable durations and moments.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+const DAY: Duration = Duration::from_secs(86_400);
+
+/// Parses a moment, and returns it in milliseconds since 1970: a time of the last 24 hours (`03:10`, `03:10:20`), a date, a
+/// date with a time (`2026-03-01 03:10`, as `ovlctl events` prints it too), or how long ago it was (`10m`, `2h 30m`). Times
+/// are UTC.
+///
+/// # Errors
+///
+/// What can be given instead.
+pub(crate) fn moment(text: &str) -> Result<u64, String> {
+    moment_before(text, SystemTime::now())
+}
+
+fn moment_before(text: &str, now: SystemTime) -> Result<u64, String> {
+    let is_time = text.contains(':') && text.chars().all(|c| c.is_ascii_digit() || c == ':');
+    let seconds = if text.matches(':').count() == 1 && !text.ends_with('Z') { ":00" } else { "" };
+    let found = if is_time {
+        let today = humantime::format_rfc3339_seconds(now).to_string();
+        let date = today.split('T').next().unwrap_or_default();
+        let today = humantime::parse_rfc3339_weak(&format!("{date} {text}{seconds}")).ok();
+        today.map(|at| if at > now { at - DAY } else { at })
+    } else if text.contains('-') {
+        let midnight = if text.contains(':') { "" } else { " 00:00:00" };
+        humantime::parse_rfc3339_weak(&format!("{text}{midnight}{seconds}")).ok()
+    } else {
+        humantime::parse_duration(text).ok().and_then(|ago| now.checked_sub(ago))
+    };
+    let since = found.and_then(|at| at.duration_since(UNIX_EPOCH).ok());
+    since.map(|since| since.as_millis() as u64).ok_or_else(|| {
+        "give a time such as 03:10 or 2026-03-01 03:10:20 (UTC), or how long ago it was, such as 10m"
+            .to_owned()
+    })
+}
 
 /// Formats microseconds as `0.04ms`, `0.4ms` or `12ms`; from one second on like [`seconds`].
 pub(crate) fn micros(us: u64) -> String {
@@ -41,6 +77,31 @@ fn two(large: u64, large_unit: &str, small: u64, small_unit: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn moments_are_times_dates_and_durations() {
+        let now = humantime::parse_rfc3339("2026-03-01T03:00:00Z").unwrap();
+        for (text, expected) in [
+            ("02:10", "2026-03-01T02:10:00.000Z"),
+            ("02:10:20", "2026-03-01T02:10:20.000Z"),
+            ("03:10", "2026-02-28T03:10:00.000Z"),
+            ("2026-02-27", "2026-02-27T00:00:00.000Z"),
+            ("2026-02-27 03:10", "2026-02-27T03:10:00.000Z"),
+            ("2026-02-27T03:10:20", "2026-02-27T03:10:20.000Z"),
+            ("2026-02-27T03:10:20.311Z", "2026-02-27T03:10:20.311Z"),
+            ("10m", "2026-03-01T02:50:00.000Z"),
+            ("1h 30m", "2026-03-01T01:30:00.000Z"),
+        ] {
+            assert_eq!(
+                moment_before(text, now).map(ovl_proto::clock::timestamp).as_deref(),
+                Ok(expected),
+                "{text}"
+            );
+        }
+        for wrong in ["", "3", "25:00", "2026-13-01", "yesterday", "100000000y", ":", "1969-01-01"] {
+            assert!(moment_before(wrong, now).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn durations_have_at_most_two_units() {

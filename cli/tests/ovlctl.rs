@@ -284,7 +284,7 @@ fn events_are_printed_as_list_or_stream() {
     let ran = fake.run("events --follow -o json");
     let objects: Vec<Event> = ran.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(objects, [event(0), event(1), event(2)]);
-    let follow = |follow| Request::Events { follow };
+    let follow = |follow| Request::Events { follow, since_ms: None, until_ms: None };
     assert_eq!(fake.asked(), [follow(false), follow(false), follow(true), follow(true)]);
 }
 

@@ -88,7 +88,7 @@ async fn client(node: &Rc<impl Answers>, stream: UnixStream) -> std::io::Result<
             return send(&mut write, &Reply::Error(Failure { kind: FailureKind::Invalid, message })).await;
         }
         match parse(&line) {
-            Ok(Request::Events { follow: true }) => {
+            Ok(Request::Events { follow: true, .. }) => {
                 // A client that disconnects is only seen by reading from its connection.
                 let mut ignored = tokio::io::sink();
                 return tokio::select! {

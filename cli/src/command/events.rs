@@ -9,6 +9,7 @@ use crate::args::Output;
 use crate::context::{Context, json_text, write_out, yaml_text};
 use crate::error::{Error, Result};
 use crate::text::printable;
+use crate::time::moment;
 
 /// Arguments of `events`.
 #[derive(Debug, clap::Args)]
@@ -16,29 +17,39 @@ pub(crate) struct Args {
     /// Print new events as they occur
     #[arg(short, long)]
     follow: bool,
+    /// Only events since then: 03:10, "2026-03-01 03:10" (UTC), or 10m for ten minutes ago
+    #[arg(long, value_name = "TIME", value_parser = moment)]
+    since: Option<u64>,
+    /// Only events until then
+    #[arg(long, value_name = "TIME", value_parser = moment, conflicts_with = "follow")]
+    until: Option<u64>,
 }
 
 /// Prints the recent events, or follows them.
 pub(crate) fn run(context: &Context, args: &Args) -> Result<()> {
     if args.follow {
-        return follow(context);
+        return follow(context, args.since);
     }
-    let events = events(context.request(&Request::Events { follow: false })?)?;
+    let request = Request::Events { follow: false, since_ms: args.since, until_ms: args.until };
+    let events = events(context.request(&request)?)?;
     context.print(&events, |events| events.iter().map(line).collect())
 }
 
-/// Prints events as they occur, until the reader closes the pipe.
+/// Prints the latest events since a time, and then events as they occur, until the reader closes the pipe.
 ///
 /// # Errors
 ///
 /// If the connection to the daemon ends.
-fn follow(context: &Context) -> Result<()> {
+fn follow(context: &Context, since: Option<u64>) -> Result<()> {
     // No timeout: the next event may be a day away.
     let failed = |error: ClientError| Error::request_failed(error, 0);
     let mut client = Client::connect(&context.socket, None).map_err(failed)?;
-    let mut reply = client.request(&Request::Events { follow: true }).map_err(failed)?;
+    let mut reply =
+        client.request(&Request::Events { follow: true, since_ms: None, until_ms: None }).map_err(failed)?;
     loop {
-        for event in events(reply)? {
+        for event in
+            events(reply)?.into_iter().filter(|event| since.is_none_or(|since| since <= event.time_ms))
+        {
             let text = match context.output {
                 Output::Table | Output::Wide => line(&event),
                 // A stream cannot be an array, so print one object per line.

@@ -321,7 +321,11 @@ impl Node {
             resolver,
             tunnel: RefCell::new(Tunnel::new(secret, missing)),
             pointed: RefCell::default(),
-            events: Events::default(),
+            events: match environment.owns_host() {
+                true => Events::in_dir(&config.state_dir).context("starting the thread for events")?,
+                false => Events::in_memory(),
+            },
+            measured: RefCell::default(),
             work: Notify::new(),
             saver: Notify::new(),
             keys: Notify::new(),

@@ -24,8 +24,7 @@ use super::{Failed, Node, Stop};
 use crate::addresses::block_of;
 use crate::control::Answers;
 use crate::encryption;
-use crate::events::Events;
-use crate::metrics;
+use crate::events::{Events, Period};
 use crate::problems::Code;
 
 impl Answers for Node {
@@ -86,14 +85,9 @@ impl Node {
             Request::Routes => Reply::Routes(self.routes().await?),
             Request::Plan => Reply::Plan(self.compare().await?.0.iter().map(ToString::to_string).collect()),
             Request::Verify => Reply::Verify(self.verify().await?),
-            Request::Events { .. } => Reply::Events(self.events.all()),
-            Request::Metrics => {
-                self.look_at_tunnel().await;
-                let (drops, names) = (self.tunnel.borrow().drops(), self.resolver.counts());
-                let mut text = metrics::render(&self.status(), &self.peers(), &drops, &names);
-                text += &self.guard_metrics().await?;
-                text += &self.policy_metrics().await?;
-                Reply::Text(text)
+            Request::Events { since_ms: None, until_ms: None, .. } => Reply::Events(self.events.latest()),
+            Request::Events { since_ms, until_ms, .. } => {
+                Reply::Events(self.events.of(Period { since_ms, until_ms }).await)
             }
             Request::NetworkCreate(create) => Reply::Network(Box::new(self.network_create(create).await?)),
             Request::NetworkLs => {

@@ -71,6 +71,12 @@ pub enum Request {
         /// Whether to continue until the client closes the connection.
         follow: bool,
     },
+        /// Only events at this time or later, in milliseconds since 1970.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        since_ms: Option<u64>,
+        /// Only events at this time or earlier.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        until_ms: Option<u64>,
     /// Returns the metrics in Prometheus text format: [`crate::Reply::Text`].
     Metrics,
     /// Creates a network: [`crate::Reply::Network`].
