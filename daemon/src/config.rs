@@ -18,6 +18,8 @@ use ovl_proto::{DEFAULT_PORT, DEFAULT_TUNNEL_PORT, DEFAULT_VXLAN_PORT, SEALED_VX
 use ovl_subsystems::services::allocation::Ranges;
 use serde::Deserialize;
 
+use crate::web::Listen;
+
 /// Path of the configuration file if `--config` is absent.
 const DEFAULT_CONFIG: &str = "/etc/ovl/ovld.toml";
 
@@ -121,6 +123,7 @@ struct File {
     #[serde(default)]
     dns_listen: Vec<SocketAddr>,
     walk_search_lists: Option<bool>,
+    metrics_listen: Option<String>,
     #[serde(default)]
     stub_domains: BTreeMap<String, Vec<String>>,
 }
@@ -194,6 +197,8 @@ pub struct Config {
     pub(crate) dns_listen: Vec<SocketAddr>,
     /// Whether the resolver walks the search list of a pod on its behalf.
     pub(crate) walk_search_lists: bool,
+    /// Where metrics are served over HTTP. `None` if they are not.
+    pub(crate) metrics_listen: Option<Listen>,
     /// Domains that are forwarded to resolvers of their own.
     pub(crate) stub_domains: Vec<StubDomain>,
 }
@@ -277,6 +282,10 @@ impl Config {
             resolv_conf: args.resolv_conf.or(file.resolv_conf).unwrap_or_else(|| "/etc/resolv.conf".into()),
             dns_listen: file.dns_listen,
             walk_search_lists: file.walk_search_lists.unwrap_or(true),
+            metrics_listen: file
+                .metrics_listen
+                .map(|text| Listen::parse(&text).map_err(|why| anyhow::anyhow!("metrics_listen: {why}")))
+                .transpose()?,
             stub_domains: file.stub_domains.iter().map(stubs::parse).collect::<Result<_>>()?,
         };
         config.check()?;

@@ -35,6 +35,7 @@ mod progress;
 mod publish;
 mod sandboxes;
 mod store;
+mod web;
 mod workloads;
 #[cfg(test)]
 #[path = "../cluster/tests/world/mod.rs"]

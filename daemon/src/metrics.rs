@@ -1,182 +1,214 @@
-//! Metrics in Prometheus' text format (exposition format 0.0.4).
+//! The metrics of the daemon, as `ovlctl metrics` and the address `metrics_listen` show them. Names are those of
+//! `docs/metrics.md`.
 
-use std::fmt::Write as _;
+use std::collections::BTreeMap;
+use std::time::Duration;
 
-use ovl_control::{DaemonState, PathDirection, PathVerdict, PeerInfo, PeerState, PeerTunnel, Status};
+use ovl_control::{
+    DaemonState, PathDirection, PathVerdict, PeerInfo, PeerState, PeerTunnel, Problem, Severity, Status,
+};
+use ovl_metrics::{Durations, In, Page};
 
-/// Renders all metrics except those of network policies.
-pub(crate) fn render(
-    status: &Status,
-    peers: &[PeerInfo],
-    drops: &[(&str, u64)],
-    names: &[(&str, u64)],
-) -> String {
-    let mut text = String::new();
-    let ready = u64::from(status.state == DaemonState::Ready);
-    gauge(&mut text, "ovl_ready", "1 if the daemon is ready and nothing is wrong", ready);
-    gauge(&mut text, "ovl_problems", "Problems that `ovlctl status` lists", status.problems.len() as u64);
-    gauge(&mut text, "ovl_members", "Members of the cluster", status.members.into());
-    gauge(&mut text, "ovl_endpoints", "Endpoints on this host", status.endpoints.into());
-    gauge(&mut text, "ovl_networks", "Networks in the cluster", status.networks.into());
-    let gossip = &status.gossip;
-    counter(&mut text, "ovl_gossip_sent_total", "Datagrams sent", gossip.sent);
-    counter(&mut text, "ovl_gossip_received_total", "Good datagrams received", gossip.received);
-    head(&mut text, "ovl_gossip_dropped_total", "Datagrams dropped, by reason", "counter");
-    for (reason, count) in [
-        ("unauthenticated", gossip.dropped_unauthenticated),
-        ("replayed", gossip.dropped_replayed),
-        ("malformed", gossip.dropped_malformed),
-    ] {
-        line(&mut text, "ovl_gossip_dropped_total", &[("reason", reason)], count);
-    }
-    let reconcile = &status.reconcile;
-    counter(&mut text, "ovl_reconcile_passes_total", "Comparisons with a kernel dump", reconcile.passes);
-    counter(&mut text, "ovl_reconcile_operations_total", "Changes of the kernel", reconcile.operations);
-    counter(
-        &mut text,
-        "ovl_reconcile_repairs_total",
-        "Changes that undid somebody else's",
-        reconcile.repairs,
-    );
-    gauge(
-        &mut text,
-        "ovl_reconcile_failing",
-        "Changes that the kernel refuses",
-        reconcile.failing.len() as u64,
-    );
-    let others = || peers.iter().filter(|peer| !peer.own);
-    head(&mut text, "ovl_peer_alive", "1 if the host is alive", "gauge");
-    for peer in others() {
-        line(
-            &mut text,
-            "ovl_peer_alive",
-            &[("peer", &peer.name), ("id", &peer.id.to_string())],
-            u64::from(peer.state == PeerState::Alive),
-        );
-    }
-    head(&mut text, "ovl_peer_reachable", "1 if packets of gossip arrive from the host directly", "gauge");
-    for peer in others() {
-        line(
-            &mut text,
-            "ovl_peer_reachable",
-            &[("peer", &peer.name), ("id", &peer.id.to_string())],
-            u64::from(peer.reachable),
-        );
-    }
-    head(&mut text, "ovl_peer_rtt_microseconds", "Round trip to the host's daemon", "gauge");
-    for peer in others() {
-        if let Some(rtt) = peer.rtt_us {
-            line(
-                &mut text,
-                "ovl_peer_rtt_microseconds",
-                &[("peer", &peer.name), ("id", &peer.id.to_string())],
-                rtt,
-            );
-        }
-    }
-    paths(&mut text, peers);
-    tunnel(&mut text, peers, drops);
-    head(&mut text, "ovl_dns_queries_total", "DNS queries, by what became of them", "counter");
-    for (outcome, count) in names {
-        line(&mut text, "ovl_dns_queries_total", &[("outcome", outcome)], *count);
-    }
-    text
+/// Durations that are counted as they occur.
+#[derive(Debug, Default)]
+pub(crate) struct Measured {
+    full_passes: Durations,
+    quick_passes: Durations,
+    /// Calls of container runtimes, by the command and whether it succeeded.
+    cni: BTreeMap<(&'static str, bool), Durations>,
 }
 
-/// Renders the metrics of probed paths. Adds nothing if none is.
-fn paths(text: &mut String, peers: &[PeerInfo]) {
-    let paths: Vec<_> =
-        peers.iter().flat_map(|peer| peer.paths.iter().map(move |path| (peer, path))).collect();
-    let mut each = |name: &str, help: &str, value: &dyn Fn(&PathDirection) -> Option<u64>| {
-        if paths.is_empty() {
-            return;
-        }
-        head(text, name, help, "gauge");
-        for (peer, path) in &paths {
+impl Measured {
+    /// Counts a pass of the reconcile loop that compared with a dump of the kernel.
+    pub(crate) fn full_pass(&mut self, took: Duration) {
+        self.full_passes.add(took);
+    }
+
+    /// Counts a pass of the reconcile loop that carried out what had changed.
+    pub(crate) fn quick_pass(&mut self, took: Duration) {
+        self.quick_passes.add(took);
+    }
+
+    /// Counts a call of a container runtime.
+    pub(crate) fn cni(&mut self, command: &'static str, succeeded: bool, took: Duration) {
+        self.cni.entry((command, succeeded)).or_default().add(took);
+    }
+
+    /// Adds what was counted.
+    pub(crate) fn add_to(&self, page: &mut Page) {
+        page.durations(
+            "reconcile_duration",
+            "Time of a pass of the reconcile loop",
+            [(vec![("pass", "full")], &self.full_passes), (vec![("pass", "quick")], &self.quick_passes)],
+        );
+        let result = |succeeded| if succeeded { "success" } else { "error" };
+        page.durations(
+            "cni_duration",
+            "Time of a call of a container runtime",
+            self.cni.iter().map(|((command, succeeded), durations)| {
+                (vec![("command", *command), ("result", result(*succeeded))], durations)
+            }),
+        );
+    }
+}
+
+/// Adds what the status and the list of peers say.
+pub(crate) fn add_status(page: &mut Page, status: &Status, peers: &[PeerInfo]) {
+    let (commit, _) = ovl_proto::VERSION.split_once("\nfeatures").unwrap_or((ovl_proto::VERSION, ""));
+    let commit = commit.rsplit(' ').next().unwrap_or_default();
+    page.info("build", "The release", &[("version", &status.version), ("commit", commit)]);
+    page.info("node", "This host", &[("name", &status.node), ("id", &status.id.to_string())]);
+    page.gauge("ready", In::Numbers, "1 if the daemon is ready and nothing is wrong")
+        .is(status.state == DaemonState::Ready);
+    add_problems(page, &status.problems);
+    page.gauge("members", In::Numbers, "Members of the cluster").is(status.members);
+    page.gauge("members_alive", In::Numbers, "Members of the cluster that are alive").is(status.alive);
+    page.gauge("endpoints", In::Numbers, "Endpoints on this host").is(status.endpoints);
+    page.gauge("networks", In::Numbers, "Networks in the cluster").is(status.networks);
+    let gossip = &status.gossip;
+    page.counter("gossip_sent", In::Numbers, "Datagrams sent").is(gossip.sent);
+    page.counter("gossip_received", In::Numbers, "Good datagrams received").is(gossip.received);
+    page.counter("gossip_dropped", In::Numbers, "Datagrams dropped, by reason")
+        .with(&[("reason", "unauthenticated")], gossip.dropped_unauthenticated)
+        .with(&[("reason", "replayed")], gossip.dropped_replayed)
+        .with(&[("reason", "malformed")], gossip.dropped_malformed);
+    let reconcile = &status.reconcile;
+    page.counter("reconcile_operations", In::Numbers, "Changes of the kernel").is(reconcile.operations);
+    page.gauge("reconcile_failing", In::Numbers, "Changes that the kernel refuses")
+        .is(reconcile.failing.len());
+    add_peers(page, peers);
+    add_paths(page, peers);
+    add_tunnels(page, peers);
+}
+
+/// Adds the number of problems of each kind. A kind without problems has no sample.
+fn add_problems(page: &mut Page, problems: &[Problem]) {
+    let mut counts: BTreeMap<(&str, Severity), u64> = BTreeMap::new();
+    for problem in problems {
+        *counts.entry((&problem.code, problem.severity)).or_default() += 1;
+    }
+    let family = page.gauge("problems", In::Numbers, "Problems that `ovlctl status` lists, by code");
+    for ((code, severity), count) in counts {
+        let severity = match severity {
+            Severity::Error => "error",
+            Severity::Warning => "warning",
+        };
+        family.with(&[("code", code), ("severity", severity)], count);
+    }
+}
+
+fn add_peers(page: &mut Page, peers: &[PeerInfo]) {
+    let others: Vec<(&PeerInfo, String)> =
+        peers.iter().filter(|peer| !peer.own).map(|peer| (peer, peer.id.to_string())).collect();
+    let family = page.gauge("peer_up", In::Numbers, "1 if the host is alive");
+    for (peer, id) in &others {
+        family.with(&[("peer", &peer.name), ("id", id)], peer.state == PeerState::Alive);
+    }
+    let family =
+        page.gauge("peer_reachable", In::Numbers, "1 if packets of gossip arrive from the host directly");
+    for (peer, id) in &others {
+        family.with(&[("peer", &peer.name), ("id", id)], peer.reachable);
+    }
+    let family = page.gauge("peer_rtt", In::Seconds, "Round trip to the host's daemon");
+    for (peer, id) in &others {
+        family.with_some(&[("peer", &peer.name), ("id", id)], peer.rtt_us.map(Duration::from_micros));
+    }
+}
+
+/// Adds the metrics of probed paths.
+fn add_paths(page: &mut Page, peers: &[PeerInfo]) {
+    let paths: Vec<_> = peers
+        .iter()
+        .flat_map(|peer| peer.paths.iter().map(move |path| (peer, path, peer.id.to_string())))
+        .collect();
+    let mut each = |name, unit, help, value: &dyn Fn(&PathDirection) -> Option<f64>| {
+        let family = page.gauge(name, unit, help);
+        for (peer, path, id) in &paths {
             for (direction, of) in [("sent", &path.sent), ("received", &path.received)] {
-                if let Some(value) = value(of) {
-                    let id = peer.id.to_string();
-                    let labels = [
-                        ("peer", peer.name.as_str()),
-                        ("id", &id),
-                        ("path", &path.encapsulation),
-                        ("direction", direction),
-                    ];
-                    line(text, name, &labels, value);
-                }
+                let labels = [
+                    ("peer", peer.name.as_str()),
+                    ("id", id),
+                    ("path", &path.encapsulation),
+                    ("direction", direction),
+                ];
+                family.with_some(&labels, value(of));
             }
         }
     };
-    each("ovl_peer_path_up", "1 if packets of workloads of all sizes pass", &|of| match of.state {
-        PathVerdict::Works => Some(1),
-        PathVerdict::SmallOnly | PathVerdict::Broken => Some(0),
+    each("peer_path_up", In::Numbers, "1 if packets of workloads of all sizes pass", &|of| match of.state {
+        PathVerdict::Works => Some(1.0),
+        PathVerdict::SmallOnly | PathVerdict::Broken => Some(0.0),
         PathVerdict::Unknown => None,
     });
-    each("ovl_peer_path_loss_percent", "Of the last probes of the path, those that did not arrive", &|of| {
-        of.loss_percent.map(u64::from)
+    each("peer_path_loss", In::Ratio, "Of the last probes of the path, those that did not arrive", &|of| {
+        of.loss_percent.map(|percent| f64::from(percent) / 100.0)
     });
-    let trips: Vec<_> = paths.iter().filter_map(|(peer, path)| Some((peer, path, path.rtt_us?))).collect();
-    if !trips.is_empty() {
-        head(text, "ovl_peer_path_rtt_microseconds", "Round trip through the path", "gauge");
-    }
-    for (peer, path, trip) in trips {
-        let id = peer.id.to_string();
-        let labels = [("peer", peer.name.as_str()), ("id", &id), ("path", &path.encapsulation)];
-        line(text, "ovl_peer_path_rtt_microseconds", &labels, trip);
+    let family = page.gauge("peer_path_rtt", In::Seconds, "Round trip through the path");
+    for (peer, path, id) in &paths {
+        let labels = [("peer", peer.name.as_str()), ("id", id), ("path", &path.encapsulation)];
+        family.with_some(&labels, path.rtt_us.map(Duration::from_micros));
     }
 }
 
-/// Renders the metrics of the tunnel. Adds nothing if there is no tunnel.
-fn tunnel(text: &mut String, peers: &[PeerInfo], drops: &[(&str, u64)]) {
-    let tunnels: Vec<_> = peers.iter().filter_map(|peer| Some((peer, peer.tunnel.as_ref()?))).collect();
-    let mut each = |name: &str, help: &str, kind: &str, value: &dyn Fn(&PeerTunnel) -> Option<u64>| {
-        if tunnels.is_empty() {
-            return;
-        }
-        head(text, name, help, kind);
-        for (peer, tunnel) in &tunnels {
-            if let Some(value) = value(tunnel) {
-                let labels =
-                    [("peer", peer.name.as_str()), ("id", &peer.id.to_string()), ("path", &peer.encryption)];
-                line(text, name, &labels, value);
-            }
+/// Adds the metrics of the tunnel.
+fn add_tunnels(page: &mut Page, peers: &[PeerInfo]) {
+    let tunnels: Vec<_> =
+        peers.iter().filter_map(|peer| Some((peer, peer.tunnel.as_ref()?, peer.id.to_string()))).collect();
+    let add = |family: &mut ovl_metrics::Family,
+               value: &dyn Fn(&PeerTunnel) -> Option<ovl_metrics::Value>| {
+        for (peer, tunnel, id) in &tunnels {
+            family.with_some(&[("peer", &peer.name), ("id", id), ("path", &peer.encryption)], value(tunnel));
         }
     };
-    each("ovl_tunnel_sent_bytes_total", "Bytes of packets for the host", "counter", &|t| Some(t.sent_bytes));
-    each("ovl_tunnel_received_bytes_total", "Bytes of packets from the host", "counter", &|t| {
-        Some(t.received_bytes)
+    add(page.counter("tunnel_sent", In::Bytes, "Packets for the host, in bytes"), &|t| {
+        Some(t.sent_bytes.into())
     });
-    each("ovl_tunnel_handshake_age_seconds", "Since the last handshake", "gauge", &|t| t.last_handshake_s);
-    each("ovl_tunnel_rtt_microseconds", "Round trip through the tunnel", "gauge", &|t| t.rtt_us);
-    each("ovl_tunnel_loss_percent", "Of the last probes, those without an answer", "gauge", &|t| {
-        t.loss_percent.map(u64::from)
+    add(page.counter("tunnel_received", In::Bytes, "Packets from the host, in bytes"), &|t| {
+        Some(t.received_bytes.into())
     });
-    if !drops.is_empty() {
-        head(text, "ovl_tunnel_dropped_total", "Packets that the tunnel dropped, by reason", "counter");
-        for (reason, count) in drops {
-            line(text, "ovl_tunnel_dropped_total", &[("reason", reason)], *count);
-        }
-    }
+    add(page.gauge("tunnel_handshake_age", In::Seconds, "Since the last handshake"), &|t| {
+        t.last_handshake_s.map(Into::into)
+    });
+    add(page.gauge("tunnel_rtt", In::Seconds, "Round trip through the tunnel"), &|t| {
+        t.rtt_us.map(|micros| Duration::from_micros(micros).into())
+    });
+    add(page.gauge("tunnel_loss", In::Ratio, "Of the last probes, those without an answer"), &|t| {
+        t.loss_percent.map(|percent| (f64::from(percent) / 100.0).into())
+    });
 }
 
-fn gauge(text: &mut String, name: &str, help: &str, value: u64) {
-    head(text, name, help, "gauge");
-    line(text, name, &[], value);
+/// Adds the metrics of this process, as far as the kernel tells.
+pub(crate) fn add_process(page: &mut Page) {
+    let Ok(process) = own_process() else { return };
+    page.process_gauge("process_resident_memory", In::Bytes, "Resident memory").is(process.resident_bytes);
+    page.process_counter("process_cpu", In::Seconds, "Processor time of all threads").is(process.cpu);
+    page.process_gauge("process_open_fds", In::Numbers, "Open file descriptors").is(process.open_files);
+    page.process_gauge("process_max_fds", In::Numbers, "The most file descriptors that may be open")
+        .is(process.max_files);
 }
 
-fn counter(text: &mut String, name: &str, help: &str, value: u64) {
-    head(text, name, help, "counter");
-    line(text, name, &[], value);
+#[derive(Debug)]
+struct Process {
+    resident_bytes: u64,
+    cpu: Duration,
+    open_files: usize,
+    max_files: u64,
 }
 
-// Writing into a string cannot fail.
-pub(crate) fn head(text: &mut String, name: &str, help: &str, kind: &str) {
-    let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
-}
-
-/// Renders a sample. Names of hosts need no escapes: see `is_name`.
-pub(crate) fn line(text: &mut String, name: &str, labels: &[(&str, &str)], value: u64) {
-    let labels: Vec<String> = labels.iter().map(|(key, value)| format!("{key}=\"{value}\"")).collect();
-    let labels = if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
-    let _ = writeln!(text, "{name}{labels} {value}");
+fn own_process() -> anyhow::Result<Process> {
+    use nix::sys::resource::{Resource, UsageWho, getrlimit, getrusage};
+    use nix::sys::time::TimeValLike as _;
+    let usage = getrusage(UsageWho::RUSAGE_SELF)?;
+    let micros = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
+    // Pages: the second field (proc(5)).
+    let statm = std::fs::read_to_string("/proc/self/statm")?;
+    let pages: u64 = statm.split(' ').nth(1).unwrap_or_default().parse()?;
+    let page_size = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)?.unwrap_or(4096);
+    Ok(Process {
+        resident_bytes: pages * u64::try_from(page_size)?,
+        cpu: Duration::from_micros(u64::try_from(micros)?),
+        // The directory itself is open while it is read.
+        open_files: std::fs::read_dir("/proc/self/fd")?.count().saturating_sub(1),
+        max_files: getrlimit(Resource::RLIMIT_NOFILE)?.0,
+    })
 }

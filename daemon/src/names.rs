@@ -13,6 +13,7 @@ use ovl_dns::{
     AnswerOrigin, Client, Engine, FailingServer, Listen, ListenRole, Lookup, Name, Outcome, RecordType,
     ResolvConfWatcher, Share, Transport, UnusedLine, Upstreams, Zone,
 };
+use ovl_metrics::Durations;
 use ovl_subsystems::names::resolver::{
     ADDRESS_V4, ADDRESS_V6, CLUSTER_V4, CLUSTER_V6, HOST_ADDRESSES, PORT, PORT_DIRECT,
 };
@@ -132,6 +133,11 @@ impl Resolver {
             .iter()
             .flat_map(|upstreams| file_problems(&self.resolv_conf, upstreams, default.is_some()));
         lately.map(sentence).chain(limited).chain(of_file).collect()
+    }
+
+    /// Returns how long questions to upstream servers took. `None` if the resolver does not run.
+    pub(crate) fn waits(&self) -> Option<Durations> {
+        Some(self.engine.as_ref()?.waits())
     }
 
     /// Returns the counters of the resolver, with their names for metrics.

@@ -9,13 +9,13 @@ use std::net::IpAddr;
 use ovl_cluster::view::{Placed, View};
 use ovl_control::{PolicyDrop, PolicyJudgement, PolicyRow, PolicySide};
 use ovl_kernel::CountedElement;
+use ovl_metrics::{In, Page};
 use ovl_proto::resource::{Name, Protocol};
 use ovl_subsystems::policy::explain::{ConnectionEnd, Shown, Side, describe, explain};
 use ovl_subsystems::policy::refused::{Connection, Counter, REMEMBERED_MS};
 use ovl_subsystems::policy::{Direction, Policies, protocol_number};
 
 use crate::failed::Failed;
-use crate::metrics::{head, line};
 
 /// Number of packets that policies dropped, by direction and endpoint address.
 pub(crate) type Refused = BTreeMap<(Direction, IpAddr), u64>;
@@ -129,14 +129,10 @@ pub(crate) fn drops(view: &View, counts: Vec<Vec<CountedElement>>) -> Vec<Policy
     drops
 }
 
-/// Renders the dropped packets in Prometheus' text format.
-pub(crate) fn metrics(view: &View, refused: &Refused) -> String {
-    let mut text = String::new();
-    let count = view.resources.policies().len() as u64;
-    head(&mut text, "ovl_policies", "Network policies in the cluster", "gauge");
-    line(&mut text, "ovl_policies", &[], count);
-    let name = "ovl_policy_refused_packets_total";
-    head(&mut text, name, "Packets that no policy of an isolated endpoint of this host let pass", "counter");
+/// Adds the dropped packets to the metrics.
+pub(crate) fn add_refused(page: &mut Page, view: &View, refused: &Refused) {
+    let help = "Packets that no policy of an isolated endpoint of this host let pass";
+    let family = page.counter("policy_refused_packets", In::Numbers, help);
     for ((direction, address), packets) in refused {
         let Some(placed) = ConnectionEnd::of(view, *address).endpoint else { continue };
         let labels = [
@@ -145,9 +141,8 @@ pub(crate) fn metrics(view: &View, refused: &Refused) -> String {
             ("address", &*address.to_string()),
             ("direction", direction.name()),
         ];
-        line(&mut text, name, &labels, *packets);
+        family.with(&labels, *packets);
     }
-    text
 }
 
 /// Returns the addresses of an endpoint, given as its name, as `NAMESPACE/NAME` or as an address.
@@ -335,8 +330,9 @@ mod tests {
 
     #[test]
     fn metrics_name_the_endpoint() {
-        let text = metrics(&world().view, &refused(counted(&[10, 9, 0, 9], 7, None)));
-        assert!(text.contains("ovl_policies 1\n"), "{text}");
+        let mut page = Page::default();
+        add_refused(&mut page, &world().view, &refused(counted(&[10, 9, 0, 9], 7, None)));
+        let text = page.render(ovl_metrics::Format::Prometheus);
         assert!(text.contains("endpoint=\"w1\",address=\"10.9.0.9\"") && text.contains("} 7\n"), "{text}");
     }
 }

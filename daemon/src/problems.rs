@@ -119,12 +119,14 @@ pub(crate) enum Code {
     SourceValidation,
     /// The kernel's neighbour table is too small.
     NeighbourTable,
+    /// Metrics are not served, because their address cannot be listened at.
+    WebAddress,
 }
 
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    const ALL: [Self; 55] = [
+    const ALL: [Self; 56] = [
         Self::Address,
         Self::StateFile,
         Self::DamagedFile,
@@ -180,6 +182,7 @@ impl Code {
         Self::AmbiguousName,
         Self::SourceValidation,
         Self::NeighbourTable,
+        Self::WebAddress,
     ];
 
     /// Returns the code as users see it, such as `OVL-E011`. The tens digit names the area: 1 this host, 2
@@ -242,6 +245,7 @@ impl Code {
             Self::AmbiguousName => "OVL-E074",
             Self::SourceValidation => "OVL-E080",
             Self::NeighbourTable => "OVL-E081",
+            Self::WebAddress => "OVL-E082",
         }
     }
 
@@ -302,7 +306,8 @@ impl Code {
             | Self::ResolverShare
             | Self::ResolvConf
             | Self::AmbiguousName
-            | Self::NeighbourTable => Severity::Warning,
+            | Self::NeighbourTable
+            | Self::WebAddress => Severity::Warning,
         }
     }
 

@@ -21,6 +21,8 @@ pub(crate) struct Progress {
     /// Rejected operations, each with a sentence that has the reason.
     failing: BTreeMap<String, String>,
     counts: Counts,
+    /// Operations that repaired drift, by kind.
+    repairs: BTreeMap<&'static str, u64>,
 }
 
 /// Counters of the reconcile loop.
@@ -44,6 +46,7 @@ impl Progress {
             ranges: true,
             failing: BTreeMap::new(),
             counts: Counts::default(),
+            repairs: BTreeMap::new(),
         }
     }
 
@@ -70,14 +73,20 @@ impl Progress {
         std::mem::take(&mut self.drift)
     }
 
-    /// Records a full pass that applied this many operations. They clear what was rejected before. `drift` is set if
-    /// they repaired drift.
-    pub(crate) fn end_full(&mut self, operations: usize, drift: bool) {
+    /// Records a full pass, which clears what was rejected before. `repairs` are the kinds of its operations if they
+    /// repaired drift.
+    pub(crate) fn end_full(&mut self, repairs: impl IntoIterator<Item = &'static str>) {
         self.failing.clear();
         self.counts.passes += 1;
-        if drift {
-            self.counts.repairs += operations as u64;
+        for kind in repairs {
+            self.counts.repairs += 1;
+            *self.repairs.entry(kind).or_default() += 1;
         }
+    }
+
+    /// Returns the numbers of operations that repaired drift, by kind.
+    pub(crate) fn repairs(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        self.repairs.iter().map(|(kind, count)| (*kind, *count))
     }
 
     /// Records that the rights of this host's endpoints to their addresses may have changed.
@@ -155,10 +164,11 @@ mod tests {
         assert!(progress.is_failing());
         assert_eq!(progress.failing().collect::<Vec<_>>(), ["ip link add: no"]);
         assert_eq!(progress.problems().next().unwrap().message, "the kernel refuses: ip link add: no");
-        progress.end_full(2, false);
+        progress.end_full([]);
         assert!(!progress.is_failing());
-        progress.end_full(2, true);
-        assert_eq!(progress.counts(), Counts { passes: 2, operations: 3, repairs: 2 });
+        progress.end_full(["route", "link", "route"]);
+        assert_eq!(progress.counts(), Counts { passes: 2, operations: 3, repairs: 3 });
+        assert_eq!(progress.repairs().collect::<Vec<_>>(), [("link", 1), ("route", 2)]);
     }
 
     #[test]

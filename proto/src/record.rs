@@ -202,6 +202,8 @@ pub struct NodeRecord {
     pub not_built: Vec<NetworkId>,
     /// The kinds of path probes that it sends and answers beside those of [`Self::probes`]: bits of [`probe_kinds`].
     pub probe_kinds: u8,
+    /// The TCP port of its metrics at the IP address of [`Self::address`]; 0 if other hosts cannot read them there.
+    pub metrics_port: u16,
     /// Fields that this release does not know.
     pub unknown: Unknown,
 }
@@ -210,7 +212,7 @@ fields! {
     NodeRecord {
         1 id, 2 public_key, 3 name, 4 generation, 5 revision, 6 cluster, 7 address, 8 version, 9 wire, 10 vtep,
         11 vxlan_port, 12 link_mtu, 13 tunnel optional, 14 keys, 15 presence, 16 probes optional,
-        17 not_built optional, 18 probe_kinds optional,
+        17 not_built optional, 18 probe_kinds optional, 19 metrics_port optional,
         ..unknown
     }
 }
@@ -372,6 +374,7 @@ mod tests {
             probes: u8::MAX,
             not_built: vec![NetworkId([7; 5]); MAX_NOT_BUILT],
             probe_kinds: u8::MAX,
+            metrics_port: u16::MAX,
             unknown: Unknown::default(),
         };
         let signed =

@@ -118,6 +118,7 @@ fn write_unchecked(lab: &Lab, writer: &Host, to: &[&Host], networks: Vec<Network
         probes: 0,
         not_built: Vec::new(),
         probe_kinds: 0,
+        metrics_port: 0,
         unknown: Unknown::default(),
     })?;
     writer.run(|| -> Result<()> {

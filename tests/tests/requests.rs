@@ -542,7 +542,7 @@ fn responses_have_the_documented_fields() {
         }
     }
     assert!(seen.is_subset(&typed) && seen.len() > 10, "{metrics}");
-    assert_contains(&metrics, &["ovl_endpoints 1\n", "ovl_peer_alive{peer=\"h2\",id=\"", "ovl_members 2\n"]);
+    assert_contains(&metrics, &["ovl_endpoints 1\n", "ovl_peer_up{peer=\"h2\",id=\"", "ovl_members 2\n"]);
     assert_eq!(text(&h1.ctl_json(&["metrics"]).unwrap()["text"]).lines().count(), metrics.lines().count());
 
     // Attach by process ID, to a namespace without a name.

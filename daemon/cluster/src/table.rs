@@ -270,6 +270,11 @@ impl Table {
         })
     }
 
+    /// Returns the number of entries, and their size encoded, in bytes.
+    pub fn size(&self) -> (usize, usize) {
+        (self.contents.entries.len(), self.contents.bytes)
+    }
+
     /// Whether there is room for this number of entries, of this total size in bytes. An owner asks before it writes.
     pub fn has_room(&self, entries: usize, bytes: usize) -> bool {
         self.contents.entries.len() + entries <= MAX_ENTRIES && self.contents.bytes + bytes <= MAX_BYTES

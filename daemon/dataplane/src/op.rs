@@ -62,6 +62,23 @@ pub enum Op {
 }
 
 impl Op {
+    /// Returns the kind of object, as metrics name it.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Link(_) => "link",
+            Self::Address(_) => "address",
+            Self::Announced(_) => "announced",
+            Self::Fdb(_) => "fdb",
+            Self::Neighbour(_) => "neighbour",
+            Self::Route(_) => "route",
+            Self::Nft(_) => "nft",
+            Self::Wireguard(_) => "wireguard",
+            Self::Source(_) => "source",
+            Self::Sysctl(_) => "sysctl",
+            Self::EndFlows(_) => "flows",
+        }
+    }
+
     /// The device of ovl that it is about, for the status of objects and for the scope of a pass.
     pub fn device(&self) -> Option<Device> {
         match self {

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
+use ovl_metrics::Durations;
 use ovl_zone::{Client, Name, Zone};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
@@ -85,6 +86,7 @@ impl Engine {
             failing: ArcSwap::default(),
             upstreams: ArcSwapOption::default(),
             limited: Mutex::default(),
+            waits: Mutex::default(),
             ending: AtomicBool::new(false),
         });
         let explain = |listen: &Listen, error: io::Error| {
@@ -152,6 +154,11 @@ impl Engine {
     pub fn limited(&self) -> Vec<(Client, Share)> {
         let limited = self.shared.limited.lock().unwrap_or_else(PoisonError::into_inner);
         limited.lately(std::time::Instant::now())
+    }
+
+    /// Returns how long questions to upstream servers took, including those that none answered.
+    pub fn waits(&self) -> Durations {
+        self.shared.waits.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Returns the counters.

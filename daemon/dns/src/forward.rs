@@ -4,8 +4,8 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::net::{SocketAddr, UdpSocket};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
@@ -216,7 +216,9 @@ impl Forwarder {
 
     async fn resolve(self: Rc<Self>, question: Question) {
         self.shared.counters.forwarded.fetch_add(1, Relaxed);
+        let started = Instant::now();
         let asked = tokio::time::timeout(GIVE_UP_AFTER, self.ask_all(&question)).await;
+        self.shared.waits.lock().unwrap_or_else(PoisonError::into_inner).add(started.elapsed());
         let found = asked.ok().flatten();
         if let Some((reply, _)) = &found {
             self.cache.borrow_mut().put(&question, &reply.message, &reply.parts, Instant::now());

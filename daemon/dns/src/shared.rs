@@ -6,6 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
+use ovl_metrics::Durations;
 use ovl_zone::{Client, Zone};
 
 use crate::resolv::Upstreams;
@@ -51,6 +52,8 @@ pub(crate) struct Shared {
     /// What resolv.conf says. `None` until it was read.
     pub(crate) upstreams: ArcSwapOption<Upstreams>,
     pub(crate) limited: Mutex<Limited>,
+    /// How long forwarded questions took, answered or not.
+    pub(crate) waits: Mutex<Durations>,
     pub(crate) ending: AtomicBool,
 }
 

@@ -10,7 +10,7 @@ use netlink_packet_route::neighbour::NeighbourMessage;
 use netlink_packet_route::route::{RouteMessage, RouteProtocol};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use nix::libc::{self, RTM_NEWADDR, RTM_NEWLINK, RTM_NEWNEIGH, RTM_NEWROUTE};
-use ovl_dataplane::device::Device;
+use ovl_dataplane::device::{Device, Role};
 use ovl_dataplane::state::{Dataplane, Hop, PROTOCOL};
 
 use super::attribute::{attributes, ip, u8_at};
@@ -18,7 +18,7 @@ use super::error::{KernelError, Result};
 use super::fact;
 use super::{HostConnections, Underlay};
 
-use super::link::{LinkView, Neighbour};
+use super::link::{self, LinkView, Neighbour, Traffic};
 use super::localnet;
 use super::message;
 use super::socket::{Batch, Dump, Route};
@@ -112,6 +112,18 @@ fn links(route: &mut Route, kernel: &mut Dataplane) -> Result<DeviceNames> {
         }
     }
     Ok(names)
+}
+
+/// Reads what passed the host interfaces of all endpoints.
+pub(super) fn traffic(route: &mut Route) -> Result<BTreeMap<Device, Traffic>> {
+    let dump = route.dump(&RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
+    let endpoints = dump
+        .messages()
+        .filter(|message| message.kind == RTM_NEWLINK)
+        .filter_map(|message| Some((LinkView::parse(message.payload)?, message.payload)))
+        .filter_map(|(view, payload)| Some((view.device()?, link::traffic(payload)?)))
+        .filter(|(device, _)| matches!(device.role(), Some(Role::Endpoint(_))));
+    Ok(endpoints.collect())
 }
 
 /// Dumps all devices, without their statistics.

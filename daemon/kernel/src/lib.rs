@@ -74,6 +74,7 @@ use self::worker::{Request, Worker};
 pub use apply::has_inet6;
 pub use error::{KernelError, Result};
 pub use foreign::{look as foreign_firewalls, run_commands};
+pub use link::Traffic;
 pub use message::port_mac;
 pub use netns::{Netns, open_netns};
 pub use ovl_tunnel::Offload;
@@ -430,6 +431,11 @@ impl KernelHandle {
     /// not exist is empty.
     pub async fn counts(&self, table: Table, sets: Vec<String>) -> Result<Vec<Vec<CountedElement>>> {
         self.ask(|reply| Request::Counts(table, sets, reply)).await?
+    }
+
+    /// Reads what passed each host interface of an endpoint.
+    pub async fn traffic(&self) -> Result<BTreeMap<Device, Traffic>> {
+        self.ask(Request::Traffic).await?
     }
 
     /// Returns the multicast groups that each endpoint on a bridge has joined, those of which

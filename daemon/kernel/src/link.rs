@@ -53,6 +53,35 @@ const AF_INET6: u16 = libc::AF_INET6 as u16;
 /// ("ovld"). Groups with the same upper half are of devices that are being deleted.
 pub(super) const DOOMED: u32 = 0x6f76_6c64;
 
+/// What passed a host interface of an endpoint since it was created, as the workload sees it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Bytes that the endpoint sent.
+    pub sent_bytes: u64,
+    /// Packets that the endpoint sent.
+    pub sent_packets: u64,
+    /// Bytes that the endpoint received.
+    pub received_bytes: u64,
+    /// Packets that the endpoint received.
+    pub received_packets: u64,
+    /// Packets in either direction that the device dropped.
+    pub dropped_packets: u64,
+}
+
+/// Parses the statistics of a host interface, `struct rtnl_link_stats64` of `linux/if_link.h`. What the host receives, the
+/// endpoint has sent.
+pub(super) fn traffic(payload: &[u8]) -> Option<Traffic> {
+    let (_, stats) = attributes(payload, HEADER).find(|(kind, _)| *kind == libc::IFLA_STATS64)?;
+    let at = |n: usize| stats.get(n * 8..)?.first_chunk().map(|bytes| u64::from_ne_bytes(*bytes));
+    Some(Traffic {
+        sent_packets: at(0)?,
+        received_packets: at(1)?,
+        sent_bytes: at(2)?,
+        received_bytes: at(3)?,
+        dropped_packets: at(6)?.saturating_add(at(7)?),
+    })
+}
+
 /// The needed fields of a link message. A field that the message does not contain is zero or empty.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct LinkView<'a> {

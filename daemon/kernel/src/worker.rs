@@ -25,6 +25,7 @@ use super::event_queue::EventQueue;
 use super::filter::Filter;
 use super::groups::PortGroups;
 use super::known::KernelModel;
+use super::link::Traffic;
 use super::monitor::{Monitor, PeerMonitor};
 use super::netns::{self, Netns, NetnsWorker};
 use super::socket::Route;
@@ -60,6 +61,7 @@ pub(super) enum Request {
     Mend(Netns, Vec<PeerSpec>, oneshot::Sender<Result<Vec<Mended>>>),
     Sweep(oneshot::Sender<Result<()>>),
     Counts(Table, Vec<String>, oneshot::Sender<Result<Vec<Vec<CountedElement>>>>),
+    Traffic(oneshot::Sender<Result<BTreeMap<Device, Traffic>>>),
     Groups(oneshot::Sender<BTreeMap<Device, BTreeSet<IpAddr>>>),
     AskForMembers(Vec<Device>, oneshot::Sender<()>),
     HasWireguard(oneshot::Sender<bool>),
@@ -194,6 +196,9 @@ impl Worker {
             Request::Sweep(reply) => self.sweeper.sweep_all(reply),
             Request::Counts(table, sets, reply) => {
                 let _ = reply.send(self.tables.counts(table, &sets));
+            }
+            Request::Traffic(reply) => {
+                let _ = reply.send(dump::traffic(&mut self.route));
             }
             Request::Groups(reply) => {
                 let _ = reply.send(self.known.groups());

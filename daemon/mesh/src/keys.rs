@@ -426,6 +426,7 @@ pub(crate) fn sample_record(identity: &Identity) -> NodeRecord {
         probes: 0,
         not_built: Vec::new(),
         probe_kinds: 0,
+        metrics_port: 0,
         unknown: ovl_proto::wire::fields::Unknown::default(),
     }
 }

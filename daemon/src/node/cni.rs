@@ -16,6 +16,7 @@ use ovl_proto::id::{EndpointId, Mac};
 use ovl_proto::object::{Driver, Mode, Network};
 use ovl_runtimes::cni::{self, Add, Attachment, Call, Check, Gc, Made, Status, code, error};
 use serde_json::Value;
+use tokio::time::Instant;
 
 pub(super) use self::alone::Containers;
 use super::peers::UNREACHABLE;
@@ -25,13 +26,18 @@ use crate::problems::Code;
 impl Node {
     /// Carries out a call of a runtime, and returns what the plugin prints.
     pub(super) async fn cni(&self, call: &CniCall) -> Result<Value, CniError> {
-        match cni::parse(call)? {
+        let started = Instant::now();
+        let call = cni::parse(call)?;
+        let command = call.command();
+        let result = match call {
             Call::Add(add) => self.cni_add(&add).await,
             Call::Del(attachment) => self.cni_del(&attachment).await.map(|()| Value::Null),
             Call::Check(check) => self.cni_check(&check).await.map(|()| Value::Null),
             Call::Gc(gc) => self.cni_gc(&gc).await.map(|()| Value::Null),
             Call::Status(status) => self.cni_status(&status).map(|()| Value::Null),
-        }
+        };
+        self.measured.borrow_mut().cni(command, result.is_ok(), started.elapsed());
+        result
     }
 
     async fn cni_add(&self, add: &Add) -> Result<Value, CniError> {

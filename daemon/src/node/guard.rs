@@ -7,11 +7,10 @@ use ovl_proto::id::EndpointId;
 use ovl_subsystems::guard::{REFUSED, TABLES, refused_endpoint};
 
 use super::{Failed, Node};
-use crate::metrics::{head, line};
 
 impl Node {
     /// Counts the frames and packets of each endpoint of this host that source checks refused.
-    async fn refused_frames(&self) -> Result<BTreeMap<EndpointId, u64>, Failed> {
+    pub(super) async fn refused_frames(&self) -> Result<BTreeMap<EndpointId, u64>, Failed> {
         let mut refused = BTreeMap::new();
         for table in TABLES {
             let counts = self.kernel.counts(table, vec![REFUSED.to_owned()]).await.map_err(Failed::from)?;
@@ -39,25 +38,5 @@ impl Node {
             .collect();
         all.sort_by(|a, b| (&a.network, &a.name, &a.node).cmp(&(&b.network, &b.name, &b.node)));
         Ok(all)
-    }
-
-    /// Renders the refused frames and packets in Prometheus' text format.
-    pub(super) async fn guard_metrics(&self) -> Result<String, Failed> {
-        let refused = self.refused_frames().await?;
-        let mut text = String::new();
-        let name = "ovl_endpoint_refused_frames_total";
-        head(&mut text, name, "Frames that an endpoint of this host may not send", "counter");
-        let state = self.state.borrow();
-        for (id, count) in refused {
-            let Some(endpoint) = state.own_endpoint(id) else { continue };
-            let network = state.view.networks.get(&endpoint.network);
-            let labels = [
-                ("namespace", &*endpoint.namespace),
-                ("endpoint", &*endpoint.name),
-                ("network", network.map_or("", |found| &*found.network.name)),
-            ];
-            line(&mut text, name, &labels, count);
-        }
-        Ok(text)
     }
 }

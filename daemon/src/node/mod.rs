@@ -18,10 +18,11 @@ mod inside;
 mod keys;
 mod lifecycle;
 mod limits;
+mod metrics;
 mod multicast;
 mod names;
-mod network;
 mod netns;
+mod network;
 mod newer;
 mod objects;
 mod paths;
@@ -84,6 +85,7 @@ use crate::exchange::Exchanges;
 use crate::failed::Failed;
 use crate::firewall::Firewalls;
 use crate::health::HealthAnswers;
+use crate::metrics::Measured;
 use crate::multicast::Multicast;
 use crate::names::Resolver;
 use crate::networks::Bridges;
@@ -148,6 +150,8 @@ pub(crate) struct Node {
     pointed: RefCell<BTreeMap<NodeId, SocketAddr>>,
     /// Recent events.
     events: Events,
+    /// Durations for metrics.
+    measured: RefCell<Measured>,
     /// Wakes the reconcile loop.
     work: Notify,
     /// Wakes the task that saves the state.
@@ -267,6 +271,10 @@ impl Node {
             probe_kinds: path_socket.as_ref().map_or(0, |socket| {
                 probe_kinds::DIRECT | if socket.has_offload() { probe_kinds::OFFLOAD } else { 0 }
             }),
+            metrics_port: config
+                .metrics_listen
+                .as_ref()
+                .map_or(0, |listen| listen.port_at(config.advertise.ip())),
             unknown: Unknown::default().played(),
         };
         let signed = identity.sign_record(&record)?;

@@ -3,6 +3,7 @@
 
 use ovl_control::{PolicyDrop, PolicyJudgement, PolicyRow};
 use ovl_dataplane::nft::Table;
+use ovl_metrics::Page;
 use ovl_proto::id::EndpointId;
 use ovl_proto::resource::Protocol;
 use ovl_proto::table::Endpoint;
@@ -68,12 +69,12 @@ impl Node {
         Ok(policy::drops(&self.state.borrow().view, counts))
     }
 
-    /// Renders the dropped packets in Prometheus' text format. Empty if there are no policies.
-    pub(super) async fn policy_metrics(&self) -> Result<String, Failed> {
-        if self.state.borrow().view.resources.policies().is_empty() {
-            return Ok(String::new());
+    /// Adds the dropped packets to the metrics.
+    pub(super) async fn add_policies(&self, page: &mut Page) -> Result<(), Failed> {
+        if !self.state.borrow().view.resources.policies().is_empty() {
+            let refused = self.refused().await?;
+            policy::add_refused(page, &self.state.borrow().view, &refused);
         }
-        let refused = self.refused().await?;
-        Ok(policy::metrics(&self.state.borrow().view, &refused))
+        Ok(())
     }
 }

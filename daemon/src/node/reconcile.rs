@@ -65,11 +65,14 @@ impl Node {
             if self.state.borrow_mut().reconcile.take_rights() || full {
                 self.note_isolated();
             }
+            let started = Instant::now();
             if full {
                 self.full_pass().await;
                 last = Instant::now();
+                self.measured.borrow_mut().full_pass(started.elapsed());
             } else {
                 self.quick_pass().await;
+                self.measured.borrow_mut().quick_pass(started.elapsed());
             }
         }
     }
@@ -112,7 +115,8 @@ impl Node {
         {
             let mut state = self.state.borrow_mut();
             state.problems.set(Code::KernelDump, "", None);
-            state.reconcile.end_full(pass.outcomes.len(), drift);
+            let kinds = pass.outcomes.iter().map(|outcome| outcome.op.kind());
+            state.reconcile.end_full(kinds.filter(|_| drift));
         }
         if drift {
             self.tell_repairs(&pass.outcomes);

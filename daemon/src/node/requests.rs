@@ -26,6 +26,7 @@ use crate::control::Answers;
 use crate::encryption;
 use crate::events::{Events, Period};
 use crate::problems::Code;
+use ovl_metrics::Format;
 
 impl Answers for Node {
     async fn answer(self: &Rc<Self>, request: Request, staged: Vec<Document>) -> Reply {
@@ -89,6 +90,7 @@ impl Node {
             Request::Events { since_ms, until_ms, .. } => {
                 Reply::Events(self.events.of(Period { since_ms, until_ms }).await)
             }
+            Request::Metrics => Reply::Text(self.metrics(Format::Prometheus).await?),
             Request::NetworkCreate(create) => Reply::Network(Box::new(self.network_create(create).await?)),
             Request::NetworkLs => {
                 let state = self.state.borrow();
@@ -109,13 +111,13 @@ impl Node {
             }
             Request::Attach(attach) => Reply::Endpoint(Box::new(self.attach(*attach).await?)),
             Request::Detach { name, network, namespace } => {
-            Request::EndpointNetns { name, network, namespace } => {
-                Reply::Netns(self.netns_of(&name, network.as_deref(), namespace.as_deref())?)
-            }
                 self.detach(&name, network.as_deref(), namespace.as_deref()).await?;
                 Reply::Done
             }
             Request::Endpoints => Reply::Endpoints(self.endpoints().await?),
+            Request::EndpointNetns { name, network, namespace } => {
+                Reply::Netns(self.netns_of(&name, network.as_deref(), namespace.as_deref())?)
+            }
             Request::Cni(call) => match self.cni(&call).await {
                 Ok(result) => Reply::Cni(result),
                 Err(error) => Reply::CniError(error),

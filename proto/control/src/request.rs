@@ -66,17 +66,18 @@ pub enum Request {
     Plan,
     /// Compares the kernel with the desired data plane: [`crate::Reply::Verify`].
     Verify,
-    /// Returns the latest events, and with `follow` each new event as it occurs: [`crate::Reply::Events`].
+    /// Returns events, oldest first: [`crate::Reply::Events`]. Without an end, the latest ones.
     Events {
-        /// Whether to continue until the client closes the connection.
+        /// Whether to continue with each new event as it occurs, until the client closes the connection. The other fields
+        /// then have no effect.
         follow: bool,
-    },
         /// Only events at this time or later, in milliseconds since 1970.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         since_ms: Option<u64>,
         /// Only events at this time or earlier.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         until_ms: Option<u64>,
+    },
     /// Returns the metrics in Prometheus text format: [`crate::Reply::Text`].
     Metrics,
     /// Creates a network: [`crate::Reply::Network`].
@@ -119,13 +120,6 @@ pub enum Request {
     },
     /// Lists all endpoints: [`crate::Reply::Endpoints`].
     Endpoints,
-    /// Handles a call of a container runtime, forwarded by `ovl-cni`: [`crate::Reply::Cni`] or
-    /// [`crate::Reply::CniError`].
-    Cni(Box<CniCall>),
-    /// Creates a sandbox with an endpoint on each network: [`crate::Reply::Sandbox`].
-    SandboxCreate(SandboxCreate),
-    /// Deletes a sandbox; succeeds if there is none, and is refused while processes are inside:
-    /// [`crate::Reply::Done`].
     /// Looks up the network namespace of an endpoint of this host: [`crate::Reply::Netns`].
     EndpointNetns {
         /// The endpoint's name.
@@ -137,6 +131,13 @@ pub enum Request {
         #[serde(default)]
         namespace: Option<String>,
     },
+    /// Handles a call of a container runtime, forwarded by `ovl-cni`: [`crate::Reply::Cni`] or
+    /// [`crate::Reply::CniError`].
+    Cni(Box<CniCall>),
+    /// Creates a sandbox with an endpoint on each network: [`crate::Reply::Sandbox`].
+    SandboxCreate(SandboxCreate),
+    /// Deletes a sandbox; succeeds if there is none, and is refused while processes are inside:
+    /// [`crate::Reply::Done`].
     SandboxRm {
         /// The sandbox's name.
         name: String,

@@ -31,6 +31,19 @@ pub enum Call {
     Status(Status),
 }
 
+impl Call {
+    /// Returns the command, as `CNI_COMMAND` has it.
+    pub fn command(&self) -> &'static str {
+        match self {
+            Self::Add(_) => "ADD",
+            Self::Del(_) => "DEL",
+            Self::Check(_) => "CHECK",
+            Self::Gc(_) => "GC",
+            Self::Status(_) => "STATUS",
+        }
+    }
+}
+
 /// A request to create an attachment.
 #[derive(Debug, PartialEq)]
 pub struct Add {
