@@ -11,8 +11,8 @@ use ovl_proto::DEFAULT_SOCKET;
 
 use crate::command::resource::jsonpath::{self, Template};
 use crate::command::{
-    attach, cni, completions, detach, dns, endpoint, endpoints, events, exec, fdb, key, lifecycle, man,
-    metrics, network, peers, plan, policy, recover, resource, routes, sandbox, status, subnets, verify,
+    attach, bugreport, cni, completions, detach, dns, endpoint, endpoints, events, exec, fdb, key, lifecycle,
+    man, metrics, network, peers, plan, policy, recover, resource, routes, sandbox, status, subnets, verify,
 };
 use crate::context::Context;
 use crate::error::{Error, Result};
@@ -132,6 +132,8 @@ enum Command {
     Events(events::Args),
     /// Print the daemon's metrics in the Prometheus text format
     Metrics,
+    /// Write an archive with the states and logs of this host, without keys, for whoever looks into a fault
+    Bugreport(bugreport::Args),
     /// Manage networks
     Network(network::Args),
     /// Attach a network namespace to a network
@@ -221,6 +223,7 @@ impl Cli {
             Command::Plan => plan::run(&context),
             Command::Events(args) => events::run(&context, &args),
             Command::Metrics => metrics::run(&context),
+            Command::Bugreport(args) => bugreport::run(&context, &args),
             Command::Network(args) => network::run(&context, args),
             Command::Attach(args) => attach::run(&context, args),
             Command::Detach(args) => detach::run(&context, args),
@@ -296,6 +299,8 @@ mod tests {
             "events --follow",
             "events --since 03:10 --until 03:20",
             "events --since 10m -f",
+            "bugreport",
+            "bugreport --file - --config /tmp/ovld.toml",
             "exec web -- ping -c 1 10.1.0.9",
             "exec --network blue --namespace shop web -- sh -c true",
             "shell web --network blue",

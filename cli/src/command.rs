@@ -1,6 +1,7 @@
 //! The commands. Each file holds the arguments, requests and tables of one group of commands.
 
 pub(crate) mod attach;
+pub(crate) mod bugreport;
 pub(crate) mod cni;
 pub(crate) mod completions;
 pub(crate) mod detach;
