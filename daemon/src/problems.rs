@@ -121,12 +121,18 @@ pub(crate) enum Code {
     NeighbourTable,
     /// Metrics are not served, because their address cannot be listened at.
     WebAddress,
+    /// The kernel's table of connections is nearly full.
+    ConnectionTable,
+    /// This process has nearly as many open files as it may have.
+    Descriptors,
+    /// The file system of the state directory is nearly full.
+    DiskSpace,
 }
 
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    const ALL: [Self; 56] = [
+    const ALL: [Self; 59] = [
         Self::Address,
         Self::StateFile,
         Self::DamagedFile,
@@ -183,6 +189,9 @@ impl Code {
         Self::SourceValidation,
         Self::NeighbourTable,
         Self::WebAddress,
+        Self::ConnectionTable,
+        Self::Descriptors,
+        Self::DiskSpace,
     ];
 
     /// Returns the code as users see it, such as `OVL-E011`. The tens digit names the area: 1 this host, 2
@@ -246,6 +255,9 @@ impl Code {
             Self::SourceValidation => "OVL-E080",
             Self::NeighbourTable => "OVL-E081",
             Self::WebAddress => "OVL-E082",
+            Self::ConnectionTable => "OVL-E083",
+            Self::Descriptors => "OVL-E084",
+            Self::DiskSpace => "OVL-E085",
         }
     }
 
@@ -307,7 +319,10 @@ impl Code {
             | Self::ResolvConf
             | Self::AmbiguousName
             | Self::NeighbourTable
-            | Self::WebAddress => Severity::Warning,
+            | Self::WebAddress
+            | Self::ConnectionTable
+            | Self::Descriptors
+            | Self::DiskSpace => Severity::Warning,
         }
     }
 

@@ -9,6 +9,7 @@ use ovl_control::PeerState;
 use ovl_kernel as kernel;
 
 use super::Node;
+use crate::limits;
 use crate::problems::Code;
 
 /// Interval of the checks.
@@ -21,6 +22,7 @@ impl Node {
         loop {
             self.check_source_filter().await;
             self.check_neighbour_table();
+            self.check_stocks();
             tokio::select! {
                 () = tokio::time::sleep(EVERY) => {}
                 () = self.membership.notified() => {}
@@ -65,6 +67,21 @@ impl Node {
             }
         }
         self.state.borrow_mut().problems.set(Code::SourceValidation, "", sentence);
+    }
+
+    /// Checks what this host may run out of.
+    fn check_stocks(&self) {
+        let mut state = self.state.borrow_mut();
+        for (code, stock) in [
+            (Code::ConnectionTable, limits::connections()),
+            (Code::Descriptors, limits::descriptors()),
+            (Code::DiskSpace, limits::disk(&self.config.state_dir)),
+        ] {
+            let was = state.problems.get(code, "").is_some();
+            // What cannot be read is no problem: without connection tracking there is no table.
+            let sentence = stock.filter(|stock| stock.is_short(was)).map(|stock| stock.sentence);
+            state.problems.set(code, "", sentence);
+        }
     }
 
     /// Checks whether the kernel's neighbour table has room for the peers' underlay addresses. The entries
