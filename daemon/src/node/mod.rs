@@ -595,6 +595,7 @@ fn first_state(
             durable,
             u64::from_le_bytes(random(&**environment)),
         ),
+        behind_since: None,
         unproved: None,
         claims: HashMap::new(),
         recovering: None,
