@@ -255,7 +255,7 @@ impl Config {
                 .parse()
                 .map_err(|_| anyhow::anyhow!("log: use error, warn, info, debug or trace"))?,
             vxlan_port: file.vxlan_port.unwrap_or(DEFAULT_VXLAN_PORT),
-            gossip_interval: file.gossip_interval.unwrap_or(Duration::from_millis(200)),
+            gossip_interval: file.gossip_interval.unwrap_or(Duration::from_millis(500)),
             keep: file.keep.unwrap_or(Duration::from_secs(300)),
             forget_after: file.forget_after.unwrap_or(Duration::from_secs(7 * 24 * 3600)),
             pool: match file.pool {

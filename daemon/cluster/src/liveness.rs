@@ -11,6 +11,18 @@ pub const PROBE_INTERVAL_MS: u64 = 400;
 /// The silence after which a host is probed, in milliseconds. It is well below the timeout of gossip, so that the
 /// result is available by then.
 pub const PROBE_AFTER_MS: u64 = 1200;
+/// How long after the next answer to a ping was due a host is probed, in milliseconds. In large clusters, pings are rarer than
+/// [`PROBE_AFTER_MS`], and a host that is not late needs no probe.
+const PROBE_LATE_MS: u64 = 500;
+/// The maximum number of hosts that are probed at once, several times a second. Where more are silent, this host or the
+/// network is overloaded, or they are all cut off.
+pub const MAX_PROBES: usize = 12;
+
+/// Whether a host that has answered a ping this long ago is late, so that it is probed. `ping_every_ms` is the interval
+/// between pings. Both are in milliseconds.
+pub fn is_late(silent_ms: u64, ping_every_ms: u64) -> bool {
+    silent_ms >= PROBE_AFTER_MS.max(ping_every_ms.saturating_add(PROBE_LATE_MS))
+}
 
 /// How long an announced restart is believed, in milliseconds, even if a firewall blocks the probes.
 pub const RESTART_MS: u64 = 10_000;
@@ -49,6 +61,12 @@ mod tests {
     use super::*;
 
     const KEEP: u64 = 300_000;
+
+    #[test]
+    fn host_is_probed_when_an_answer_is_overdue_and_before_gossip_gives_it_up() {
+        assert!(!is_late(1199, 600) && is_late(1200, 600));
+        assert!(!is_late(1999, 1500) && is_late(2000, 1500));
+    }
 
     #[test]
     fn silent_host_is_suspect_while_its_kernel_answers() {

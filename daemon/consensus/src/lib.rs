@@ -166,7 +166,8 @@
 //!
 //! Any member may propose at any time, but two proposers delay each other. So requests go to the coordinator, the
 //! smallest live member, which makes one decree of all pending requests. If it does not answer within [`DELEGATE_MS`],
-//! a member proposes the change itself, and a host that asks for admission asks another member.
+//! a member proposes the change itself. A host that asks for admission asks another member after [`ADMIT_MS`],
+//! which passes that on to the coordinator, or, if that one is silent, to the member after it. So two propose at most.
 //!
 //! # Integration
 //!
@@ -214,8 +215,15 @@ use ovl_proto::id::NodeId;
 pub const DEADLINE_MS: u64 = 3000;
 /// How long a host waits for the coordinator before it proposes the change itself, in milliseconds.
 pub const DELEGATE_MS: u64 = 500;
-/// The interval after which an unanswered message is sent again, in milliseconds.
+/// How long a host that is not a member waits for the coordinator before it asks another member for its admission, in
+/// milliseconds. Longer than [`DELEGATE_MS`]: a coordinator that many hosts ask at once is slow, and would be slower if other
+/// members proposed their admission as well.
+pub const ADMIT_MS: u64 = 1500;
+/// The interval after which an unanswered message is sent again, in milliseconds. It doubles each time, up to
+/// [`MAX_RESEND_MS`]: hosts that are slow because they have much to do would have more to do.
 pub const RESEND_MS: u64 = 100;
+/// The maximum interval after which an unanswered message is sent again, in milliseconds.
+pub const MAX_RESEND_MS: u64 = 800;
 
 /// The actions that the caller must perform, in this order.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]

@@ -50,10 +50,16 @@ impl ChangeQueue {
     }
 
     /// Adds another host's request, unless it is pending already or there are too many.
-    pub(super) fn push_remote(&mut self, from: NodeId, id: u64, change: Change, deadline: u64) {
+    pub(super) fn push_remote(
+        &mut self,
+        from: NodeId,
+        id: u64,
+        change: Change,
+        deadline: u64,
+        route: Delegation,
+    ) {
         let waits = |pending: &PendingChange| pending.origin == Some(from) && pending.id == id;
         if self.remote < MAX_REMOTE_REQUESTS && !self.pending.values().any(waits) {
-            let route = Delegation::Own;
             self.push(PendingChange { id, origin: Some(from), change, deadline, asked: 0, route });
         }
     }
@@ -91,7 +97,7 @@ impl ChangeQueue {
         self.iter().filter(|(_, pending)| pending.route == Delegation::Own).map(|(key, p)| (key, &p.change))
     }
 
-    /// Returns the local request of this number that was sent to a host.
+    /// Returns the request of this number that was sent to a host.
     pub(super) fn asked(&mut self, asked: NodeId, id: u64) -> Option<(u64, &mut PendingChange)> {
         let given = move |pending: &PendingChange| match pending.route {
             Delegation::Asked { coordinator, .. } | Delegation::Learning { coordinator, .. } => {
@@ -99,7 +105,7 @@ impl ChangeQueue {
             }
             Delegation::New | Delegation::Own => false,
         };
-        self.iter_mut().find(|(_, pending)| pending.origin.is_none() && pending.id == id && given(pending))
+        self.iter_mut().find(|(_, pending)| pending.id == id && given(pending))
     }
 
     /// Returns the keys of the changes that meet a condition.

@@ -16,7 +16,7 @@ use super::offers::Offers;
 use super::proof::{Signatures, statement};
 use super::queue::{ChangeQueue, Delegation, PendingChange};
 use super::recovery::Sight;
-use super::{DEADLINE_MS, DELEGATE_MS, Event, Output, RESEND_MS, apply};
+use super::{ADMIT_MS, DEADLINE_MS, DELEGATE_MS, Event, Output, RESEND_MS, apply};
 
 /// The number of peers that a node without a map asks for it at a time.
 const PEERS_ASKED: usize = 3;
@@ -121,8 +121,13 @@ impl Replica {
 
     /// Returns the coordinator: the smallest live member, as far as this node knows.
     pub fn coordinator(&self) -> Option<NodeId> {
+        self.live_members().next()
+    }
+
+    /// Returns the live members, the smallest first.
+    fn live_members(&self) -> impl Iterator<Item = NodeId> {
         let live = |node: &&NodeId| **node == self.me || self.alive.contains(*node);
-        self.map().members.iter().find(live).copied()
+        self.map().members.iter().filter(live).copied()
     }
 
     /// Returns when [`Self::tick`] is needed next. A later call is safe, but delays requests.
@@ -222,7 +227,11 @@ impl Replica {
                 // A host that is not a member may only ask to be admitted.
                 let may = member || change == Change::Admit(from);
                 if may && may_be_forwarded(&change, from) && self.is_member() {
-                    self.queue.push_remote(from, id, change, now.saturating_add(DEADLINE_MS));
+                    // Two that propose delay each other, and hosts that ask for their admission do not know who proposes.
+                    let other = self.coordinator().is_some_and(|node| node != self.me && node != from);
+                    let passed_on = other && !member && matches!(change, Change::Admit(_));
+                    let route = if passed_on { Delegation::New } else { Delegation::Own };
+                    self.queue.push_remote(from, id, change, now.saturating_add(DEADLINE_MS), route);
                 }
             }
             AllocMessage::Accepted { ballot, vote } => self.on_accepted(now, from, ballot, vote, out),
@@ -528,19 +537,19 @@ impl Replica {
 
     fn expire(&mut self, now: u64, out: &mut Output) {
         let late = self.queue.keys(|pending| pending.deadline <= now);
-        if late.is_empty() {
-            return;
+        if !late.is_empty() {
+            let refusal = self.shortage(now.saturating_sub(DEADLINE_MS));
+            for key in late {
+                self.finish(key, Err(refusal.clone()), out);
+            }
         }
-        let refusal = self.shortage(now.saturating_sub(DEADLINE_MS));
-        for key in late {
-            self.finish(key, Err(refusal.clone()), out);
-        }
-        if self.queue.own().next().is_none() {
+        if self.queue.own().next().is_none() && self.attempt.as_ref().is_some_and(|attempt| attempt.ends(now))
+        {
             self.attempt = None;
         }
     }
 
-    /// Decides for each local change who proposes it.
+    /// Decides for each local change, and for each that is passed on, who proposes it.
     fn route(&mut self, now: u64, out: &mut Output) {
         let me = self.me;
         if self.durable.is_fresh() {
@@ -559,10 +568,15 @@ impl Replica {
         }
         let coordinator = self.coordinator().filter(|node| *node != me);
         let other = self.any_live_member();
+        let next = self.live_members().nth(1);
         let fallback = self.fallback();
         let alive = &self.alive;
-        for (_, pending) in self.queue.iter_mut().filter(|(_, pending)| pending.origin.is_none()) {
+        let routed = |pending: &PendingChange| pending.origin.is_none() || pending.route != Delegation::Own;
+        for (_, pending) in self.queue.iter_mut().filter(|(_, pending)| routed(pending)) {
             pending.route = match pending.route {
+                Delegation::Asked { until, .. } if until <= now && pending.origin.is_some() => {
+                    Delegation::New
+                }
                 Delegation::Asked { until, .. } | Delegation::Learning { until, .. } if until <= now => {
                     fallback
                 }
@@ -574,13 +588,26 @@ impl Replica {
                 continue;
             }
             // A host that is not a member cannot propose. If the coordinator fails, it asks another member.
-            let asked = if member || pending.asked == 0 { coordinator } else { other };
+            let passed_on = pending.origin.is_some();
+            let asked = match pending.asked {
+                0 => coordinator,
+                // Two propose at most, however many members are asked.
+                _ if passed_on => next.filter(|node| *node != me && coordinator.is_some()),
+                _ if member => coordinator,
+                _ => other,
+            };
             pending.route = match asked {
                 Some(coordinator) if may_be_forwarded(&pending.change, me) => {
                     let change = pending.change.clone();
                     out.send(coordinator, AllocMessage::Request { id: pending.id, change });
+                    let until = match pending.asked {
+                        0 if passed_on => now.saturating_add(ADMIT_MS),
+                        _ if passed_on => pending.deadline,
+                        _ if member => now.saturating_add(DELEGATE_MS),
+                        _ => now.saturating_add(ADMIT_MS),
+                    };
                     pending.asked = pending.asked.saturating_add(1);
-                    Delegation::Asked { coordinator, until: now.saturating_add(DELEGATE_MS) }
+                    Delegation::Asked { coordinator, until }
                 }
                 Some(_) | None => fallback,
             };

@@ -17,13 +17,14 @@ use proptest::prelude::*;
 
 use super::fake::Fake;
 use super::{
-    DEADLINE_MS, DELEGATE_MS, Durable, Event, MAX_REMOTE_REQUESTS, Output, Replica, Signatures, apply,
-    apply_all, is_step, proof,
+    ADMIT_MS, DEADLINE_MS, DELEGATE_MS, Durable, Event, MAX_REMOTE_REQUESTS, Output, Replica, Signatures,
+    apply, apply_all, is_step, proof,
 };
 
 const A: NodeId = NodeId([1; 10]);
 const B: NodeId = NodeId([2; 10]);
 const C: NodeId = NodeId([3; 10]);
+const D: NodeId = NodeId([4; 10]);
 const NET: NetworkId = NetworkId([7; 5]);
 
 fn net(text: &str) -> IpNet {
@@ -441,6 +442,46 @@ fn host_proposes_a_request_itself_if_the_coordinator_is_silent() {
     let mut a = node(A, &map);
     let out = a.handle(0, B, AllocMessage::Request { id: 1, change: Change::Forget(C) });
     assert_eq!(out, Output::default());
+}
+
+#[test]
+fn admission_asked_of_another_member_is_passed_on_to_the_coordinator() {
+    let map = map_of(&[A, B, C], &[]);
+    let (mut a, mut b) = (node(A, &map), node(B, &map));
+    let alive = BTreeSet::from([A, C]);
+    let _ = b.tick(0, &alive);
+    let request = AllocMessage::Request { id: 7, change: Change::Admit(D) };
+    let out = b.handle(0, D, request.clone());
+    assert_eq!(out.send, [(A, request.clone())]);
+    let _ = a.tick(0, &BTreeSet::from([B, C]));
+    let out = a.handle(0, B, request);
+    assert!(matches!(out.send.as_slice(), [(B, AllocMessage::Prepare { .. }), (C, _)]), "{out:?}");
+    // If the coordinator is silent, the next member proposes it, whoever was asked.
+    let _ = b.tick(ADMIT_MS - 1, &alive);
+    let out = b.tick(ADMIT_MS, &alive);
+    assert!(matches!(out.send.as_slice(), [(A, AllocMessage::Prepare { .. }), (C, _)]), "{out:?}");
+    let (mut c, alive) = (node(C, &map), BTreeSet::from([A, B]));
+    let _ = c.tick(0, &alive);
+    let asked: Vec<NodeId> = [0, DELEGATE_MS, ADMIT_MS, 2 * ADMIT_MS - 1]
+        .into_iter()
+        .flat_map(|now| {
+            let out = match now {
+                0 => c.handle(0, D, AllocMessage::Request { id: 7, change: Change::Admit(D) }),
+                now => c.tick(now, &alive),
+            };
+            out.send.into_iter().map(|(to, _)| to)
+        })
+        .collect();
+    assert_eq!(asked, [A, B]);
+}
+
+#[test]
+fn ballot_is_sent_again_less_and_less_often() {
+    let mut a = node(A, &map_of(&[A, B, C], &[]));
+    let alive = BTreeSet::from([B, C]);
+    let _ = a.request(0, claim(A, "10.0.0.0/24", 29, 1), &alive);
+    let again: Vec<u64> = (1..DEADLINE_MS).filter(|now| !a.tick(*now, &alive).send.is_empty()).collect();
+    assert_eq!(again, [100, 300, 700, 1500, 2300]);
 }
 
 #[test]

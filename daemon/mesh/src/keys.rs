@@ -303,13 +303,23 @@ pub enum RecordError {
 /// The first check that fails.
 pub fn open_record(signed: &SignedRecord) -> Result<NodeRecord, RecordError> {
     let head = signed.head()?;
-    let id = head.id;
-    if node_id(&head.public_key) != id {
-        return Err(RecordError::Id(id));
+    if node_id(&head.public_key) != head.id {
+        return Err(RecordError::Id(head.id));
     }
     if !verify(&head.public_key, Domain::Record, &signed.body, &signed.signature) {
-        return Err(RecordError::Signature(id));
+        return Err(RecordError::Signature(head.id));
     }
+    reopen_record(signed)
+}
+
+/// Decodes and checks a record whose signature was verified before, which costs 110 us.
+///
+/// # Errors
+///
+/// As [`open_record`], except for the signature and the id.
+pub(crate) fn reopen_record(signed: &SignedRecord) -> Result<NodeRecord, RecordError> {
+    let head = signed.head()?;
+    let id = head.id;
     if let Some(what) = invalid_head(&head) {
         return Err(RecordError::Field(id, what));
     }

@@ -137,7 +137,7 @@ impl Stream for TcpStream {
         let keepalive = TcpKeepalive::new().with_retries(3);
         match side {
             Side::Dialled => {
-                let (time, interval) = (Duration::from_secs(4), Duration::from_secs(2));
+                let (time, interval) = (Duration::from_secs(8), Duration::from_secs(2));
                 socket.set_tcp_keepalive(&keepalive.with_time(time).with_interval(interval))?;
                 socket.set_tcp_user_timeout(Some(DEAD_AFTER))
             }
@@ -168,7 +168,7 @@ mod tests {
             assert!(socket.keepalive().unwrap() && stream.nodelay().unwrap());
             (socket.tcp_keepalive_time().unwrap().as_secs(), socket.tcp_user_timeout().unwrap())
         };
-        assert_eq!(options(&dialled), (4, Some(DEAD_AFTER)));
+        assert_eq!(options(&dialled), (8, Some(DEAD_AFTER)));
         assert_eq!(options(&accepted), (60, None));
     }
 }

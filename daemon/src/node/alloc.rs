@@ -114,6 +114,42 @@ impl Node {
         self.carry_out(output);
     }
 
+    /// Returns up to this many connected peers that have a map, others each second.
+    fn peers_with_map(&self, most: usize) -> Vec<NodeId> {
+        let connected = self.links().connected();
+        let state = self.state.borrow();
+        let having: Vec<NodeId> = connected.into_iter().filter(|id| state.has_map(*id)).collect();
+        let turn = usize::try_from(state.now() / 1000).unwrap_or(0);
+        let first = turn.wrapping_mul(most).checked_rem(having.len()).unwrap_or(0);
+        having.iter().cycle().skip(first).take(most.min(having.len())).copied().collect()
+    }
+
+    /// Asks one of the peers that announce a later map than this host has, if they did so at the last call already. Called
+    /// several times a second.
+    ///
+    /// Who decides a map sends it to all hosts. When all hosts took each hint for a reason to ask, a decision cost as many
+    /// requests, and whole maps, as the square of the number of hosts.
+    pub(super) fn ask_later_map(&self) {
+        let connected = self.links().connected();
+        let peer = {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            let version = state.view.alloc.version;
+            let has_later =
+                |id: &&NodeId| state.peers.get(*id).is_some_and(|peer| peer.hints.alloc > version);
+            let later: Vec<NodeId> = connected.iter().filter(has_later).copied().collect();
+            let turn = usize::try_from(state.now() / 200).unwrap_or(0);
+            let again = state.behind_since.replace(version) == Some(version);
+            if later.is_empty() {
+                state.behind_since = None;
+            }
+            later.get(turn % later.len().max(1)).copied().filter(|_| again)
+        };
+        if let Some(peer) = peer {
+            self.ask_map(peer);
+        }
+    }
+
     /// Advances the time of the consensus replica.
     pub(super) fn tick_alloc(&self) {
         let output = {
@@ -555,8 +591,7 @@ impl Node {
             (state.view.me, alloc.cluster == 0, strangers, blocked)
         };
         if fresh {
-            let peers: Vec<NodeId> = self.links().connected().into_iter().take(FIRST_ASKED).collect();
-            for peer in peers {
+            for peer in self.peers_with_map(FIRST_ASKED) {
                 self.ask_map(peer);
             }
             // It chooses among the answers of the last time.

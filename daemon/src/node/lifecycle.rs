@@ -224,6 +224,7 @@ impl Node {
             self.probe_silent();
             self.look_for_recoveries(count.is_multiple_of(10));
             self.tick_alloc();
+            self.ask_later_map();
             self.check_caught_up();
             self.ask_missing_objects();
             self.judge_clocks();

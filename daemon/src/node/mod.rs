@@ -608,6 +608,7 @@ fn first_state(
             durable,
             u64::from_le_bytes(random(&**environment)),
         ),
+        behind_since: None,
         unproved: None,
         claims: HashMap::new(),
         recovering: None,

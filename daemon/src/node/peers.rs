@@ -233,9 +233,16 @@ impl Node {
         if let Some(whole) = whole {
             self.links().send(peer, &Message::Table(whole));
         }
-        self.state.borrow_mut().exchanges.greet(peer);
+        let offers = {
+            let mut state = self.state.borrow_mut();
+            state.exchanges.greet(peer);
+            // A member learns of a later map by hints.
+            state.view.alloc.cluster == 0 && state.has_map(peer)
+        };
         self.ask_missing_objects();
-        self.ask_map(peer);
+        if offers {
+            self.ask_map(peer);
+        }
         self.pull_missing();
     }
 
@@ -329,7 +336,8 @@ impl Node {
             if hints.table != ovl_proto::table::Revision::default() {
                 state.exchanges.announce(id, hints.objects, now);
             }
-            hints.alloc > state.view.alloc.version
+            // Otherwise the map is on its way to this host as well: see `ask_later_map`.
+            hints.alloc > 0 && state.view.alloc.cluster == 0
         };
         self.ask_missing_objects();
         if behind {
@@ -465,17 +473,20 @@ impl Node {
 
     /// Sends ICMP probes to hosts that have been silent for a while.
     pub(super) fn probe_silent(self: &Rc<Self>) {
-        let contacts = self.gossip().contacts();
+        let (contacts, ping_every) = {
+            let gossip = self.gossip();
+            (gossip.contacts(), millis(gossip.ping_every()))
+        };
         let targets: Vec<_> = {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             let now = state.now();
-            let mut targets = Vec::new();
-            for (id, peer) in &mut state.peers {
+            let mut due = Vec::new();
+            for (id, peer) in &state.peers {
                 let Some(node) = state.view.nodes.get(id) else { continue };
-                let heard = contacts
-                    .get(id)
-                    .is_some_and(|contact| millis(contact.last_heard.elapsed()) < liveness::PROBE_AFTER_MS);
+                let heard = contacts.get(id).is_some_and(|contact| {
+                    !liveness::is_late(millis(contact.last_heard.elapsed()), ping_every)
+                });
                 let expired = !peer.signs.gossip
                     && now.saturating_sub(peer.signs.silent_since) > millis(self.config.keep);
                 let quiet = peer.signs.gossip && heard && node.record.presence == Presence::Running;
@@ -483,11 +494,17 @@ impl Node {
                     continue;
                 }
                 if now.saturating_sub(peer.probe_sent_at) >= liveness::PROBE_INTERVAL_MS {
-                    peer.probe_sent_at = now;
-                    targets.push((*id, node.record.vtep));
+                    due.push((peer.probe_sent_at, *id, node.record.vtep));
                 }
             }
-            targets
+            due.sort_unstable();
+            due.truncate(liveness::MAX_PROBES);
+            for (_, id, _) in &due {
+                if let Some(peer) = state.peers.get_mut(id) {
+                    peer.probe_sent_at = now;
+                }
+            }
+            due.into_iter().map(|(_, id, vtep)| (id, vtep)).collect()
         };
         for (id, vtep) in targets {
             let node = Rc::clone(self);

@@ -117,6 +117,8 @@ pub(crate) struct State {
     pub keys: super::keys::Keys,
     /// Consensus replica for the allocation map.
     pub allocator: Allocator,
+    /// The version of the allocation map at the last tick, if peers announced a later one.
+    pub behind_since: Option<u64>,
     /// A later allocation map that could not be verified: its version, and the time of the first try, in
     /// milliseconds of this run.
     pub unproved: Option<(u64, u64)>,
@@ -206,6 +208,11 @@ impl State {
     /// Returns the members other than this host.
     pub(crate) fn other_members(&self) -> impl Iterator<Item = NodeId> {
         self.view.alloc.members.iter().copied().filter(|id| *id != self.view.me)
+    }
+
+    /// Whether a peer has an allocation map, as far as its hints tell.
+    pub(crate) fn has_map(&self, peer: NodeId) -> bool {
+        self.peers.get(&peer).is_some_and(|peer| peer.hints.alloc > 0)
     }
 
     /// Whether everything that a member announces has arrived here, as far as it can arrive.

@@ -7,11 +7,14 @@ use ovl_proto::id::NodeId;
 
 use super::Replica;
 use crate::proof::{is_vote_of, statement};
-use crate::{Output, RESEND_MS, apply_all, is_step, majority};
+use crate::{MAX_RESEND_MS, Output, RESEND_MS, apply_all, is_step, majority};
 
 /// How far a refusal raises the counter of the next ballot at most. It is so small that a member that lies cannot drive
 /// this proposer out of the range of other acceptors, which grows each second.
 const MAX_RAISE: u64 = 1 << 16;
+
+/// How long a ballot goes on whose changes nobody waits for any more, since its start, in milliseconds.
+const MAX_BALLOT_MS: u64 = 10_000;
 
 /// A ballot in flight. It is dropped as soon as a later map is known, so it always builds on the map that its
 /// proposer knows.
@@ -22,6 +25,10 @@ pub(super) struct Attempt {
     /// The members that promised a later ballot.
     refused: BTreeSet<NodeId>,
     pub(super) resend_at: u64,
+    /// The interval after which its message is sent again the next time.
+    resend_after: u64,
+    /// When its first message was sent.
+    started: u64,
 }
 
 #[derive(Debug)]
@@ -62,6 +69,8 @@ impl Replica {
             phase: Phase::Prepare { promised: BTreeSet::from([self.me]), best: None },
             refused: BTreeSet::new(),
             resend_at: now,
+            resend_after: RESEND_MS,
+            started: now,
         };
         attempt.report(self.durable.accepted.clone(), self.durable.learned.version);
         self.attempt = Some(attempt);
@@ -139,6 +148,7 @@ impl Replica {
         let votes = BTreeMap::from([(self.me, signatures.sign(&statement))]);
         attempt.phase = Phase::Accept { map, step, statement, votes, results };
         attempt.refused.clear();
+        attempt.resend_after = RESEND_MS;
         self.resend(now, out);
         self.decide_if_accepted(out);
     }
@@ -252,7 +262,8 @@ impl Replica {
         }
         let learned = &self.durable.learned;
         let Some(attempt) = &mut self.attempt else { return };
-        attempt.resend_at = now.saturating_add(RESEND_MS);
+        attempt.resend_at = now.saturating_add(attempt.resend_after);
+        attempt.resend_after = attempt.resend_after.saturating_mul(2).min(MAX_RESEND_MS);
         let ballot = attempt.ballot;
         match &attempt.phase {
             Phase::Prepare { promised, .. } => {
@@ -310,6 +321,13 @@ impl Replica {
 }
 
 impl Attempt {
+    /// Whether the ballot ends when nobody waits for its changes any more. What some members have accepted already may still
+    /// be decided, and who asked for it asks again: where a ballot takes longer than requests wait, it would never be.
+    pub(super) fn ends(&self, now: u64) -> bool {
+        let is_slow = now.saturating_sub(self.started) < MAX_BALLOT_MS;
+        !(is_slow && matches!(self.phase, Phase::Accept { .. }))
+    }
+
     /// Records the map that an acceptor, which may be this node, accepted before it promised.
     fn report(&mut self, accepted: Option<(Ballot, AllocMap)>, learned: u64) {
         let Phase::Prepare { best, .. } = &mut self.phase else { return };

@@ -207,19 +207,64 @@ impl Admission {
         if !is_own || version_of(record.revision) != *version {
             return Err(DecodeError::Malformed("record of another host, or version"));
         }
+        Ok(self.note_record(name, value, *version, now, new))
+    }
+
+    /// Takes a record that its host has sent itself and that was verified. Returns whether chitchat is to have it.
+    ///
+    /// A host raises the generation of its record without a new run after a clash with a copy of it. Such a record, and the
+    /// first one after a restart, are left to rounds of gossip, which name the run.
+    pub(super) fn take_own(&mut self, name: Incarnation, text: &str, version: u64, now: Instant) -> bool {
+        if name.node == self.own.node {
+            return false;
+        }
+        match self.run(&name) {
+            Some(run) if run.version >= version => return false,
+            Some(_) => {}
+            None => {
+                let runs = self.runs.get(&name.node).map(Vec::as_slice).unwrap_or_default();
+                if runs.iter().any(|run| run.name.address == name.address) {
+                    return false;
+                }
+            }
+        }
+        self.note_record(name, text, version, now, &mut false)
+            && !self.is_superseded(&name)
+            && self.let_in(name)
+    }
+
+    /// Whether a text is the latest record of a run of a host. It was verified then.
+    pub(super) fn has_record(&self, node: NodeId, text: &str) -> bool {
+        self.runs.get(&node).is_some_and(|runs| runs.iter().any(|run| run.record == text))
+    }
+
+    /// Whether a run of a host may be named.
+    pub(super) fn knows(&self, node: NodeId) -> bool {
+        self.runs.contains_key(&node)
+    }
+
+    /// Notes the verified record of a run, unless there is no place for the host or the run.
+    fn note_record(
+        &mut self,
+        name: Incarnation,
+        value: &str,
+        version: u64,
+        now: Instant,
+        new: &mut bool,
+    ) -> bool {
         if !self.admit(name.node, now) {
-            return Ok(false);
+            return false;
         }
         let runs = self.runs.entry(name.node).or_default();
         if let Some(run) = runs.iter_mut().find(|run| run.name == name) {
-            (run.record, run.version) = (value.clone(), *version);
-            return Ok(true);
+            (run.record, run.version) = (value.to_owned(), version);
+            return true;
         }
         let latest = runs.iter().map(|run| run.name.generation).max();
         let recent = runs.iter().any(|run| now.saturating_duration_since(run.since) < RUN_EVERY);
         if runs.len() >= MAX_RUNS {
             if recent || latest.is_some_and(|latest| name.generation < latest) {
-                return Ok(false);
+                return false;
             }
             // The older one ends.
             let oldest = runs.iter().enumerate().min_by_key(|(_, run)| run.name.generation);
@@ -227,9 +272,9 @@ impl Admission {
                 runs.remove(at);
             }
         }
-        runs.push(Run { name, record: value.clone(), version: *version, since: now });
+        runs.push(Run { name, record: value.to_owned(), version, since: now });
         *new = true;
-        Ok(true)
+        true
     }
 
     /// Whether a host may be named: it is known, or there is a place for a guest.
@@ -310,6 +355,31 @@ mod tests {
         // Not as another run, which its record does not name.
         let other = Incarnation { generation: host.generation + 1, ..host };
         assert_eq!(filtered(&mut admission, vec![], &[other], now), Ok((0, 0)));
+    }
+
+    #[test]
+    fn record_that_its_host_has_sent_is_taken_once_and_names_no_other_run() {
+        let mut admission = Admission::new(own());
+        let identity = Identity::ephemeral();
+        let now = Instant::now();
+        let take = |admission: &mut Admission, change: &dyn Fn(&mut NodeRecord)| {
+            let (name, news) = news_of(&identity, change);
+            let [Operation::Set { value, version, .. }] = news.operations.as_slice() else {
+                panic!("one operation");
+            };
+            admission.take_own(name, value, *version, now)
+        };
+        assert!(take(&mut admission, &|_| {}));
+        assert!(!take(&mut admission, &|_| {}), "known");
+        assert!(take(&mut admission, &|record| record.revision += 2));
+        assert!(!take(&mut admission, &|record| record.revision += 1), "older");
+        // Rounds say whether the host was started again, or is still the same run.
+        assert!(!take(&mut admission, &|record| record.generation += 1));
+        let (host, news) = news_of(&identity, |record| record.revision += 2);
+        let [Operation::Set { value, .. }] = news.operations.as_slice() else { panic!("one operation") };
+        assert!(admission.has_record(host.node, value) && admission.knows(host.node));
+        assert_eq!(filtered(&mut admission, vec![], &[host], now), Ok((0, 1)), "it may be named");
+        assert!(!admission.take_own(own(), "", 9, now), "this host");
     }
 
     #[test]

@@ -30,6 +30,10 @@ const MAX_PING_EVERY: Duration = Duration::from_millis(1500);
 const PING_AGAIN: Duration = Duration::from_millis(200);
 /// The maximum number of pending pings to a peer. Older ones count as lost.
 const MAX_PINGS: usize = 8;
+/// The number of pending pings after which an answer to the next one has to be signed again.
+const SIGNED_AFTER: usize = 3;
+/// The number of pings to a new peer that are sent with the record of the local host, in case the first one is lost.
+const INTRODUCTIONS: u8 = 2;
 /// The time after the next ping was due, after which a live peer that does not answer is pinged through others.
 const RELAY_AFTER: Duration = Duration::from_millis(400);
 const RELAY_EVERY: Duration = Duration::from_millis(500);
@@ -37,9 +41,9 @@ const RELAY_EVERY: Duration = Duration::from_millis(500);
 const RELAYS: usize = 3;
 /// The maximum number of pings a second that are sent sooner than the interval, because earlier ones were not answered.
 /// Where many peers are silent at once, this host or the network is overloaded, and more pings make that worse.
-const EARLY_PINGS: u32 = 60;
+const EARLY_PINGS: u32 = 30;
 /// The maximum number of requests a second to ping a peer. Each costs four datagrams and a signature.
-const RELAYED_PINGS: u32 = 30;
+const RELAYED_PINGS: u32 = 10;
 /// The time for which a peer that gossip has just named, or that was alive until now, is pinged without being dialled.
 const EAGER: Duration = Duration::from_secs(3);
 const DIAL_EVERY: Duration = Duration::from_secs(1);
@@ -84,6 +88,8 @@ pub(super) struct Peer {
     reported_mtu: Option<u16>,
     /// A random part of the nonces of its probes.
     salt: u32,
+    /// How many more pings are sent with the record of the local host.
+    introductions: u8,
 }
 
 /// All peers.
@@ -113,6 +119,8 @@ pub(super) enum Due {
         nonce: u64,
         /// The key with which it may be answered.
         pair: Option<PairId>,
+        /// Whether the peer may not know the record of the local host yet.
+        introduce: bool,
     },
     /// A request to another peer to ping `node`.
     PingFor {
@@ -142,6 +150,11 @@ impl PeerBook {
             next_relay: 0,
             turn: 0,
         }
+    }
+
+    /// The interval between pings to each live peer.
+    pub(super) fn ping_every(&self) -> Duration {
+        self.ping_every
     }
 
     /// The number of peers.
@@ -489,10 +502,10 @@ impl PeerBook {
     }
 
     fn entry(&mut self, node: NodeId, addr: SocketAddr, now: Instant) -> &mut Peer {
-        let salt = self.nonce().unwrap_or_default() as u32;
+        let Self { peers, random, .. } = self;
         // Pings are spread over the second, so that they are not a burst.
-        let spread = PING_EVERY / 8 * (self.peers.len() % 8) as u32;
-        self.peers.entry(node).or_insert_with(|| Peer {
+        let spread = PING_EVERY / 8 * (peers.len() % 8) as u32;
+        peers.entry(node).or_insert_with(|| Peer {
             addr,
             listed: false,
             known: false,
@@ -514,7 +527,8 @@ impl PeerBook {
             next_dial: now,
             mtu: None,
             reported_mtu: None,
-            salt,
+            salt: nonce(random).unwrap_or_default() as u32,
+            introductions: INTRODUCTIONS,
         })
     }
 }
@@ -533,8 +547,12 @@ fn ping_every(live: usize) -> Duration {
 
 impl Peer {
     fn pinged(&mut self, nonce: u64, now: Instant) -> Due {
-        // A peer that has not answered the last one may have been replaced by an earlier release.
-        let usual = self.alive && self.pings.is_empty();
+        // A peer that has not answered the last ones may have been replaced by an earlier release. It is busy more often:
+        // signatures would make that worse.
+        let usual = self.pings.len() < SIGNED_AFTER;
+        // One that has answered was heard, and asked who this host is.
+        let introduce = self.introductions > 0 && self.proved.is_none();
+        self.introductions = self.introductions.saturating_sub(u8::from(introduce));
         if !self.pings.is_empty() {
             self.answered -= self.answered / 16.0;
         }
@@ -542,7 +560,8 @@ impl Peer {
         if self.pings.len() > MAX_PINGS {
             self.pings.pop_front();
         }
-        Due::Ping { to: self.addr, nonce, pair: self.pair.as_ref().filter(|_| usual).map(Pair::id) }
+        let pair = self.pair.as_ref().filter(|_| usual).map(Pair::id);
+        Due::Ping { to: self.addr, nonce, pair, introduce }
     }
 
     fn is_alive(&self, now: Instant, alive_for: Duration) -> bool {
@@ -581,6 +600,26 @@ mod tests {
         // Ten seconds of ticks later it is punctual again.
         (0..50).for_each(|_| book.note_lateness(Duration::ZERO));
         assert!(!book.is_alive(peer, silent + Duration::from_millis(500)));
+    }
+
+    #[test]
+    fn new_peer_gets_the_record_of_this_host_twice_and_one_that_answered_does_not() {
+        let start = Instant::now();
+        let mut book = PeerBook::new(1500, start);
+        let addr = |number| SocketAddr::from(([192, 0, 2, number], 7940));
+        for number in 1..=2 {
+            book.list(NodeId([number; 10]), addr(number), 1500, (false, true), start);
+        }
+        book.proved(NodeId([2; 10]), start);
+        let mut introduced = Vec::new();
+        for tick in 0..10 {
+            for due in book.due(start + Duration::from_millis(200) * tick) {
+                if let Due::Ping { to, introduce: true, .. } = due {
+                    introduced.push(to);
+                }
+            }
+        }
+        assert_eq!(introduced, [addr(1), addr(1)]);
     }
 
     #[test]

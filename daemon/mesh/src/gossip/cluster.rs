@@ -8,8 +8,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use chitchat::transport::{Socket, Transport};
 use chitchat::{
-    Chitchat, ChitchatConfig, ChitchatHandle, ChitchatId, ChitchatMessage, FailureDetectorConfig,
-    spawn_chitchat,
+    Chitchat, ChitchatConfig, ChitchatHandle, ChitchatId, ChitchatMessage, DeletionStatus,
+    FailureDetectorConfig, VersionedValue, spawn_chitchat,
 };
 use ovl_proto::record::SignedRecord;
 use tokio::sync::{mpsc, watch};
@@ -18,7 +18,7 @@ use tracing::error;
 
 use super::admission::{KEY_RECORD, version_of};
 use super::decode::Incarnation;
-use super::hub::Hub;
+use super::hub::{Hub, Learned};
 
 /// The cluster id of chitchat. It is the same for all clusters, which differ by their cluster keys.
 const CLUSTER: &str = "ovl";
@@ -73,6 +73,24 @@ impl Cluster {
         self.with(|chitchat| set_record(chitchat, &record)).await;
         *self.record.lock().unwrap_or_else(PoisonError::into_inner) = record;
         Ok(())
+    }
+
+    /// Adds records that hosts have sent themselves to the state of chitchat.
+    pub(super) async fn learn(&self, learned: Vec<Learned>) {
+        self.with(|chitchat| {
+            for Learned { name, text, version } in &learned {
+                let id = ChitchatId::new(name.node.to_string(), name.generation, name.address);
+                // chitchat warns of what is not later.
+                if chitchat.node_state(&id).is_some_and(|state| state.monotonic_property() >= (0, *version)) {
+                    continue;
+                }
+                let (value, status) = (text.clone(), DeletionStatus::Set);
+                let value = VersionedValue { value, version: *version, status };
+                let values = std::iter::once((KEY_RECORD.to_owned(), value));
+                chitchat.reset_node_state_if_update(&id, values, *version, 0);
+            }
+        })
+        .await;
     }
 
     /// Replaces the state of chitchat by one without superseded runs. It has no call to forget one, and names each in

@@ -17,7 +17,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 use tracing::{debug, warn};
 
-use super::admission::Admission;
+use super::admission::{Admission, version_of};
 use super::book::{Due, PeerBook};
 use super::decode::{DecodeError, Exchange, Incarnation};
 use super::fragment::{Joiner, Splitter};
@@ -37,6 +37,9 @@ const MAX_QUEUE: usize = 1024;
 const MAX_ANNOUNCED: usize = 4096;
 /// The maximum number of senders that have just proved to be live and wait for gossip.
 const MAX_PROVED: usize = 256;
+/// The number of hosts from which on a host that has just proved to be live is gossiped with at once only if its record is
+/// not known.
+const GREETED_HOSTS: usize = 20;
 /// The interval between challenges of a sender that has not answered one.
 const CHALLENGE_EVERY: Duration = Duration::from_secs(1);
 
@@ -86,6 +89,16 @@ impl KeySelection {
     }
 }
 
+/// A record that its host has sent itself, verified.
+pub(super) struct Learned {
+    /// The run that it names.
+    pub(super) name: Incarnation,
+    /// The signed record, as chitchat has it.
+    pub(super) text: String,
+    /// Its version in chitchat.
+    pub(super) version: u64,
+}
+
 /// The socket and the state of gossip.
 pub(super) struct Hub {
     pub(super) node: NodeId,
@@ -130,6 +143,8 @@ pub(super) struct State {
     introduced: HashMap<SocketAddr, Instant>,
     /// The addresses of senders that have proved to be live, or have named a new host, since the monitor took them.
     proved: Vec<SocketAddr>,
+    /// Records for chitchat.
+    learned: Vec<Learned>,
     inbox: Option<mpsc::Sender<(SocketAddr, ChitchatMessage)>>,
     datagram: Vec<u8>,
 }
@@ -170,6 +185,7 @@ impl Hub {
             own_record: None,
             introduced: HashMap::new(),
             proved: Vec::new(),
+            learned: Vec::new(),
             inbox: None,
             datagram: Vec::new(),
         };
@@ -259,6 +275,11 @@ impl Hub {
         state.rounds.permits(to, hosts, Instant::now())
     }
 
+    /// Sends the record of the local host to a host that may not know it.
+    pub(super) fn introduce_self(&self, to: SocketAddr) {
+        self.lock().introduce_self(&*self.socket, to);
+    }
+
     /// Sends a message of chitchat in fragments.
     pub(super) fn send_chitchat(&self, to: SocketAddr, message: &ChitchatMessage) {
         let bytes = message.serialize_to_vec();
@@ -286,7 +307,10 @@ impl Hub {
                         debug!(%to, %error, "cannot send a request for a ping");
                     }
                 }
-                Due::Ping { to, nonce, pair } => {
+                Due::Ping { to, nonce, pair, introduce } => {
+                    if introduce {
+                        state.introduce_self(&*self.socket, to);
+                    }
                     let ping = match pair {
                         Some(pair) => Packet::PairPing { nonce, pair },
                         None => Packet::Ping { nonce },
@@ -480,7 +504,11 @@ impl Hub {
                 None
             }
             Packet::Announce(signed) => {
-                if state.announced(self.node, signed, now) {
+                let mut news = state.announced(self.node, signed, now);
+                if let Some(node) = proved {
+                    news |= state.take_announced(node, now);
+                }
+                if news {
                     self.news.notify_one();
                 }
                 None
@@ -556,7 +584,10 @@ impl Hub {
         let mut news = state.book.proved(node, now);
         news |= state.book.take_hints(node, statement.sequence, statement.hints, now);
         if state.opener.prove(&run, node) {
-            if state.proved.len() < MAX_PROVED {
+            state.take_announced(node, now);
+            // In a large cluster, one exchange with each host that is known already would be as much as all others.
+            let greet = state.book.len() < GREETED_HOSTS || !state.admission.knows(node);
+            if greet && state.proved.len() < MAX_PROVED {
                 state.proved.push(from);
             }
             news = true;
@@ -572,6 +603,32 @@ impl State {
     /// Takes the addresses of senders that have proved to be live since the last call.
     pub(super) fn take_proved(&mut self) -> Vec<SocketAddr> {
         std::mem::take(&mut self.proved)
+    }
+
+    /// Takes the records that hosts have sent themselves since the last call, for chitchat.
+    pub(super) fn take_learned(&mut self) -> Vec<Learned> {
+        std::mem::take(&mut self.learned)
+    }
+
+    /// Takes the record that a host has announced, once it has proved to be that host. Returns whether chitchat is to have
+    /// it.
+    fn take_announced(&mut self, node: NodeId, now: Instant) -> bool {
+        let Some(signed) = self.announced.get(&node) else { return false };
+        let (Ok(head), Ok(text)) = (signed.head(), signed.to_text()) else { return false };
+        let name = Incarnation { node, generation: head.generation, address: head.address };
+        let version = version_of(head.revision);
+        if self.learned.len() >= MAX_PROVED || !self.admission.take_own(name, &text, version, now) {
+            return false;
+        }
+        self.learned.push(Learned { name, text, version });
+        true
+    }
+
+    fn introduce_self(&mut self, socket: &dyn Datagrams, to: SocketAddr) {
+        let Some(record) = self.own_record.clone() else { return };
+        if let Err(error) = self.send(socket, to, &Packet::Announce(record)) {
+            debug!(%to, %error, "cannot send the record of this host");
+        }
     }
 
     /// Drops incomplete messages that are too old.
@@ -704,6 +761,9 @@ impl State {
             return false;
         };
         if claimed.id == own || self.announced.get(&claimed.id) == Some(&signed) {
+            return false;
+        }
+        if signed.to_text().is_ok_and(|text| self.admission.has_record(claimed.id, &text)) {
             return false;
         }
         if !self.strange_signatures.take(now) {

@@ -276,6 +276,11 @@ impl Gossip {
         self.hub.lock().book.contacts()
     }
 
+    /// The interval between pings to each live peer.
+    pub fn ping_every(&self) -> Duration {
+        self.hub.lock().book.ping_every()
+    }
+
     /// When a peer last said that its hints are those of its last [`GossipEvent::Peer`]. `None` if it never did.
     pub fn hinted(&self, node: NodeId) -> Option<Instant> {
         self.hub.lock().book.hinted(node)
@@ -312,7 +317,10 @@ async fn publish(hub: Arc<Hub>, cluster: Arc<Cluster>, outgoing: Arc<Outgoing>) 
         if let Err(error) = cluster.set_record(&record).await {
             error!(%error, "cannot publish the record of the local host");
         }
-        live(&hub).into_iter().for_each(|to| cluster.gossip(to));
+        // The record alone: an exchange with each peer would name all hosts in each, which is the cube of their number when
+        // all hosts start at once. Rounds of gossip bring what is lost.
+        let packet = Packet::Announce(record);
+        live(&hub).into_iter().for_each(|to| hub.send(to, &packet));
     }
 }
 

@@ -137,7 +137,9 @@ fn dial(hub: &Hub, cluster: &Cluster, seeds: &Seeds, now: Instant) {
     let more = seeds.due(hub, now, MAX_DIALS.saturating_sub(known.len()));
     for to in more {
         debug!(%to, "dialling");
-        cluster.gossip(to);
+        // It challenges the sender. Gossip with it begins when it has proved to be live itself, and not once for each time
+        // that it is dialled: what it knows may be much.
+        hub.introduce_self(to);
     }
     hub.send_due(known);
 }

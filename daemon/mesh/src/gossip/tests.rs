@@ -55,6 +55,17 @@ async fn node_of(
     join: &[SocketAddr],
     key: u8,
 ) -> Node {
+    start(identity, address, generation, join, key, Duration::from_millis(200)).await
+}
+
+async fn start(
+    identity: Arc<Identity>,
+    address: SocketAddr,
+    generation: u64,
+    join: &[SocketAddr],
+    key: u8,
+    interval: Duration,
+) -> Node {
     let record = record_at(&identity, address, generation);
     let (sender, events) = mpsc::channel(64);
     let config = GossipConfig {
@@ -64,7 +75,7 @@ async fn node_of(
         record: identity.sign_record(&record).unwrap(),
         hints: Hints::default(),
         join: join.iter().map(SocketAddr::to_string).collect(),
-        interval: Duration::from_millis(200),
+        interval,
         transport: Arc::new(crate::transport::HostTransport),
         wall_clock: Arc::new(move || WALL_MS + generation),
     };
@@ -210,6 +221,30 @@ async fn three_hosts_find_each_other_and_learn_changes() {
     for node in [a, b] {
         node.gossip.shutdown().await;
         std::net::UdpSocket::bind(node.record.address).expect("the socket is closed");
+    }
+}
+
+#[tokio::test]
+async fn hosts_send_their_records_themselves_without_a_round_of_gossip() {
+    let seldom = Duration::from_secs(60);
+    let new = |join: Vec<SocketAddr>| async move {
+        start(Arc::new(Identity::ephemeral()), free_port(), 1, &join, 1, seldom).await
+    };
+    let mut a = new(Vec::new()).await;
+    let mut b = new(vec![a.record.address]).await;
+    let (ida, idb) = (a.record.id, b.record.id);
+    a.wait_alive(idb).await;
+    // It hears of the second host from the first one, which the second host does not ask again.
+    let mut c = new(vec![a.record.address]).await;
+    let idc = c.record.id;
+    let took = [c.wait_alive(idb).await, b.wait_alive(idc).await, a.wait_alive(idc).await];
+    assert!(took.iter().all(|took| *took < Duration::from_secs(4)), "{took:?}");
+    a.record.revision = 2;
+    a.record.presence = Presence::Restarting;
+    a.gossip.set_record(a.identity.sign_record(&a.record).unwrap());
+    for node in [&mut b, &mut c] {
+        let took = node.wait_peer(ida, |record, _, _| *record == a.record).await;
+        assert!(took < Duration::from_millis(500), "{took:?}");
     }
 }
 
