@@ -15,7 +15,7 @@ use ovl_cluster::networks::overlaps;
 use ovl_dataplane::device::Device;
 use ovl_dns::StubDomain;
 use ovl_proto::{DEFAULT_PORT, DEFAULT_TUNNEL_PORT, DEFAULT_VXLAN_PORT, SEALED_VXLAN_PORT};
-use ovl_subsystems::services::allocation::Ranges;
+use ovl_subsystems::services::allocation::{NodePortRange, Ranges};
 use serde::Deserialize;
 
 /// Path of the configuration file if `--config` is absent.
@@ -109,6 +109,7 @@ struct File {
     service_range: Option<Vec<IpNet>>,
     load_balancer_pool: Option<Vec<IpNet>>,
     external_ranges: Option<Vec<IpNet>>,
+    node_port_range: Option<String>,
     load_balancer_device: Option<String>,
     cluster_domain: Option<String>,
     masquerade: Option<bool>,
@@ -261,6 +262,10 @@ impl Config {
                 services: file.service_range.unwrap_or_else(|| DEFAULT_SERVICE_RANGES.to_vec()),
                 load_balancers: file.load_balancer_pool.unwrap_or_default(),
                 external: file.external_ranges.unwrap_or_default(),
+                node_ports: match file.node_port_range {
+                    Some(text) => text.parse().context("node_port_range")?,
+                    None => NodePortRange::default(),
+                },
             },
             load_balancer_device: file
                 .load_balancer_device
@@ -328,7 +333,7 @@ impl Config {
     }
 
     fn check_ranges(&self) -> Result<()> {
-        let Ranges { services, load_balancers, external } = &self.ranges;
+        let Ranges { services, load_balancers, external, .. } = &self.ranges;
         let families = services.iter().filter(|range| range.addr().is_ipv4()).count();
         if families > 1 || services.len() - families > 1 {
             bail!("service_range: at most one range of IPv4 and one of IPv6");

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 
 use ovl_proto::id::{EndpointId, NetworkId, NodeId};
 use ovl_proto::resource::{
-    EndpointSlice, IntOrString, Kind, Labels, Name, Pod, ResourceKey, SERVICE_NAME_LABEL, Service,
+    EndpointSlice, IntOrString, Kind, Labels, Name, Pod, Protocol, ResourceKey, SERVICE_NAME_LABEL, Service,
     ServicePort, SliceEndpoint, has_all,
 };
 
@@ -231,8 +231,9 @@ impl Backends {
             selected.map(|(_, selectable)| backend_of_selectable(view, service, selectable)).collect();
         for slice in self.slices.get(name).into_iter().flatten() {
             if let Some(slice) = view.resources.slices().get(slice) {
+                let ports = ports_of_slice(service, slice);
                 let counted =
-                    slice.endpoints.iter().filter_map(|it| backend_of_slice(view, service, slice, it));
+                    slice.endpoints.iter().filter_map(|it| backend_of_slice(view, service, &ports, it));
                 backends.extend(counted);
             }
         }
@@ -267,23 +268,26 @@ fn backend_of_selectable(view: &View, service: &Service, selectable: &Selectable
     }
 }
 
-/// Returns the backend of a slice's endpoint; `None` if its host is known and its entries are not used.
+/// Returns the port of a slice for each port of its Service.
+fn ports_of_slice(service: &Service, slice: &EndpointSlice) -> Vec<Option<u16>> {
+    // A slice can have many ports, so each is looked at once. Of several alike the first one counts.
+    let by_name: BTreeMap<(&str, Protocol), Option<u16>> =
+        slice.ports.iter().rev().map(|port| ((port.name.as_str(), port.protocol), port.port)).collect();
+    let wanted = service.spec.ports.iter().map(|port| (port.name.as_str(), port.protocol));
+    wanted.map(|wanted| by_name.get(&wanted).copied().flatten()).collect()
+}
+
+/// Returns the backend of a slice's endpoint with these ports; `None` if its host is known and its entries are not used.
 fn backend_of_slice(
     view: &View,
     service: &Service,
-    slice: &EndpointSlice,
+    ports: &[Option<u16>],
     endpoint: &SliceEndpoint,
 ) -> Option<Backend> {
     let node = view.nodes.values().find(|node| node.record.name == endpoint.node_name);
     if node.is_some_and(|node| !view.counts(node)) {
         return None;
     }
-    let port = |wanted: &ServicePort| {
-        let fits = |port: &&ovl_proto::resource::SlicePort| {
-            (&port.name, port.protocol) == (&wanted.name, wanted.protocol)
-        };
-        slice.ports.iter().find(fits).and_then(|port| port.port)
-    };
     let conditions = endpoint.conditions;
     let ready = conditions.ready.unwrap_or(true);
     let serving = conditions.serving.unwrap_or(ready);
@@ -296,7 +300,7 @@ fn backend_of_slice(
     };
     Some(Backend {
         addresses: endpoint.addresses.first().copied().into_iter().collect(),
-        ports: service.spec.ports.iter().map(port).collect(),
+        ports: ports.to_vec(),
         host: node.map(|node| node.record.id),
         readiness,
         hostname: endpoint.hostname.clone(),

@@ -1,7 +1,6 @@
 //! v1 Service.
 
 use std::net::IpAddr;
-use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -9,14 +8,11 @@ use super::{IntOrString, Labels, Meta, Protocol};
 use crate::fields;
 use crate::wire::fields::Unknown;
 
-/// The node port range, reserved on all hosts for Services of type NodePort and LoadBalancer, as in Kubernetes.
-pub const NODE_PORTS: RangeInclusive<u16> = 30_000..=32_767;
-
 /// v1 Service.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(remote = "Self", rename_all = "camelCase", default)]
 pub struct Service {
-    /// The metadata. The name is a DNS label.
+    /// The metadata. The name is a DNS label, which may begin with a digit.
     pub metadata: Meta,
     /// The desired state, with what was allocated.
     pub spec: ServiceSpec,
@@ -124,7 +120,8 @@ pub struct ServicePort {
     pub port: u16,
     /// The port on the backends. In the cluster always filled in; defaults to `port`.
     pub target_port: Option<IntOrString>,
-    /// The node port, 30000 to 32767. `None` if the Service has none, or none was allocated yet.
+    /// The node port, of the range that the hosts are configured with. `None` if the Service has none, or none was
+    /// allocated yet.
     pub node_port: Option<u16>,
     /// Fields that this release does not know.
     #[serde(skip)]

@@ -207,7 +207,9 @@ fn service_ingress(
     let addresses = service.load_balancer_addresses();
     let addresses = addresses.filter(|address| permits.load_balancer(*address).is_none());
     let announced = addresses.filter(|address| is_ours(view, backends, *address)).collect();
-    let health = service.spec.health_check_node_port.map(|port| {
+    let health_port = service.spec.health_check_node_port;
+    let health_port = health_port.filter(|port| permits.health_check_port(*port).is_none());
+    let health = health_port.map(|port| {
         // A backend with several ports or with addresses of both families counts once.
         let local = |behind: &BTreeSet<Target>| {
             let here = behind.iter().filter(|target| target.host == Some(view.me));

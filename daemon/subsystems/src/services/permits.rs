@@ -12,7 +12,7 @@ use ovl_manifest::Problem;
 use ovl_proto::SEALED_VXLAN_PORT;
 use ovl_proto::resource::{Protocol, Service};
 
-use super::allocation::Ranges;
+use super::allocation::{NodePortRange, Ranges};
 
 /// What Services may take on one host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -37,6 +37,8 @@ pub enum Denial {
     Host(IpAddr, String),
     /// A node port is one at which ovl receives.
     NodePort(Protocol, u16),
+    /// A node port, or a health check port, is outside the range.
+    NodePortRange(u16, NodePortRange),
 }
 
 impl std::fmt::Display for Denial {
@@ -71,6 +73,11 @@ impl std::fmt::Display for Denial {
             Self::NodePort(protocol, port) => write!(
                 f,
                 "node port {port}/{protocol} is a port of ovl: choose another one, or another port in ovld.toml"
+            ),
+            Self::NodePortRange(port, range) => write!(
+                f,
+                "node port {port} is outside the node_port_range {range}: choose another one, or configure the same \
+                 node_port_range on all hosts"
             ),
         }
     }
@@ -122,7 +129,18 @@ impl Permits {
 
     /// Returns why a node port is not translated. `None` if it is.
     pub fn node_port(&self, protocol: Protocol, port: u16) -> Option<Denial> {
-        self.ports.contains(&(protocol, port)).then_some(Denial::NodePort(protocol, port))
+        let is_own = self.ports.contains(&(protocol, port));
+        is_own.then_some(Denial::NodePort(protocol, port)).or_else(|| self.outside_range(port))
+    }
+
+    /// Returns why health checks are not answered at a port. `None` if they are.
+    pub fn health_check_port(&self, port: u16) -> Option<Denial> {
+        self.node_port(Protocol::Tcp, port)
+    }
+
+    fn outside_range(&self, port: u16) -> Option<Denial> {
+        let range = self.ranges.node_ports;
+        (!range.contains(port)).then_some(Denial::NodePortRange(port, range))
     }
 
     /// Returns what a Service names and this host does not translate.
@@ -132,7 +150,8 @@ impl Permits {
         let balancer = service.load_balancer_addresses().filter_map(|address| self.load_balancer(address));
         let ports = service.spec.ports.iter();
         let ports = ports.filter_map(|port| self.node_port(port.protocol, port.node_port?));
-        cluster.chain(external).chain(balancer).chain(ports).collect()
+        let health = service.spec.health_check_node_port.and_then(|port| self.health_check_port(port));
+        cluster.chain(external).chain(balancer).chain(ports).chain(health).collect()
     }
 
     /// Checks the external IPs and node ports of a Service that is being applied. The rest is checked when it is
@@ -149,7 +168,9 @@ impl Permits {
         let balancer = service
             .load_balancer_addresses()
             .filter_map(|address| Some(("spec.loadBalancerIP".to_owned(), self.load_balancer(address)?)));
-        let all = external.chain(ports).chain(balancer);
+        let health = service.spec.health_check_node_port.and_then(|port| self.health_check_port(port));
+        let health = health.map(|denial| ("spec.healthCheckNodePort".to_owned(), denial));
+        let all = external.chain(ports).chain(balancer).chain(health);
         all.map(|(field, denial)| Problem { field, reason: denial.to_string() }).collect()
     }
 }
@@ -178,6 +199,7 @@ mod tests {
             services: parse(&["10.96.0.0/16", "fd00:10:96::/112"]),
             load_balancers: parse(&["192.0.2.0/28"]),
             external: parse(&["198.51.100.0/24", "2001:db8::/64"]),
+            node_ports: "30000-32000".parse().unwrap(),
         };
         let hosts = [("198.51.100.7", "h2"), ("2001:db8::7", "h2"), ("192.0.2.7", "h3")];
         Permits {
@@ -219,5 +241,9 @@ mod tests {
         assert_eq!(permits.node_port(Protocol::Udp, 31000), denied);
         assert_eq!(permits.node_port(Protocol::Sctp, 31000), None);
         assert_eq!(permits.node_port(Protocol::Tcp, 31001), None);
+        let outside = |port| Some(Denial::NodePortRange(port, permits.ranges.node_ports));
+        assert_eq!(permits.node_port(Protocol::Tcp, 22), outside(22));
+        assert_eq!(permits.health_check_port(32001), outside(32001));
+        assert_eq!(permits.health_check_port(32000), None);
     }
 }

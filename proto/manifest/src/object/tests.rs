@@ -227,6 +227,46 @@ fn values_that_the_api_server_takes_for_absent_are_absent() {
     assert_eq!(accepted(twice), accepted(policy()));
 }
 
+/// What the API server lets in must not be refused: a pod without labels is not isolated, and a policy that is not there
+/// forbids nothing.
+#[test]
+fn names_and_sizes_that_the_api_server_accepts_are_accepted() {
+    let (label, subdomain) = ("x".repeat(95), format!("{}.{}", "a".repeat(126), "b".repeat(126)));
+    for mut manifest in [pod(), policy(), slice()] {
+        for name in [&label, &subdomain] {
+            set(&mut manifest, "metadata.name", json!(name));
+            assert_eq!(accepted(manifest.clone()).meta().name, *name);
+        }
+        set(&mut manifest, "metadata.name", json!(format!("{subdomain}b")));
+        assert_eq!(read(manifest, None, Validation::Strict).unwrap_err()[0].field, "metadata.name");
+    }
+    let mut digit = service();
+    set(&mut digit, "metadata.name", json!("1st"));
+    set(&mut digit, "spec.type", json!("NodePort"));
+    set(&mut digit, "spec.ports.0.nodePort", json!(20_000));
+    set(&mut digit, "metadata.annotations", json!({ "a": "x".repeat(200 << 10) }));
+    set(&mut digit, "metadata.labels", (0..100).map(|n| (format!("l{n}"), json!("x"))).collect());
+    assert_eq!(accepted(digit).name(), ovl_proto::resource::Name::new("shop", "1st"));
+    let mut external = service();
+    set(
+        &mut external,
+        "spec",
+        json!({ "type": "ExternalName", "externalName": format!("{label}.example.org") }),
+    );
+    accepted(external);
+    let ports = |key: &str, count: usize| -> Value {
+        (1..=count).map(|n| json!({ "name": format!("p{n}"), key: n })).collect()
+    };
+    let mut wide = slice();
+    set(&mut wide, "ports", ports("port", 20_000));
+    accepted(wide.clone());
+    set(&mut wide, "ports", ports("port", 20_001));
+    assert_eq!(read(wide, None, Validation::Strict).unwrap_err()[0].reason, "exceed the limit of 20000");
+    let mut many = pod();
+    set(&mut many, "spec.containers", json!([{ "name": "a", "ports": ports("containerPort", 200) }]));
+    accepted(many);
+}
+
 #[test]
 fn fields_that_the_api_accepts_without_effect_are_removed_with_a_warning() {
     for (good, place, value) in [
@@ -377,9 +417,9 @@ fn every_invalid_field_is_named_with_the_reason() {
         ("kind", json!(null), "kind", "is missing"),
         ("apiVersion", json!(7), "apiVersion", "is not a string"),
         ("metadata.name", json!(null), "metadata.name", "is missing"),
-        ("metadata.name", json!("Web"), "metadata.name", "not a Service name"),
-        ("metadata.name", json!("1web"), "metadata.name", "not a Service name"),
-        ("metadata.name", json!(long), "metadata.name", "not a Service name"),
+        ("metadata.name", json!("Web"), "metadata.name", "not a DNS label"),
+        ("metadata.name", json!("-web"), "metadata.name", "not a DNS label"),
+        ("metadata.name", json!(long), "metadata.name", "not a DNS label"),
         ("metadata.namespace", json!("a.b"), "metadata.namespace", "not a DNS label"),
         ("metadata.labels.a b", json!("x"), "metadata.labels.a b", "not a label key"),
         ("metadata.labels.a", json!("x y"), "metadata.labels.a", "not a label value"),
@@ -390,7 +430,7 @@ fn every_invalid_field_is_named_with_the_reason() {
             "metadata.annotations.a",
             json!("x".repeat(MAX_ANNOTATIONS)),
             "metadata.annotations",
-            "larger than 128 KiB",
+            "larger than 256 KiB",
         ),
         ("metadata.finalisers", json!(["x"]), "metadata.finalisers", "is not a known field"),
         ("spec.selector", json!({ "app": "x y" }), "spec.selector.app", "not a label value"),
@@ -454,12 +494,12 @@ fn every_invalid_field_is_named_with_the_reason() {
         ("spec.ipFamilyPolicy", json!("DualStack"), "spec.ipFamilyPolicy", "unknown variant"),
         ("spec.externalIPs", json!(["224.0.0.1"]), "spec.externalIPs[0]", "not the address of one host"),
         ("spec.externalIPs", json!(["x"]), "spec.externalIPs[0]", "invalid IP address"),
-        ("spec", json!({ "type": "ExternalName" }), "spec.externalName", "not a DNS name"),
+        ("spec", json!({ "type": "ExternalName" }), "spec.externalName", "not a subdomain name"),
         (
             "spec",
             json!({ "type": "ExternalName", "externalName": "a b" }),
             "spec.externalName",
-            "not a DNS name",
+            "not a subdomain name",
         ),
         (
             "spec",
@@ -526,11 +566,11 @@ fn every_invalid_field_is_named_with_the_reason() {
         &[
             (
                 "spec.healthCheckNodePort",
-                json!(80),
+                json!(65_536),
                 "spec.healthCheckNodePort",
-                "not between 30000 and 32767",
+                "invalid value: integer `65536`",
             ),
-            ("spec.ports.0.nodePort", json!(80), "spec.ports[0].nodePort", "not between 30000 and 32767"),
+            ("spec.ports.0.nodePort", json!(-1), "spec.ports[0].nodePort", "invalid value: integer `-1`"),
             (
                 "spec.ports",
                 json!([{ "name": "a", "port": 1, "nodePort": 30_001 }, { "name": "b", "port": 2, "nodePort": 30_001 }]),
@@ -555,7 +595,7 @@ fn every_invalid_field_is_named_with_the_reason() {
     wrong(
         policy(),
         &[
-            ("metadata.name", json!("a_b"), "metadata.name", "not a DNS name"),
+            ("metadata.name", json!("a_b"), "metadata.name", "not a subdomain name"),
             (
                 "spec.podSelector.matchLabels.app",
                 json!("x y"),
@@ -677,7 +717,7 @@ fn every_invalid_field_is_named_with_the_reason() {
     wrong(
         pod(),
         &[
-            ("metadata.name", json!("A"), "metadata.name", "not a DNS name"),
+            ("metadata.name", json!("A"), "metadata.name", "not a subdomain name"),
             ("spec.hostname", json!("a.b"), "spec.hostname", "not a DNS label"),
             ("spec.subdomain", json!("a_b"), "spec.subdomain", "not a DNS label"),
             ("spec.containers.0.name", json!(""), "spec.containers[0].name", "not a DNS label"),

@@ -11,10 +11,10 @@ use crate::problem::Problems;
 use super::names::{LABEL, PORT_NAME, is_label, is_port_name};
 use super::{USABLE, check_number, is_usable};
 
-/// The maximum number of containers of a pod.
-const MAX_CONTAINERS: usize = 100;
-/// The maximum number of ports of a container or a slice.
-const MAX_PORTS: usize = 100;
+/// The maximum number of containers of a pod. Kubernetes has no limit of its own.
+const MAX_CONTAINERS: usize = 1000;
+/// The maximum number of ports of a slice, as in Kubernetes, and of all containers of a pod, for which Kubernetes has no limit.
+const MAX_PORTS: usize = 20_000;
 /// The maximum number of endpoints of a slice, as in Kubernetes.
 const MAX_SLICE_ENDPOINTS: usize = 1000;
 /// The maximum number of addresses of a slice's endpoint, as in Kubernetes.
@@ -49,11 +49,20 @@ pub(super) fn check_pod(pod: &Pod, problems: &mut Problems) {
     for (field, name) in [("spec.hostname", &spec.hostname), ("spec.subdomain", &spec.subdomain)] {
         problems.want(name.is_empty() || is_label(name), field, LABEL);
     }
-    problems.want(spec.containers.len() <= MAX_CONTAINERS, "spec.containers", "exceed the limit of 100");
+    problems.want(
+        spec.containers.len() <= MAX_CONTAINERS,
+        "spec.containers",
+        format!("exceed the limit of {MAX_CONTAINERS}"),
+    );
+    let ports: usize = spec.containers.iter().map(|container| container.ports.len()).sum();
+    problems.want(
+        ports <= MAX_PORTS,
+        "spec.containers",
+        format!("have more than {MAX_PORTS} ports in total"),
+    );
     for (n, container) in spec.containers.iter().enumerate() {
         let path = format!("spec.containers[{n}]");
         problems.want(is_label(&container.name), format!("{path}.name"), LABEL);
-        problems.want(container.ports.len() <= MAX_PORTS, format!("{path}.ports"), "exceed the limit of 100");
         let mut names = BTreeSet::new();
         for (n, port) in container.ports.iter().enumerate() {
             let path = format!("{path}.ports[{n}]");
@@ -112,7 +121,7 @@ pub(super) fn check_slice(slice: &EndpointSlice, problems: &mut Problems) {
             LABEL,
         );
     }
-    problems.want(slice.ports.len() <= MAX_PORTS, "ports", "exceed the limit of 100");
+    problems.want(slice.ports.len() <= MAX_PORTS, "ports", format!("exceed the limit of {MAX_PORTS}"));
     let mut names = BTreeSet::new();
     for (n, port) in slice.ports.iter().enumerate() {
         let path = format!("ports[{n}]");
