@@ -28,6 +28,8 @@ pub(super) struct NetworkContext {
     pub(super) vtep: Option<IpAddr>,
     /// Prefixes of switched networks. Their endpoints on remote hosts cannot answer outside clients through this host.
     switched: Vec<IpNet>,
+    /// Prefixes of all networks.
+    networks: Vec<IpNet>,
     /// Prefixes of encrypted switched networks. Their packets must not cross the underlay unencrypted.
     encrypted: Vec<IpNet>,
     /// What Services may take.
@@ -52,6 +54,7 @@ impl NetworkContext {
             permits: Permits::of(view, ranges),
             vtep: view.own().map(|own| own.record.vtep),
             hosts: hosts.collect(),
+            networks: prefixes(view.networks.values().map(|state| &state.network).collect()),
             encrypted: prefixes(encrypted),
             switched: prefixes(switched),
         }
@@ -60,6 +63,11 @@ impl NetworkContext {
     /// Whether an address is on a switched network.
     pub(super) fn is_switched(&self, address: IpAddr) -> bool {
         self.switched.iter().any(|prefix| prefix.contains(&address))
+    }
+
+    /// Whether an address is on no network: of a host, such as that of a pod with `hostNetwork`, or outside of the cluster.
+    pub(super) fn is_elsewhere(&self, address: IpAddr) -> bool {
+        !self.networks.iter().any(|prefix| prefix.contains(&address))
     }
 
     /// Whether connections from outside to an endpoint may be relayed over the underlay to its host.
