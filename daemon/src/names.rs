@@ -168,9 +168,8 @@ impl Resolver {
                     let why = "its addresses are not in use, or a network policy denies it the resolver";
                     return Err(Failed::unavailable(format!("{from} gets no answer: {why}")));
                 }
-                outcome @ (Outcome::Forward | Outcome::Alias) => {
-                    let alias = (outcome == Outcome::Alias).then(|| ovl_dns::target(&zone, client, &message));
-                    let alias = alias.flatten().map(|target| target.name);
+                outcome @ (Outcome::Forward | Outcome::Alias(_)) => {
+                    let alias = outcome.alias().map(|target| target.name);
                     let found = self.look_up(&alias.unwrap_or(name), kind).await?;
                     let stands = alias.map(|name| format!("it stands for {name}: ")).unwrap_or_default();
                     let why = stands + &self.said(&found);

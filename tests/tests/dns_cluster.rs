@@ -291,6 +291,68 @@ fn services_have_the_specified_names_and_resolve_through_the_search_list() {
     .unwrap();
 }
 
+/// ExternalNames that lead to names of the cluster, and to each other.
+const ALIASES: &str = "apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec: {clusterIP: 10.96.0.50, ports: [{port: 80}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: one, namespace: shop}
+spec: {type: ExternalName, externalName: web.shop.svc.cluster.local}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: two, namespace: shop}
+spec: {type: ExternalName, externalName: one.shop.svc.cluster.local}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: lost, namespace: shop}
+spec: {type: ExternalName, externalName: no.other.svc.cluster.local}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: loop, namespace: shop}
+spec: {type: ExternalName, externalName: loop.shop.svc.cluster.local}
+";
+
+#[test]
+fn external_names_that_lead_to_the_cluster_are_never_asked_of_others() {
+    let (lab, _file, pods) = lab_with_pods(1, "");
+    let h1 = &lab.hosts()[0];
+    let upstream = FakeResolver::start(h1, Ipv4Addr::LOCALHOST, Behaviour::Answers).unwrap();
+    apply(&lab, h1, ALIASES).unwrap();
+    let asker = &pods[0].workload;
+    let (web, one, two) =
+        ("web.shop.svc.cluster.local.", "one.shop.svc.cluster.local.", "two.shop.svc.cluster.local.");
+    let walked = "svc.cluster.local.shop.svc.cluster.local";
+    wait_until(SOON, "the Services to have names", || {
+        ensure!(dig(asker, AT, &["loop.shop.svc.cluster.local", "CNAME"])?.len() == 1);
+        Ok(())
+    })
+    .unwrap();
+    for how in ["+notcp", "+tcp"] {
+        for (name, expected) in [
+            (one.to_owned(), vec!["10.96.0.50", web]),
+            (two.to_owned(), vec!["10.96.0.50", one, web]),
+            (format!("one.shop.{walked}"), vec!["10.96.0.50", one, web]),
+            (format!("two.shop.{walked}"), vec!["10.96.0.50", one, two, web]),
+        ] {
+            assert_eq!(dig(asker, AT, &[&name, how]).unwrap(), expected, "{name} {how}");
+        }
+        for (name, expected) in [
+            ("lost.shop.svc.cluster.local".to_owned(), "NXDOMAIN"),
+            (format!("lost.shop.{walked}"), "NXDOMAIN"),
+            ("loop.shop.svc.cluster.local".to_owned(), "SERVFAIL"),
+        ] {
+            assert_eq!(status(asker, AT, &[&name, how]).unwrap(), expected, "{name} {how}");
+        }
+    }
+    assert_eq!(upstream.udp_queries(), 0);
+}
+
 #[test]
 fn cni_result_has_cluster_dns_once_a_service_exists_unless_overridden() {
     let (lab, _file, _pods) = lab_with_pods(1, "");
