@@ -218,6 +218,22 @@ fn external_traffic_policy_local_announces_only_from_hosts_with_backends() -> Re
     for (host, what) in [(h1, (503, 0)), (h2, (200, 1)), (h3, (503, 0))] {
         wait_health(host, what)?;
     }
+    // The last backend of h1 is shutting down: load balancers are told to go elsewhere.
+    let slice = |conditions: &str| {
+        let manifest = format!(
+            "{{\"apiVersion\":\"discovery.k8s.io/v1\",\"kind\":\"EndpointSlice\",\"addressType\":\"IPv4\",
+                \"metadata\":{{\"name\":\"web-1\",\"labels\":{{\"kubernetes.io/service-name\":\"web\"}}}},
+                \"ports\":[{{\"port\":8080}}],\"endpoints\":[{{\"addresses\":[\"{}\"],\"nodeName\":\"h1\",
+                \"conditions\":{{{conditions}}}}}]}}",
+            h1.address()?
+        );
+        apply(&lab, h1, &manifest)
+    };
+    slice("\"ready\":true")?;
+    wait_health(h1, (200, 1))?;
+    slice("\"ready\":false,\"serving\":true,\"terminating\":true")?;
+    wait_health(h1, (503, 0))?;
+    h1.ctl_ok(&["delete", "endpointslice", "web-1"])?;
     // The address follows the backends.
     let (_three, _second) = backend(h3, "three")?;
     wait_health(h3, (200, 1))?;

@@ -57,21 +57,35 @@ pub struct Target {
 /// Returns the backends of one port and address family: the ready ones, or if there are none, the draining ones. With
 /// `on`, only those of that host (the traffic policy Local). They are sorted and unique.
 pub fn targets(backends: &[Backend], port: usize, ipv4: bool, on: Option<NodeId>) -> Vec<Target> {
-    let all = |readiness| {
-        let fitting = backends
-            .iter()
-            .filter(move |backend| backend.readiness == readiness && (on.is_none() || backend.host == on));
-        let targets = fitting.filter_map(|backend| {
-            let address = *backend.addresses.iter().find(|address| address.is_ipv4() == ipv4)?;
-            Some(Target { address, port: (*backend.ports.get(port)?)?, host: backend.host })
-        });
-        let mut targets: Vec<Target> = targets.collect();
-        targets.sort_unstable();
-        targets.dedup_by_key(|target| (target.address, target.port));
-        targets
-    };
-    let ready = all(Readiness::Ready);
-    if ready.is_empty() { all(Readiness::Draining) } else { ready }
+    let ready = ready_targets(backends, port, ipv4, on);
+    if ready.is_empty() { unique(fitting(backends, Readiness::Draining, port, ipv4, on)) } else { ready }
+}
+
+/// As [`targets`], without the draining ones: those for which a load balancer should send connections to a host.
+pub fn ready_targets(backends: &[Backend], port: usize, ipv4: bool, on: Option<NodeId>) -> Vec<Target> {
+    unique(fitting(backends, Readiness::Ready, port, ipv4, on))
+}
+
+/// Returns the backends with this readiness, on this host, that have an address of the family and the port.
+fn fitting(
+    backends: &[Backend],
+    readiness: Readiness,
+    port: usize,
+    ipv4: bool,
+    on: Option<NodeId>,
+) -> impl Iterator<Item = Target> {
+    let all = backends.iter().filter(move |backend| backend.readiness == readiness);
+    all.filter(move |backend| on.is_none() || backend.host == on).filter_map(move |backend| {
+        let address = *backend.addresses.iter().find(|address| address.is_ipv4() == ipv4)?;
+        Some(Target { address, port: (*backend.ports.get(port)?)?, host: backend.host })
+    })
+}
+
+fn unique(targets: impl Iterator<Item = Target>) -> Vec<Target> {
+    let mut targets: Vec<Target> = targets.collect();
+    targets.sort_unstable();
+    targets.dedup_by_key(|target| (target.address, target.port));
+    targets
 }
 
 /// The backends of all Services.

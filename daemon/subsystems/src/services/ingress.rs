@@ -15,7 +15,7 @@ use ovl_proto::id::NodeId;
 use ovl_proto::record::PeerState;
 use ovl_proto::resource::{Name, Service, TrafficPolicy};
 
-use ovl_cluster::backends::{Backends, Target, targets};
+use ovl_cluster::backends::{Backends, Target, ready_targets, targets};
 use ovl_cluster::digest::hash;
 use ovl_cluster::view::{Node, View};
 use ovl_dataplane::device::Device;
@@ -34,7 +34,8 @@ const REPEATS: u8 = 3;
 pub struct Health {
     /// The port, on all addresses of the host.
     pub port: u16,
-    /// The number of backends on this host that accept connections.
+    /// The number of ready backends on this host. One that is shutting down does not count, although connections reach it
+    /// while no other is left: a load balancer should go to another host.
     pub local: usize,
 }
 
@@ -203,7 +204,6 @@ fn service_ingress(
     name: &Name,
     service: &Service,
 ) -> ServiceIngress {
-    let (v4, v6) = (behind(backends, name, service, true), behind(backends, name, service, false));
     let addresses = service.load_balancer_addresses();
     let addresses = addresses.filter(|address| permits.load_balancer(*address).is_none());
     let announced = addresses.filter(|address| is_ours(view, backends, *address)).collect();
@@ -211,11 +211,12 @@ fn service_ingress(
     let health_port = health_port.filter(|port| permits.health_check_port(*port).is_none());
     let health = health_port.map(|port| {
         // A backend with several ports or with addresses of both families counts once.
-        let local = |behind: &BTreeSet<Target>| {
-            let here = behind.iter().filter(|target| target.host == Some(view.me));
+        let local = |ipv4| {
+            let ports = 0..service.spec.ports.len();
+            let here = ports.flat_map(|port| ready_targets(backends.of(name), port, ipv4, Some(view.me)));
             here.map(|target| target.address).collect::<BTreeSet<IpAddr>>().len()
         };
-        Health { port, local: local(&v4).max(local(&v6)) }
+        Health { port, local: local(true).max(local(false)) }
     });
     ServiceIngress { announced, health }
 }
