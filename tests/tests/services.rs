@@ -12,6 +12,7 @@ use nix::libc;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, sendto, socket,
 };
+use ovl_tests::resolver::dig;
 use ovl_tests::routed::create_network_of_mode;
 use ovl_tests::service::{Connection, NamedServer, UdpClient, apply, ask, wait_answers};
 use ovl_tests::{Attached, SOON, attach, start_lab, text, wait_clean};
@@ -481,6 +482,45 @@ fn what_no_service_has_in_the_service_range_is_refused() -> Result<()> {
         h1.ctl_ok(&["delete", "svc", "web"])?;
         for address in used {
             wait_until(SOON, "a refusal", || refused_at(&client.workload, SocketAddr::new(address, 80)))?;
+        }
+        wait_clean(lab.hosts(), SOON)?;
+    }
+    Ok(())
+}
+
+/// The labels of a Service that kube-proxy leaves to others. DNS has it all the same.
+#[test]
+fn service_of_another_proxy_has_a_name_and_no_translation() -> Result<()> {
+    for mode in MODES {
+        let lab = start_lab(1)?;
+        let [h1] = lab.hosts() else { unreachable!() };
+        network(&lab, mode)?;
+        let labelled = |label: &str| {
+            web("").replace(
+                "\"name\":\"web\"",
+                &format!("\"name\":\"web\",\"labels\":{{\"service.kubernetes.io/{label}\":\"x\"}}"),
+            )
+        };
+        apply(&lab, h1, &labelled("any"))?;
+        apply(&lab, h1, &web("").replace("\"web\"}", "\"other\"}"))?;
+        let (_backend, _server) = backend(h1, "backend")?;
+        let client = attach(h1, "client", "blue", &[])?;
+        let used = addresses(&lab)?;
+        for label in ["service-proxy-name", "headless"] {
+            for address in &used {
+                wait_answers(&client.workload, SocketAddr::new(*address, 80), &["backend"])?;
+            }
+            apply(&lab, h1, &labelled(label))?;
+            for address in &used {
+                wait_until(SOON, "a refusal", || {
+                    refused_at(&client.workload, SocketAddr::new(*address, 80))
+                })?;
+            }
+            let found = dig(&client.workload, "127.0.0.11", &["web.default.svc.cluster.local", "A"])?;
+            ensure!(found == [used[0].to_string()], "{mode}: {found:?}");
+            let described = h1.ctl_ok(&["describe", "svc", "web"])?;
+            ensure!(described.contains("not translated by ovl"), "{described}");
+            apply(&lab, h1, &labelled("any"))?;
         }
         wait_clean(lab.hosts(), SOON)?;
     }

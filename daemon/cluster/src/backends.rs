@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use ovl_proto::id::{EndpointId, NetworkId, NodeId};
 use ovl_proto::resource::{
     EndpointSlice, IntOrString, Kind, Labels, Name, Pod, Protocol, ResourceKey, SERVICE_NAME_LABEL, Service,
-    ServicePort, SliceEndpoint, has_all,
+    ServicePort, SliceEndpoint, has_all, is_for_names_only,
 };
 
 use crate::resources::named_port;
@@ -41,6 +41,8 @@ pub struct Backend {
     pub hostname: String,
     /// The name of the endpoint or Pod, for people. Empty for an address of an EndpointSlice.
     pub name: String,
+    /// Whether it is for DNS alone: no connection is translated to it.
+    pub names_only: bool,
 }
 
 /// A backend for one port and address family of a Service.
@@ -74,7 +76,7 @@ fn fitting(
     ipv4: bool,
     on: Option<NodeId>,
 ) -> impl Iterator<Item = Target> {
-    let all = backends.iter().filter(move |backend| backend.readiness == readiness);
+    let all = backends.iter().filter(move |backend| backend.readiness == readiness && !backend.names_only);
     all.filter(move |backend| on.is_none() || backend.host == on).filter_map(move |backend| {
         let address = *backend.addresses.iter().find(|address| address.is_ipv4() == ipv4)?;
         Some(Target { address, port: (*backend.ports.get(port)?)?, host: backend.host })
@@ -246,8 +248,11 @@ impl Backends {
         for slice in self.slices.get(name).into_iter().flatten() {
             if let Some(slice) = view.resources.slices().get(slice) {
                 let ports = ports_of_slice(service, slice);
-                let counted =
-                    slice.endpoints.iter().filter_map(|it| backend_of_slice(view, service, &ports, it));
+                let names_only = is_for_names_only(&slice.metadata.labels);
+                let counted = slice.endpoints.iter().filter_map(|it| {
+                    let backend = backend_of_slice(view, service, &ports, it)?;
+                    Some(Backend { names_only, ..backend })
+                });
                 backends.extend(counted);
             }
         }
@@ -279,6 +284,7 @@ fn backend_of_selectable(view: &View, service: &Service, selectable: &Selectable
         readiness: if ready { Readiness::Ready } else { Readiness::NotReady },
         hostname: named.map(|pod| pod.spec.hostname.clone()).unwrap_or_default(),
         name: selectable.name.name.clone(),
+        names_only: false,
     }
 }
 
@@ -319,5 +325,6 @@ fn backend_of_slice(
         readiness,
         hostname: endpoint.hostname.clone(),
         name: String::new(),
+        names_only: false,
     })
 }

@@ -252,6 +252,31 @@ fn slices_add_backends() {
     assert!(world.of("web").is_empty());
 }
 
+#[test]
+fn slice_for_names_alone_gets_no_connections() {
+    for label in ["service.kubernetes.io/headless", "service.kubernetes.io/service-proxy-name"] {
+        let mut world = World::new();
+        world.service("web", json!({}));
+        for (name, more, address) in [("web-1", "a", "192.0.2.1"), ("web-2", label, "192.0.2.2")] {
+            world.put(read(
+                Kind::EndpointSlice,
+                json!({
+                    "metadata": { "name": name, "namespace": "default",
+                        "labels": { "kubernetes.io/service-name": "web", more: "" } },
+                    "addressType": "IPv4",
+                    "ports": [{ "name": "http", "port": 9000 }],
+                    "endpoints": [{ "addresses": [address] }],
+                }),
+            ));
+        }
+        world.settle();
+        // DNS has both.
+        assert_eq!(world.of("web").len(), 2);
+        let found = targets(world.of("web"), 0, true, None);
+        assert_eq!(found.iter().map(|it| it.address.to_string()).collect::<Vec<_>>(), ["192.0.2.1"]);
+    }
+}
+
 /// Returns the backends of the Service web: host, and whether it has the Pod's named port.
 fn web_of(world: &mut World) -> Vec<(NodeId, bool)> {
     world.settle();

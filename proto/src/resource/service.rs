@@ -8,6 +8,18 @@ use super::{IntOrString, Labels, Meta, Protocol};
 use crate::fields;
 use crate::wire::fields::Unknown;
 
+/// The label of a Service that another proxy translates, with the name of that proxy. Of an EndpointSlice: for such a
+/// Service.
+pub const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
+/// The label of a Service, or an EndpointSlice, that no proxy translates. The value has no meaning.
+pub const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
+
+/// Whether an object with these labels, a Service or an EndpointSlice, is not for translation by ovl. DNS has it all the
+/// same.
+pub fn is_for_names_only(labels: &Labels) -> bool {
+    [PROXY_NAME_LABEL, HEADLESS_LABEL].into_iter().any(|label| labels.get(label).is_some())
+}
+
 /// v1 Service.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(remote = "Self", rename_all = "camelCase", default)]
@@ -316,6 +328,11 @@ impl Service {
     /// Whether the Service is headless: its name resolves to its backends.
     pub fn is_headless(&self) -> bool {
         self.spec.cluster_ips.contains(&ClusterIp::Headless)
+    }
+
+    /// Whether hosts translate its addresses and ports: see [`is_for_names_only`].
+    pub fn is_translated(&self) -> bool {
+        !is_for_names_only(&self.metadata.labels)
     }
 
     /// Whether clients outside the cluster can reach it.

@@ -252,7 +252,7 @@ impl Services {
 
     /// Updates the elements of one Service.
     fn service(&mut self, view: &View, backends: &Backends, name: &Name) -> Vec<Op> {
-        let service = view.resources.services().get(name);
+        let service = view.resources.services().get(name).filter(|service| service.is_translated());
         let resolved = service.map(|service| {
             let of = backends.of(name);
             resolve::resolve(&self.context, view.resources.claims(), (name, service), of, &mut self.slots)

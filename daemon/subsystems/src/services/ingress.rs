@@ -194,7 +194,9 @@ pub fn announcers(view: &View, address: IpAddr) -> impl Iterator<Item = &Node> {
 }
 
 fn is_balancer(service: &Service) -> bool {
-    service.load_balancer_addresses().next().is_some() || service.spec.health_check_node_port.is_some()
+    let is_any =
+        service.load_balancer_addresses().next().is_some() || service.spec.health_check_node_port.is_some();
+    is_any && service.is_translated()
 }
 
 fn service_ingress(
@@ -238,7 +240,9 @@ fn is_ours(view: &View, backends: &Backends, address: IpAddr) -> bool {
 fn sharing(view: &View, address: IpAddr) -> Vec<(&Name, &Service)> {
     let names: BTreeSet<&Name> = view.resources.claims().balancers_at(address).collect();
     let services = names.into_iter().filter_map(|name| Some((name, view.resources.services().get(name)?)));
-    let has = |service: &Service| service.load_balancer_addresses().any(|other| other == address);
+    let has = |service: &Service| {
+        service.is_translated() && service.load_balancer_addresses().any(|other| other == address)
+    };
     let mut all: Vec<(&Name, &Service)> = services.filter(|(_, service)| has(service)).collect();
     all.sort_by_key(|(name, service)| (service.metadata.creation_timestamp, *name));
     all

@@ -264,6 +264,24 @@ fn draining_backends_are_not_healthy() {
 }
 
 #[test]
+fn services_of_other_proxies_are_not_announced() {
+    let mut cluster = Cluster::new(Mode::L3);
+    cluster.world.attach(1, 1, WEB, true);
+    let more = json!({ "externalTrafficPolicy": "Local", "healthCheckNodePort": 32000 });
+    cluster.service("web", "192.0.2.1", more);
+    cluster.settle();
+    assert_eq!(cluster.holders("192.0.2.1").len(), 1);
+    let key = ovl_proto::resource::ResourceKey { kind: Kind::Service, name: Name::new("default", "web") };
+    let mut service = cluster.world.view.resources.get(&key).unwrap();
+    service.meta_mut().labels =
+        [("service.kubernetes.io/service-proxy-name".to_owned(), "x".to_owned())].into();
+    cluster.world.put(service);
+    cluster.settle();
+    assert_eq!(cluster.holders("192.0.2.1"), [0; 0]);
+    assert!(cluster.hosts.values().all(|ingress| ingress.health().next().is_none()));
+}
+
+#[test]
 fn an_address_that_the_kernel_rejects_is_not_claimed() {
     let mut cluster = Cluster::new(Mode::L3);
     cluster.service("web", "192.0.2.1", json!({}));

@@ -332,6 +332,26 @@ fn connections_to_backends_that_are_no_endpoints_are_masqueraded() {
     assert!(sent.contains(&"sysctl -w net.ipv4.ip_forward=1".to_owned()), "{sent:?}");
 }
 
+#[test]
+fn services_of_other_proxies_are_not_translated() {
+    let mut host = Host::new();
+    host.world.attach(1, 1, WEB, true);
+    host.service("other", web(json!({ "clusterIPs": ["10.96.0.20"] })));
+    let labelled = |host: &mut Host, label: &str| {
+        let manifest = json!({
+            "metadata": { "name": "web", "namespace": "default", "labels": { label: "" } }, "spec": web(json!({})),
+        });
+        host.world.put(read(Kind::Service, manifest));
+        host.plan(true);
+        host.assert_sent();
+        host.of("inside4").len()
+    };
+    assert_eq!(labelled(&mut host, "app"), 2);
+    assert_eq!(labelled(&mut host, "service.kubernetes.io/service-proxy-name"), 1);
+    assert_eq!(labelled(&mut host, "app"), 2);
+    assert_eq!(labelled(&mut host, "service.kubernetes.io/headless"), 1);
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Attach(u8, u8, bool),
