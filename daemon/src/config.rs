@@ -14,6 +14,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use ovl_cluster::networks::overlaps;
 use ovl_dataplane::device::Device;
 use ovl_dns::StubDomain;
+use ovl_proto::record::{MAX_ZONE, is_zone};
 use ovl_proto::{DEFAULT_PORT, DEFAULT_TUNNEL_PORT, DEFAULT_VXLAN_PORT, SEALED_VXLAN_PORT};
 use ovl_subsystems::services::allocation::{NodePortRange, Ranges};
 use serde::Deserialize;
@@ -111,6 +112,8 @@ struct File {
     external_ranges: Option<Vec<IpNet>>,
     node_port_range: Option<String>,
     load_balancer_device: Option<String>,
+    #[serde(default)]
+    zone: String,
     cluster_domain: Option<String>,
     masquerade: Option<bool>,
     #[serde(default)]
@@ -179,6 +182,8 @@ pub struct Config {
     /// Device on which the addresses of LoadBalancers are announced. `None` means the device with this host's
     /// own address.
     pub(crate) load_balancer_device: Option<Device>,
+    /// Zone that this host is in: Services can prefer backends of a zone. May be empty.
+    pub(crate) zone: String,
     /// DNS domain under which the names of Services are resolved.
     pub(crate) cluster_domain: String,
     /// Whether traffic that leaves the cluster is masqueraded with this host's address.
@@ -274,6 +279,7 @@ impl Config {
                         .with_context(|| format!("load_balancer_device: '{name}' is no name of a device"))
                 })
                 .transpose()?,
+            zone: file.zone,
             cluster_domain: file.cluster_domain.unwrap_or_else(|| "cluster.local".to_owned()),
             masquerade: file.masquerade.unwrap_or(true),
             tunnel: args.tunnel.unwrap_or(file.tunnel),
@@ -291,6 +297,12 @@ impl Config {
     fn check(&self) -> Result<()> {
         if !is_name(&self.node) {
             bail!("node: '{}' is no name: letters, digits, '-', '_' and '.', at most 63", self.node);
+        }
+        if !is_zone(&self.zone) {
+            bail!(
+                "zone: '{}' is no name of a zone: letters, digits, '-', '_' and '.', at most {MAX_ZONE}",
+                self.zone
+            );
         }
         if self.advertise.ip().is_unspecified() || self.advertise.ip().is_multicast() {
             bail!("advertise: {} is not an address of one host", self.advertise.ip());

@@ -64,6 +64,7 @@ impl Liar {
             probes: 0,
             not_built: Vec::new(),
             probe_kinds: 0,
+            zone: String::new(),
             unknown: Unknown::default(),
         })?;
         let config = StreamsConfig {

@@ -118,6 +118,7 @@ fn write_unchecked(lab: &Lab, writer: &Host, to: &[&Host], networks: Vec<Network
         probes: 0,
         not_built: Vec::new(),
         probe_kinds: 0,
+        zone: String::new(),
         unknown: Unknown::default(),
     })?;
     writer.run(|| -> Result<()> {

@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use netns_lab::{Host, Lab, Netns, wait_until};
+use netns_lab::{Host, Lab, LabConfig, Netns, wait_until};
 use nix::libc;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, sendto, socket,
@@ -49,6 +49,16 @@ fn backend(host: &Host, name: &str) -> Result<(Attached, NamedServer)> {
     let at = attach(host, name, "blue", &["--label", "app=web"])?;
     let server = NamedServer::start(&at.workload, name, 8080)?;
     Ok((at, server))
+}
+
+/// Starts a lab with a host in each of these zones.
+fn start_lab_of_zones(zones: &[&str]) -> Result<Lab> {
+    let lab = Lab::new(LabConfig::hosts(zones.len()))?;
+    for (host, zone) in lab.hosts().iter().zip(zones) {
+        host.set_config(&format!("zone = '{zone}'\n"))?;
+    }
+    lab.start_all()?;
+    Ok(lab)
 }
 
 fn refused_at(from: &Netns, to: SocketAddr) -> Result<()> {
@@ -483,6 +493,44 @@ fn what_no_service_has_in_the_service_range_is_refused() -> Result<()> {
         for address in used {
             wait_until(SOON, "a refusal", || refused_at(&client.workload, SocketAddr::new(address, 80)))?;
         }
+        wait_clean(lab.hosts(), SOON)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn near_backends_are_preferred_while_there_are_some() -> Result<()> {
+    for mode in MODES {
+        let lab = start_lab_of_zones(&["a", "a", "b"])?;
+        let [h1, h2, h3] = lab.hosts() else { unreachable!() };
+        network(&lab, mode)?;
+        let prefer = |what: &str| apply(&lab, h1, &web(&format!(",\"trafficDistribution\":\"{what}\"")));
+        prefer("PreferSameNode")?;
+        let all = [(h1, "one"), (h2, "two"), (h3, "three")].map(|(host, name)| backend(host, name));
+        let _all = all.into_iter().collect::<Result<Vec<_>>>()?;
+        let clients = [h1, h3].map(|host| attach(host, &format!("client-{}", host.name()), "blue", &[]));
+        let [first, third] = clients;
+        let (first, third) = (first?, third?);
+        let asked = |from: &Netns, names: &[&str]| -> Result<()> {
+            for address in addresses(&lab)? {
+                wait_answers(from, SocketAddr::new(address, 80), names).with_context(|| mode.to_owned())?;
+            }
+            Ok(())
+        };
+        asked(&first.workload, &["one"])?;
+        asked(&third.workload, &["three"])?;
+        // Without a backend on the host, those in the zone, and without any there, all.
+        h1.ctl_ok(&["endpoint", "unready", "one"])?;
+        asked(&first.workload, &["two"])?;
+        h2.ctl_ok(&["endpoint", "unready", "two"])?;
+        asked(&first.workload, &["three"])?;
+        h1.ctl_ok(&["endpoint", "ready", "one"])?;
+        h2.ctl_ok(&["endpoint", "ready", "two"])?;
+        prefer("PreferSameZone")?;
+        asked(&first.workload, &["one", "two"])?;
+        asked(&third.workload, &["three"])?;
+        h3.ctl_ok(&["endpoint", "unready", "three"])?;
+        asked(&third.workload, &["one", "two"])?;
         wait_clean(lab.hosts(), SOON)?;
     }
     Ok(())

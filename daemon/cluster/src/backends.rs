@@ -7,8 +7,8 @@ use std::net::IpAddr;
 
 use ovl_proto::id::{EndpointId, NetworkId, NodeId};
 use ovl_proto::resource::{
-    EndpointSlice, IntOrString, Kind, Labels, Name, Pod, Protocol, ResourceKey, SERVICE_NAME_LABEL, Service,
-    ServicePort, SliceEndpoint, has_all, is_for_names_only,
+    EndpointSlice, HintTarget, IntOrString, Kind, Labels, Name, Pod, Protocol, ResourceKey,
+    SERVICE_NAME_LABEL, Service, ServicePort, SliceEndpoint, TrafficDistribution, has_all, is_for_names_only,
 };
 
 use crate::resources::named_port;
@@ -41,8 +41,28 @@ pub struct Backend {
     pub hostname: String,
     /// The name of the endpoint or Pod, for people. Empty for an address of an EndpointSlice.
     pub name: String,
+    /// The clients that it is meant for. `None`: all.
+    pub hints: Option<Box<Hints>>,
     /// Whether it is for DNS alone: no connection is translated to it.
     pub names_only: bool,
+}
+
+/// The clients that a backend is meant for.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Hints {
+    /// Those in these zones.
+    pub zones: Vec<String>,
+    /// Those on the hosts with these names.
+    pub hosts: Vec<String>,
+}
+
+/// Where the clients of a host are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Position<'a> {
+    /// The zone. May be empty.
+    pub zone: &'a str,
+    /// The name of the host.
+    pub host: &'a str,
 }
 
 /// A backend for one port and address family of a Service.
@@ -60,12 +80,38 @@ pub struct Target {
 /// `on`, only those of that host (the traffic policy Local). They are sorted and unique.
 pub fn targets(backends: &[Backend], port: usize, ipv4: bool, on: Option<NodeId>) -> Vec<Target> {
     let ready = ready_targets(backends, port, ipv4, on);
-    if ready.is_empty() { unique(fitting(backends, Readiness::Draining, port, ipv4, on)) } else { ready }
+    if ready.is_empty() {
+        unique(fitting(backends, Readiness::Draining, port, ipv4, on).map(|(_, target)| target))
+    } else {
+        ready
+    }
+}
+
+/// As [`targets`] of all hosts, but only those that are meant for clients at a position, as kube-proxy chooses them: those for
+/// its host, or else those for its zone. Hints count if all ready backends have some of their kind and one is for the
+/// position; draining backends are chosen regardless of them.
+pub fn targets_for(backends: &[Backend], port: usize, ipv4: bool, position: Position<'_>) -> Vec<Target> {
+    let hosts: fn(&Hints) -> &[String] = |hints| &hints.hosts;
+    let zones: fn(&Hints) -> &[String] = |hints| &hints.zones;
+    for (kind, own) in [(hosts, position.host), (zones, position.zone)] {
+        let ready = || {
+            let all = fitting(backends, Readiness::Ready, port, ipv4, None);
+            all.map(move |(backend, target)| (backend.hints.as_deref().map(kind).unwrap_or_default(), target))
+        };
+        if !own.is_empty() && ready().all(|(hints, _)| !hints.is_empty()) {
+            let meant = ready().filter(|(hints, _)| hints.iter().any(|hint| hint == own));
+            let meant = unique(meant.map(|(_, target)| target));
+            if !meant.is_empty() {
+                return meant;
+            }
+        }
+    }
+    targets(backends, port, ipv4, None)
 }
 
 /// As [`targets`], without the draining ones: those for which a load balancer should send connections to a host.
 pub fn ready_targets(backends: &[Backend], port: usize, ipv4: bool, on: Option<NodeId>) -> Vec<Target> {
-    unique(fitting(backends, Readiness::Ready, port, ipv4, on))
+    unique(fitting(backends, Readiness::Ready, port, ipv4, on).map(|(_, target)| target))
 }
 
 /// Returns the backends with this readiness, on this host, that have an address of the family and the port.
@@ -75,11 +121,11 @@ fn fitting(
     port: usize,
     ipv4: bool,
     on: Option<NodeId>,
-) -> impl Iterator<Item = Target> {
+) -> impl Iterator<Item = (&Backend, Target)> {
     let all = backends.iter().filter(move |backend| backend.readiness == readiness && !backend.names_only);
     all.filter(move |backend| on.is_none() || backend.host == on).filter_map(move |backend| {
         let address = *backend.addresses.iter().find(|address| address.is_ipv4() == ipv4)?;
-        Some(Target { address, port: (*backend.ports.get(port)?)?, host: backend.host })
+        Some((backend, Target { address, port: (*backend.ports.get(port)?)?, host: backend.host }))
     })
 }
 
@@ -148,6 +194,11 @@ impl Backends {
             if view.resources.slices().get(slice).is_some_and(on_it) {
                 self.dirty.entry(service.clone()).or_default();
             }
+        }
+        // Its zone may have changed.
+        let distributed = view.resources.services().iter();
+        for (name, _) in distributed.filter(|(_, service)| service.spec.traffic_distribution.is_some()) {
+            self.dirty.entry(name.clone()).or_default();
         }
     }
 
@@ -276,6 +327,7 @@ fn backend_of_selectable(view: &View, service: &Service, selectable: &Selectable
     };
     // As in Kubernetes, a pod's host name applies to the Service that its subdomain names.
     let named = pod.filter(|pod| pod.spec.subdomain == service.metadata.name);
+    let hints = selectable.host.and_then(|host| hints_on(view, service, host)).map(Box::new);
     let ready = selectable.ready || service.spec.publish_not_ready_addresses;
     Backend {
         addresses: selectable.addresses.clone(),
@@ -284,8 +336,29 @@ fn backend_of_selectable(view: &View, service: &Service, selectable: &Selectable
         readiness: if ready { Readiness::Ready } else { Readiness::NotReady },
         hostname: named.map(|pod| pod.spec.hostname.clone()).unwrap_or_default(),
         name: selectable.name.name.clone(),
+        hints,
         names_only: false,
     }
+}
+
+/// Returns the hints of a backend on a host that the Service's selector selects, as the controller of Kubernetes writes them
+/// into slices. `None` if the Service asks for none.
+fn hints_on(view: &View, service: &Service, host: NodeId) -> Option<Hints> {
+    let prefers = service.spec.traffic_distribution?;
+    let record = &view.nodes.get(&host)?.record;
+    let zones = Some(record.zone.clone()).filter(|zone| !zone.is_empty()).into_iter().collect();
+    let hosts = match prefers {
+        TrafficDistribution::PreferClose | TrafficDistribution::PreferSameZone => Vec::new(),
+        TrafficDistribution::PreferSameNode => vec![record.name.clone()],
+    };
+    Some(Hints { zones, hosts })
+}
+
+/// Returns the hints of a slice's endpoint.
+fn hints_of(endpoint: &SliceEndpoint) -> Option<Box<Hints>> {
+    let names = |targets: &[HintTarget]| targets.iter().map(|target| target.name.clone()).collect();
+    let hints = endpoint.hints.as_ref()?;
+    Some(Box::new(Hints { zones: names(&hints.for_zones), hosts: names(&hints.for_nodes) }))
 }
 
 /// Returns the port of a slice for each port of its Service.
@@ -325,6 +398,7 @@ fn backend_of_slice(
         readiness,
         hostname: endpoint.hostname.clone(),
         name: String::new(),
+        hints: hints_of(endpoint),
         names_only: false,
     })
 }

@@ -266,6 +266,7 @@ impl Node {
             probe_kinds: path_socket.as_ref().map_or(0, |socket| {
                 probe_kinds::DIRECT | if socket.has_offload() { probe_kinds::OFFLOAD } else { 0 }
             }),
+            zone: config.zone.clone(),
             unknown: Unknown::default().played(),
         };
         let signed = identity.sign_record(&record)?;

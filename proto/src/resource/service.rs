@@ -82,6 +82,8 @@ pub struct ServiceSpec {
     pub load_balancer_ip: Option<IpAddr>,
     /// Whether the ports of a LoadBalancer get node ports as well. `None`: yes.
     pub allocate_load_balancer_node_ports: Option<bool>,
+    /// Which of the backends that its selector selects clients prefer. `None`: no one. Slices say so with hints of their own.
+    pub traffic_distribution: Option<TrafficDistribution>,
     /// Fields that this release does not know.
     #[serde(skip)]
     pub unknown: Unknown,
@@ -94,7 +96,8 @@ fields! {
         9 external_name optional, 10 session_affinity optional, 11 session_affinity_config optional,
         12 internal_traffic_policy optional, 13 external_traffic_policy optional,
         14 health_check_node_port optional, 15 publish_not_ready_addresses optional,
-        16 load_balancer_ip optional, 17 allocate_load_balancer_node_ports optional, ..unknown
+        16 load_balancer_ip optional, 17 allocate_load_balancer_node_ports optional,
+        18 traffic_distribution optional, ..unknown
     }
 }
 
@@ -276,6 +279,17 @@ pub enum TrafficPolicy {
     Cluster,
     /// Only backends on the host where the connection arrives. The client's address is kept.
     Local,
+}
+
+/// Which backends clients prefer, while there are such ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TrafficDistribution {
+    /// Those in the client's zone: the earlier name of [`Self::PreferSameZone`].
+    PreferClose,
+    /// Those in the client's zone.
+    PreferSameZone,
+    /// Those on the client's host, then those in its zone.
+    PreferSameNode,
 }
 
 /// The status of a Service, written by the cluster.

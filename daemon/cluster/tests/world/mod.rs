@@ -51,6 +51,7 @@ pub(crate) fn node(n: u8) -> Node {
             probes: 0,
             not_built: Vec::new(),
             probe_kinds: 0,
+            zone: String::new(),
             unknown: Unknown::default(),
         },
         state: PeerState::Alive,

@@ -43,6 +43,7 @@ fn record_at(identity: &Identity, address: SocketAddr, generation: u64) -> NodeR
         probes: 0,
         not_built: Vec::new(),
         probe_kinds: 0,
+        zone: String::new(),
         unknown: Unknown::default(),
     }
 }

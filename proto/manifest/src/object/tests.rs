@@ -794,6 +794,18 @@ fn every_invalid_field_is_named_with_the_reason() {
             ),
             ("endpoints.0.addresses", json!(["a"]), "endpoints[0].addresses[0]", "invalid IP address"),
             ("endpoints.0.hostname", json!("A"), "endpoints[0].hostname", "not a DNS label"),
+            (
+                "endpoints.0.hints",
+                json!({ "forZones": [{ "name": "a b" }] }),
+                "endpoints[0].hints.forZones",
+                "not a label value",
+            ),
+            (
+                "endpoints.0.hints",
+                json!({ "forNodes": vec![json!({ "name": "h1" }); 9] }),
+                "endpoints[0].hints.forNodes",
+                "exceed the limit of 8",
+            ),
             ("endpoints.0.conditions.ready", json!("true"), "endpoints[0].conditions.ready", "invalid type"),
             (
                 "endpoints.0.conditions.dead",
@@ -1009,13 +1021,12 @@ fn fields_that_do_not_change_what_ovl_does_are_ignored() {
         ("metadata.ownerReferences", json!([{ "kind": "Service", "name": "web" }])),
         ("endpoints.0.targetRef", json!({ "kind": "Pod", "name": "web-1" })),
         ("endpoints.0.zone", json!("a")),
-        ("endpoints.0.hints", json!({ "forZones": [{ "name": "a" }] })),
     ] {
         set(&mut full, path, value);
     }
     let found = read(full, None, Validation::Strict).unwrap();
     let fields: Vec<&str> = found.ignored.iter().map(|it| it.field.as_str()).collect();
-    assert_eq!(fields, ["endpoints[0].hints", "metadata.ownerReferences"]);
+    assert_eq!(fields, ["metadata.ownerReferences"]);
 
     let mut full = namespace();
     set(&mut full, "spec.finalizers", json!(["kubernetes"]));

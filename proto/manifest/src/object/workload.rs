@@ -8,7 +8,7 @@ use ovl_proto::resource::{
 
 use crate::problem::Problems;
 
-use super::names::{LABEL, PORT_NAME, is_label, is_port_name};
+use super::names::{LABEL, LABEL_VALUE, PORT_NAME, is_label, is_label_value, is_port_name, is_subdomain};
 use super::{USABLE, check_number, is_usable};
 
 /// The maximum number of containers of a pod. Kubernetes has no limit of its own.
@@ -19,6 +19,9 @@ const MAX_PORTS: usize = 20_000;
 const MAX_SLICE_ENDPOINTS: usize = 1000;
 /// The maximum number of addresses of a slice's endpoint, as in Kubernetes.
 const MAX_SLICE_ADDRESSES: usize = 100;
+
+/// The maximum number of hints of a slice's endpoint of each kind, as in Kubernetes.
+const MAX_HINTS: usize = 8;
 
 /// The annotation of a mirror Pod, with the uid of the static pod that it stands for. Container runtimes name that one.
 const MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
@@ -96,6 +99,11 @@ pub(super) fn check_pod(pod: &Pod, problems: &mut Problems) {
     }
 }
 
+/// Whether a text names a zone, which is the value of a label, or a host.
+fn is_hint(text: &str) -> bool {
+    !text.is_empty() && (is_label_value(text) || is_subdomain(text))
+}
+
 pub(super) fn check_slice(slice: &EndpointSlice, problems: &mut Problems) {
     let ipv4 = slice.address_type == AddressType::IPv4;
     problems.want(
@@ -120,6 +128,17 @@ pub(super) fn check_slice(slice: &EndpointSlice, problems: &mut Problems) {
             format!("{path}.hostname"),
             LABEL,
         );
+        let hints = endpoint
+            .hints
+            .iter()
+            .flat_map(|hints| [("forZones", &hints.for_zones), ("forNodes", &hints.for_nodes)]);
+        for (field, targets) in hints {
+            let path = format!("{path}.hints.{field}");
+            problems.want(targets.len() <= MAX_HINTS, &path, format!("exceed the limit of {MAX_HINTS}"));
+            for target in targets {
+                problems.want(is_hint(&target.name), &path, LABEL_VALUE);
+            }
+        }
     }
     problems.want(slice.ports.len() <= MAX_PORTS, "ports", format!("exceed the limit of {MAX_PORTS}"));
     let mut names = BTreeSet::new();

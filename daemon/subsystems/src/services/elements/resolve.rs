@@ -15,7 +15,7 @@ use super::skeleton::{
     NODE_STAY, NODES, OUTSIDE, OWN, OWN_PORTS, PORTS, REFUSE, RELAYED, ROUTED, STAY, Sticky,
 };
 use crate::services::divert;
-use ovl_cluster::backends::{Backend, Target, targets};
+use ovl_cluster::backends::{Backend, Target, targets, targets_for};
 use ovl_cluster::claims::Claims;
 use ovl_dataplane::ledger::Entries;
 use ovl_dataplane::nft::{Field, Key, Set, Value};
@@ -137,7 +137,7 @@ fn resolve_port(
     if cluster.is_empty() && external.is_empty() && node_port.is_none() {
         return;
     }
-    let all = targets(backends, i, ipv4, None);
+    let all = targets_for(backends, i, ipv4, context.position());
     let local = targets(backends, i, ipv4, context.me);
     // An endpoint of a switched network cannot answer through another host, so connections go through its own host.
     let by_host = |target: &Target| {
