@@ -14,7 +14,7 @@ use ovl_proto::resource::{
     DEFAULT_NAMESPACE, IntOrString, IpBlock, Kind, Meta, Name, PolicyType, Resource, ResourceKey, USER_MAPS,
     Validation,
 };
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::problem::{Problem, Problems};
 
@@ -266,12 +266,27 @@ fn remove_server_fields(kind: Kind, fields: &mut Map<String, Value>, problems: &
             metadata.remove("uid");
         }
     }
-    // ovl uses only the status of a Pod.
+    // ovl uses only the status of a Pod, and the addresses that another program gave a LoadBalancer.
     if kind != Kind::Pod
         && let Some(status) = fields.remove("status")
     {
         problems.want(status.is_null() || status.is_object(), "status", "not an object");
+        let is_balancer =
+            fields.get("spec").and_then(|spec| spec.get("type")) == Some(&"LoadBalancer".into());
+        if kind == Kind::Service && is_balancer {
+            let ingress = status.pointer("/loadBalancer/ingress").and_then(Value::as_array);
+            let ingress: Vec<Value> = ingress.into_iter().flatten().filter_map(translated_ingress).collect();
+            fields.insert("status".to_owned(), json!({ "loadBalancer": { "ingress": ingress } }));
+        }
     }
+}
+
+/// Returns an address of a LoadBalancer as ovl keeps it. `None` for a host name, and for an address that hosts must not
+/// translate, because the load balancer changes packets itself (`ipMode: Proxy`).
+fn translated_ingress(ingress: &Value) -> Option<Value> {
+    let ip = ingress.get("ip")?.as_str()?.parse::<std::net::IpAddr>().ok()?;
+    let is_vip = ingress.get("ipMode").is_none_or(|mode| mode.is_null() || mode == "VIP");
+    is_vip.then(|| json!({ "ip": ip }))
 }
 
 /// Removes fields that are null, which means that they are not given. In a map with keys of the user, null is the empty

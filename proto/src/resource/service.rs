@@ -84,6 +84,8 @@ pub struct ServiceSpec {
     pub allocate_load_balancer_node_ports: Option<bool>,
     /// Which of the backends that its selector selects clients prefer. `None`: no one. Slices say so with hints of their own.
     pub traffic_distribution: Option<TrafficDistribution>,
+    /// Which program gives a LoadBalancer its addresses: see [`Self::is_of_other_class`].
+    pub load_balancer_class: Option<String>,
     /// Fields that this release does not know.
     #[serde(skip)]
     pub unknown: Unknown,
@@ -97,7 +99,7 @@ fields! {
         12 internal_traffic_policy optional, 13 external_traffic_policy optional,
         14 health_check_node_port optional, 15 publish_not_ready_addresses optional,
         16 load_balancer_ip optional, 17 allocate_load_balancer_node_ports optional,
-        18 traffic_distribution optional, ..unknown
+        18 traffic_distribution optional, 19 load_balancer_class optional, ..unknown
     }
 }
 
@@ -268,6 +270,9 @@ pub struct ClientIpConfig {
     pub timeout_seconds: Option<u32>,
 }
 
+/// The `loadBalancerClass` of ovl. A LoadBalancer without a class is ovl's too, if ovl has a pool of addresses.
+pub const LOAD_BALANCER_CLASS: &str = "ovl.io/pool";
+
 /// The default affinity timeout of Kubernetes: three hours, in seconds.
 pub const DEFAULT_AFFINITY_SECONDS: u32 = 10_800;
 
@@ -292,7 +297,7 @@ pub enum TrafficDistribution {
     PreferSameNode,
 }
 
-/// The status of a Service, written by the cluster.
+/// The status of a Service, written by the cluster or by the program that gives a LoadBalancer its addresses.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(remote = "Self", rename_all = "camelCase", default)]
 pub struct ServiceStatus {
@@ -309,7 +314,8 @@ fields! { json ServiceStatus { 1 load_balancer optional, ..unknown } }
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(remote = "Self", rename_all = "camelCase", default)]
 pub struct LoadBalancerStatus {
-    /// The addresses, one for each family that the pool has and the Service requests.
+    /// The addresses: those of the pool, one for each family that it has and the Service requests, or those that another
+    /// program gave.
     pub ingress: Vec<LoadBalancerIngress>,
     /// Fields that this release does not know.
     #[serde(skip)]
@@ -318,7 +324,7 @@ pub struct LoadBalancerStatus {
 
 fields! { json LoadBalancerStatus { 1 ingress optional, ..unknown } }
 
-/// An address of the load balancer pool.
+/// An address of a LoadBalancer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LoadBalancerIngress {
     /// The address.
@@ -326,6 +332,11 @@ pub struct LoadBalancerIngress {
 }
 
 impl ServiceSpec {
+    /// Whether another program than ovl gives the Service its LoadBalancer addresses, by its class.
+    pub fn is_of_other_class(&self) -> bool {
+        self.load_balancer_class.as_ref().is_some_and(|class| class != LOAD_BALANCER_CLASS)
+    }
+
     /// Whether hosts report to load balancers if they have backends.
     pub fn wants_health_check(&self) -> bool {
         self.kind == ServiceType::LoadBalancer && self.external_traffic_policy == TrafficPolicy::Local
@@ -358,12 +369,12 @@ impl Service {
         }
     }
 
-    /// Returns its addresses of the load balancer pool.
+    /// Returns its LoadBalancer addresses.
     pub fn load_balancer_addresses(&self) -> impl Iterator<Item = IpAddr> {
         self.status.load_balancer.ingress.iter().map(|ingress| ingress.ip)
     }
 
-    /// Returns its address families without an address of the load balancer pool.
+    /// Returns its address families without a LoadBalancer address.
     pub fn lacking_families(&self) -> impl Iterator<Item = IpFamily> {
         let has = |family| self.load_balancer_addresses().any(|address| IpFamily::of(address) == family);
         self.spec.ip_families.iter().copied().filter(move |family| !has(*family))

@@ -109,6 +109,12 @@ impl Ranges {
         self.services.iter().chain(&self.load_balancers).chain(&self.external).copied()
     }
 
+    /// Whether another program gives a Service of type LoadBalancer its addresses: its class says so, or this cluster has no
+    /// pool. The addresses are in the status of the object then.
+    pub fn is_balanced_by_others(&self, service: &Service) -> bool {
+        self.load_balancers.is_empty() || service.spec.is_of_other_class()
+    }
+
     fn of(&self, family: IpFamily) -> Option<IpNet> {
         self.services.iter().copied().find(|range| IpFamily::of(range.addr()) == family)
     }
@@ -144,8 +150,12 @@ impl<'a> ServiceAllocator<'a> {
         let mut problems = Problems::default();
         let name = Name::new(&service.metadata.namespace, &service.metadata.name);
         let old = self.resources.services().get(&name);
+        let given = std::mem::take(&mut service.status.load_balancer.ingress);
         if let Some(old) = old {
             carry_over(old, service, self.ranges.node_ports, &mut problems);
+        }
+        if self.ranges.is_balanced_by_others(service) {
+            service.status.load_balancer.ingress = given;
         }
         service.status.load_balancer.ingress.retain(|_| service.spec.kind == ServiceType::LoadBalancer);
         if service.spec.kind != ServiceType::ExternalName {
@@ -273,7 +283,7 @@ impl<'a> ServiceAllocator<'a> {
     }
 
     fn load_balancer(&mut self, service: &mut Service, name: &Name, problems: &mut Problems) {
-        if service.spec.kind != ServiceType::LoadBalancer {
+        if service.spec.kind != ServiceType::LoadBalancer || self.ranges.is_balanced_by_others(service) {
             return;
         }
         let wanted = service.spec.load_balancer_ip;
@@ -389,7 +399,7 @@ pub fn waiting<'a>(
 
 /// Returns the address families of which a Service waits for an address of the pool; empty if it waits for none.
 pub fn families_waited_for(service: &Service, ranges: &Ranges) -> Vec<IpFamily> {
-    if service.spec.kind != ServiceType::LoadBalancer {
+    if service.spec.kind != ServiceType::LoadBalancer || ranges.is_balanced_by_others(service) {
         return Vec::new();
     }
     let has_pool =

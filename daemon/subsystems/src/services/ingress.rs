@@ -207,7 +207,7 @@ fn service_ingress(
     service: &Service,
 ) -> ServiceIngress {
     let addresses = service.load_balancer_addresses();
-    let addresses = addresses.filter(|address| permits.load_balancer(*address).is_none());
+    let addresses = addresses.filter(|address| permits.is_announced(service, *address));
     let announced = addresses.filter(|address| is_ours(view, backends, *address)).collect();
     let health_port = service.spec.health_check_node_port;
     let health_port = health_port.filter(|port| permits.health_check_port(*port).is_none());

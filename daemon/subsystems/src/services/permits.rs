@@ -31,7 +31,7 @@ pub enum Denial {
     ClusterIp(IpAddr),
     /// An external IP is outside the external ranges. The flag says whether any are configured.
     ExternalIp(IpAddr, bool),
-    /// An address of a LoadBalancer is outside the pool.
+    /// An address of a LoadBalancer is outside the pool and the external ranges.
     LoadBalancer(IpAddr),
     /// An external IP or an address of a LoadBalancer is the one of this host.
     Host(IpAddr, String),
@@ -61,8 +61,9 @@ impl std::fmt::Display for Denial {
             ),
             Self::LoadBalancer(address) => write!(
                 f,
-                "LoadBalancer address {address} is outside the load_balancer_pool: configure the same pool on all hosts, \
-                 and apply the Service again"
+                "LoadBalancer address {address} is outside the load_balancer_pool and the external_ranges: configure the \
+                 same pool on all hosts, and apply the Service again, or if another program gave the address, add its \
+                 range to external_ranges in ovld.toml on all hosts"
             ),
             Self::Host(address, host) => {
                 write!(
@@ -117,10 +118,22 @@ impl Permits {
 
     /// Returns why an address of a LoadBalancer is not translated. `None` if it is.
     pub fn load_balancer(&self, address: IpAddr) -> Option<Denial> {
-        match self.ranges.load_balancers.iter().any(|pool| pool.contains(&address)) {
+        let of_others = || self.ranges.external.iter().any(|range| range.contains(&address));
+        match self.is_in_pool(address) || of_others() {
             true => self.host(address),
             false => Some(Denial::LoadBalancer(address)),
         }
+    }
+
+    /// Whether hosts announce an address of a LoadBalancer. What another program gave is announced by that program.
+    pub fn is_announced(&self, service: &Service, address: IpAddr) -> bool {
+        !self.ranges.is_balanced_by_others(service)
+            && self.is_in_pool(address)
+            && self.load_balancer(address).is_none()
+    }
+
+    fn is_in_pool(&self, address: IpAddr) -> bool {
+        self.ranges.load_balancers.iter().any(|pool| pool.contains(&address))
     }
 
     fn host(&self, address: IpAddr) -> Option<Denial> {
@@ -167,6 +180,8 @@ impl Permits {
         });
         let balancer = service
             .load_balancer_addresses()
+            // The addresses that another program gave are not the applicant's to correct, and the rest works without.
+            .filter(|_| !self.ranges.is_balanced_by_others(service))
             .filter_map(|address| Some(("spec.loadBalancerIP".to_owned(), self.load_balancer(address)?)));
         let health = service.spec.health_check_node_port.and_then(|port| self.health_check_port(port));
         let health = health.map(|denial| ("spec.healthCheckNodePort".to_owned(), denial));
@@ -227,6 +242,15 @@ mod tests {
         assert_eq!(Permits::default().external_ip(outside), Some(Denial::ExternalIp(outside, false)));
         assert_eq!(permits.load_balancer(ip("192.0.2.8")), None);
         assert_eq!(permits.load_balancer(outside), Some(Denial::LoadBalancer(outside)));
+        // What another program gave a LoadBalancer is held to the external ranges, and not announced.
+        assert_eq!(permits.load_balancer(ip("198.51.100.8")), None);
+        let mut service = Service::default();
+        assert!(permits.is_announced(&service, ip("192.0.2.8")));
+        assert!(!permits.is_announced(&service, ip("198.51.100.8")));
+        service.spec.load_balancer_class = Some("metallb.io/l2".to_owned());
+        assert!(!permits.is_announced(&service, ip("192.0.2.8")));
+        service.spec.load_balancer_class = Some(ovl_proto::resource::LOAD_BALANCER_CLASS.to_owned());
+        assert!(permits.is_announced(&service, ip("192.0.2.8")));
     }
 
     #[test]

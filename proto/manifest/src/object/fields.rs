@@ -35,15 +35,8 @@ const METADATA: &[(&str, Treatment)] = &[
 
 const NAMESPACE: &[(&str, Treatment)] = &[("spec", Treatment::Ignored(NO_FINALIZERS))];
 
-const SERVICE: &[(&str, Treatment)] = &[
-    (
-        "spec.loadBalancerClass",
-        Treatment::Effective(
-            "is not supported: ovl gives every LoadBalancer an address of its own pool, whatever its class",
-        ),
-    ),
-    ("spec.loadBalancerSourceRanges", Treatment::Protective(SOURCE_RANGES)),
-];
+const SERVICE: &[(&str, Treatment)] =
+    &[("spec.loadBalancerSourceRanges", Treatment::Protective(SOURCE_RANGES))];
 
 const SLICE: &[(&str, Treatment)] = &[
     ("endpoints[].deprecatedTopology", Treatment::Informative),

@@ -11,7 +11,7 @@ use ovl_proto::resource::{
 
 use crate::problem::{Problem, Problems};
 
-use super::names::{LABEL, SUBDOMAIN, is_label, is_subdomain};
+use super::names::{LABEL, LABEL_KEY, SUBDOMAIN, is_label, is_label_key, is_subdomain};
 use super::{USABLE, check_labels, check_number, check_port, is_usable};
 
 /// The maximum number of ports of a Service.
@@ -160,6 +160,12 @@ fn check_addresses(spec: &ServiceSpec, problems: &mut Problems) {
     let balanced = spec.kind == ServiceType::LoadBalancer;
     let reason = "requires type LoadBalancer";
     problems.want(balanced || spec.load_balancer_ip.is_none(), "spec.loadBalancerIP", reason);
+    problems.want(balanced || spec.load_balancer_class.is_none(), "spec.loadBalancerClass", reason);
+    problems.want(
+        spec.load_balancer_class.as_ref().is_none_or(|class| is_label_key(class)),
+        "spec.loadBalancerClass",
+        LABEL_KEY,
+    );
     problems.want(
         balanced || spec.allocate_load_balancer_node_ports.is_none(),
         "spec.allocateLoadBalancerNodePorts",

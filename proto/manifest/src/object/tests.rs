@@ -151,6 +151,36 @@ fn server_fields_of_another_cluster_are_ignored() {
     assert_eq!(accepted(dumped), accepted(service()));
 }
 
+/// What MetalLB or a cloud gave, as `kubectl get -o yaml` prints it.
+#[test]
+fn addresses_that_another_program_gave_a_load_balancer_are_kept() {
+    let mut balanced = service();
+    set(&mut balanced, "spec.type", json!("LoadBalancer"));
+    set(&mut balanced, "spec.loadBalancerClass", json!("metallb.io/l2"));
+    let ingress = json!([
+        { "ip": "203.0.113.7", "ipMode": "VIP", "ports": [{ "port": 80, "protocol": "TCP" }] },
+        { "ip": "2001:db8::7" },
+        { "ip": "203.0.113.8", "ipMode": "Proxy" },
+        { "hostname": "lb.example.org" },
+        { "ip": "none" },
+    ]);
+    set(&mut balanced, "status", json!({ "loadBalancer": { "ingress": ingress }, "conditions": [] }));
+    let addresses = |manifest: Value| {
+        let Resource::Service(found) = accepted(manifest) else { panic!() };
+        found.load_balancer_addresses().map(|address| address.to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(addresses(balanced.clone()), ["203.0.113.7", "2001:db8::7"]);
+    set(&mut balanced, "spec.loadBalancerClass", json!("not a class"));
+    assert_eq!(
+        read(balanced.clone(), None, Validation::Strict).unwrap_err()[0].field,
+        "spec.loadBalancerClass"
+    );
+    let spec = balanced["spec"].as_object_mut().unwrap();
+    spec.remove("loadBalancerClass");
+    spec.insert("type".to_owned(), json!("NodePort"));
+    assert_eq!(addresses(balanced), [""; 0]);
+}
+
 #[test]
 fn the_uid_of_a_pod_is_kept() {
     let uid = |manifest: Value| accepted(manifest).meta().uid.clone();
@@ -554,7 +584,7 @@ fn every_invalid_field_is_named_with_the_reason() {
         ),
         ("spec", json!("none"), "spec", "invalid type: string"),
         ("more", json!(1), "more", "is not a known field"),
-        ("spec.loadBalancerClass", json!("a/b"), "spec.loadBalancerClass", "whatever its class"),
+        ("spec.loadBalancerClass", json!("a/b"), "spec.loadBalancerClass", "requires type LoadBalancer"),
     ];
     wrong(service(), &service_rows);
     let mut balanced = service();
@@ -963,9 +993,13 @@ fn validation_decides_about_unknown_fields() {
     set(&mut manifest, "spec.hostname", json!("A"));
     assert!(read(manifest, None, Validation::Ignore).is_err());
     // A field that would change what ovl does is at least a warning.
-    let mut classed = service();
-    set(&mut classed, "spec.loadBalancerClass", json!("example.org/other"));
-    assert_eq!(read(classed, None, Validation::Ignore).unwrap().warnings.len(), 1);
+    let mut with_sidecar = pod();
+    set(
+        &mut with_sidecar,
+        "spec.initContainers",
+        json!([{ "name": "s", "restartPolicy": "Always", "ports": [{ "name": "a", "containerPort": 1 }] }]),
+    );
+    assert_eq!(read(with_sidecar, None, Validation::Ignore).unwrap().warnings.len(), 1);
 }
 
 /// The fields of an ordinary Pod, as `kubectl get -o yaml` prints it.

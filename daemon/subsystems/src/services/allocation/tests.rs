@@ -77,6 +77,45 @@ fn node_ports_are_of_the_configured_range() {
 }
 
 #[test]
+fn a_load_balancer_of_another_program_has_the_addresses_that_it_gave() {
+    let given = |class: Option<&str>, address: &str| {
+        let mut service = service("web", one("LoadBalancer"));
+        service.spec.load_balancer_class = class.map(str::to_owned);
+        let ingress = LoadBalancerIngress { ip: address.parse().unwrap() };
+        service.status.load_balancer.ingress = vec![ingress];
+        service
+    };
+    let addresses = |service: &Service| -> Vec<String> {
+        service.load_balancer_addresses().map(|address| address.to_string()).collect()
+    };
+    let mut resources = Resources::default();
+    let other = allocated(&resources, given(Some("metallb.io/l2"), "203.0.113.7"));
+    assert_eq!(addresses(&other), ["203.0.113.7"]);
+    put(&mut resources, other);
+    // It follows the program, also if that takes it away.
+    assert_eq!(
+        addresses(&allocated(&resources, given(Some("metallb.io/l2"), "203.0.113.8"))),
+        ["203.0.113.8"]
+    );
+    let mut none = given(Some("metallb.io/l2"), "203.0.113.7");
+    none.status.load_balancer.ingress.clear();
+    let none = allocated(&resources, none);
+    assert_eq!(addresses(&none), [""; 0]);
+    assert!(
+        families_waited_for(&none, &ranges()).is_empty() && waiting(&resources, &ranges()).next().is_none()
+    );
+    // What is in the status of a Service of this cluster's own pool was another cluster's.
+    for class in [None, Some(ovl_proto::resource::LOAD_BALANCER_CLASS)] {
+        let own = allocated(&Resources::default(), given(class, "203.0.113.7"));
+        assert!(addresses(&own)[0].starts_with("192.0.2."), "{class:?}");
+    }
+    // Without a pool, whatever has an address got it from another program.
+    let mut bare = given(None, "203.0.113.7");
+    allocate(&Resources::default(), &mut bare, &Ranges { load_balancers: Vec::new(), ..ranges() }).unwrap();
+    assert_eq!(addresses(&bare), ["203.0.113.7"]);
+}
+
+#[test]
 fn a_range_of_node_ports_is_read_strictly() {
     let range = |text: &str| text.parse::<NodePortRange>().map(|range| range.to_string()).ok();
     assert_eq!(range("20000-20031").as_deref(), Some("20000-20031"));
