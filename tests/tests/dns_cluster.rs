@@ -6,8 +6,9 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, ensure};
-use netns_lab::{Host, Lab, Workload, wait_until};
+use netns_lab::{Host, Lab, Netns, Underlay, Workload, wait_until};
 use ovl_tests::cni::{Conflist, Container};
+use ovl_tests::ports::outsider;
 use ovl_tests::resolver::{Behaviour, FakeResolver, ResolvConf, config, dig, status};
 use ovl_tests::routed::create_routed_network;
 use ovl_tests::service::apply;
@@ -351,6 +352,58 @@ fn external_names_that_lead_to_the_cluster_are_never_asked_of_others() {
         }
     }
     assert_eq!(upstream.udp_queries(), 0);
+}
+
+/// A pod with the host's network and `dnsPolicy: ClusterFirstWithHostNet` has the cluster's DNS as its only resolver.
+#[test]
+fn programs_of_a_host_reach_the_cluster_dns() {
+    let (config, _file) = config(2, &["127.0.0.1"], "").unwrap();
+    let lab = start_lab_with(config.underlay(Underlay::Dual)).unwrap();
+    let [h1, h2] = lab.hosts() else { panic!() };
+    let upstream = FakeResolver::start(h1, Ipv4Addr::LOCALHOST, Behaviour::Answers).unwrap();
+    // As with any address that is not on a link, the kernel wants a route before packets can be led elsewhere.
+    for route in ["default", "::/0"] {
+        h1.exec_ok(["ip", "route", "replace", route, "dev", "eth0"]).unwrap();
+    }
+    let at = [AT, "fd00:10:96::a", "169.254.79.53", "fd6f:766c::53"];
+    let web = "web.shop.svc.cluster.local";
+    apply(&lab, h2, ALIASES).unwrap();
+    let wait_resolved = || {
+        for server in at {
+            for how in ["+notcp", "+tcp"] {
+                wait_until(SOON, &format!("{server} {how} to answer the host"), || {
+                    let found = dig(h1, server, &[web, how])?;
+                    ensure!(found == ["10.96.0.50"], "{found:?}");
+                    Ok(())
+                })
+                .unwrap();
+            }
+        }
+    };
+    // Without a network on this host, and with one.
+    wait_resolved();
+    create_network(&lab, "blue", &["--subnet", "10.70.0.0/24"]).unwrap();
+    let pod = attach(h1, "p0", "blue", &["--namespace", "shop"]).unwrap();
+    wait_resolved();
+    assert_eq!(dig(&pod.workload, AT, &[web]).unwrap(), ["10.96.0.50"]);
+    assert_eq!(dig(h1, AT, &["-x", "10.96.0.50"]).unwrap(), [format!("{web}.")]);
+    // Other names are those of the host's resolvers, and names of the cluster are never asked of them.
+    assert_eq!(dig(h1, AT, &["api.example.org"]).unwrap(), ["192.0.2.7"]);
+    assert_eq!(status(h1, AT, &["no.shop.svc.cluster.local"]).unwrap(), "NXDOMAIN");
+    assert_eq!(upstream.udp_queries(), 1);
+    h1.restart().unwrap();
+    wait_resolved();
+    // Nobody else reaches these ports.
+    let outside = outsider(&lab).unwrap();
+    outside.exec_ok(["ip", "route", "add", AT, "via", &h1.address().unwrap().to_string()]).unwrap();
+    assert!(dig_fails(&outside, AT, web));
+    wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+/// Whether a query gets no answer.
+fn dig_fails(from: &Netns, server: &str, name: &str) -> bool {
+    let at = format!("@{server}");
+    !from.exec(["dig", "+time=1", "+tries=1", &at, name]).unwrap().success()
 }
 
 #[test]

@@ -13,8 +13,11 @@ use crate::name::{KeptName, Name};
 /// The client that sent a query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Client {
-    /// The host itself, which sees the names of all networks, by full names alone.
+    /// The host itself, which sees the names of all networks, by full names alone. It asks resolvers of its own for others.
     Host,
+    /// A program of the host that has no other resolver, such as a pod with the host's network. It sees the names that
+    /// [`Self::Host`] sees, and those of others.
+    HostOnly,
     /// The endpoint with this address.
     Endpoint(IpAddr),
 }
@@ -299,7 +302,7 @@ impl Zone {
     #[inline]
     pub fn knows(&self, client: Client) -> bool {
         match client {
-            Client::Host => true,
+            Client::Host | Client::HostOnly => true,
             Client::Endpoint(address) => self.has_client(address),
         }
     }
@@ -308,6 +311,7 @@ impl Zone {
     pub fn allows_external(&self, client: Client) -> bool {
         match client {
             Client::Host => false,
+            Client::HostOnly => true,
             Client::Endpoint(address) => self.clients.get(&address).is_some_and(|context| context.external),
         }
     }
@@ -317,7 +321,7 @@ impl Zone {
     pub fn find(&self, client: Client, name: &Name) -> Resolution<'_> {
         let (all, some);
         let networks: &mut dyn Iterator<Item = (&NetworkKey, &Network)> = match client {
-            Client::Host => {
+            Client::Host | Client::HostOnly => {
                 all = self.networks.iter().map(|(key, network)| (key, &**network));
                 &mut { all }
             }
@@ -361,7 +365,7 @@ impl Zone {
             (Some(rest), _) => Some(rest),
             (None, Client::Endpoint(_)) => Some(name),
             // For the host, `web.blue` without ovl's domain may be a name of another domain.
-            (None, Client::Host) => None,
+            (None, Client::Host | Client::HostOnly) => None,
         };
         let mut is_local = within.is_some();
         for (key, network) in networks {
@@ -444,7 +448,7 @@ impl Zone {
         }
         let qualified = name.join(&self.networks.get(&network)?.label)?;
         match (client, &self.domain) {
-            (Client::Host, Some(domain)) => qualified.join(domain),
+            (Client::Host | Client::HostOnly, Some(domain)) => qualified.join(domain),
             _ => Some(qualified),
         }
     }
