@@ -247,6 +247,8 @@ fn services_have_the_specified_names_and_resolve_through_the_search_list() {
         ),
         (vec!["db.shop.svc.cluster.local"], vec![pod.clone()]),
         (vec!["my-pod.db.shop.svc.cluster.local"], vec![pod.clone()]),
+        // Not the name on the network, `p1.blue`.
+        (vec!["-x", &pod], vec!["my-pod.db.shop.svc.cluster.local.".to_owned()]),
         (
             vec!["_pg._tcp.db.shop.svc.cluster.local", "SRV"],
             vec!["0 1 5432 my-pod.db.shop.svc.cluster.local.".to_owned()],

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use netns_lab::{Lab, Netns, Workload, wait_until};
 use ovl_tests::cni::{Conflist, Container, addresses};
-use ovl_tests::resolver::dig;
+use ovl_tests::resolver::{dig, status};
 use ovl_tests::routed::create_routed_network;
 use ovl_tests::service::{NamedServer, apply, ask};
 use ovl_tests::{
@@ -298,6 +298,9 @@ fn long_names(mode: &str) {
     })
     .unwrap();
     assert_eq!(dig(&api, "127.0.0.11", &["api.pods", "A"]).unwrap().len(), 1);
+    // In Kubernetes, an address has the names of headless Services alone.
+    let back = |address: &str| status(&api, "127.0.0.11", &["-x", address]).unwrap();
+    assert_eq!(added.addresses.iter().map(|address| back(address)).collect::<Vec<_>>(), ["NXDOMAIN"; 2]);
     wait_clean(lab.hosts(), SOON).unwrap();
 }
 

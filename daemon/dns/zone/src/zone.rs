@@ -327,6 +327,10 @@ impl Zone {
             }
             Client::Endpoint(address) => {
                 let Some(context) = self.clients.get(&address) else { return Resolution::NotFound };
+                // The name that a Service gives an address comes before that of a network.
+                if let Some(records) = self.reverse_in_cluster(name) {
+                    return Resolution::Found(CLUSTER, records);
+                }
                 let on = &context.networks;
                 // An endpoint that is called `web.blue` must not take the place of `web` on the network `blue`.
                 if name.has_several_labels() {
@@ -382,6 +386,14 @@ impl Zone {
                 reversed.is_some_and(|address| network.subnets.iter().any(|net| net.contains(&address)));
         }
         if is_local { Resolution::NotFound } else { Resolution::External }
+    }
+
+    /// Returns the PTR records that Services have for a reverse name.
+    #[inline]
+    fn reverse_in_cluster(&self, name: &Name) -> Option<&Records> {
+        let cluster = self.cluster.as_ref()?;
+        name.reversed()?;
+        cluster.names.get(name).map(|records| &**records)
     }
 
     /// Resolves a name in the cluster domain. `None` if the name is in another domain.
