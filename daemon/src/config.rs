@@ -14,8 +14,9 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use ovl_cluster::networks::overlaps;
 use ovl_dataplane::device::Device;
 use ovl_dns::StubDomain;
+use ovl_proto::record::{MAX_ZONE, is_zone};
 use ovl_proto::{DEFAULT_PORT, DEFAULT_TUNNEL_PORT, DEFAULT_VXLAN_PORT, SEALED_VXLAN_PORT};
-use ovl_subsystems::services::allocation::Ranges;
+use ovl_subsystems::services::allocation::{NodePortRange, Ranges};
 use serde::Deserialize;
 
 use crate::web::Listen;
@@ -111,7 +112,10 @@ struct File {
     service_range: Option<Vec<IpNet>>,
     load_balancer_pool: Option<Vec<IpNet>>,
     external_ranges: Option<Vec<IpNet>>,
+    node_port_range: Option<String>,
     load_balancer_device: Option<String>,
+    #[serde(default)]
+    zone: String,
     cluster_domain: Option<String>,
     masquerade: Option<bool>,
     #[serde(default)]
@@ -181,6 +185,8 @@ pub struct Config {
     /// Device on which the addresses of LoadBalancers are announced. `None` means the device with this host's
     /// own address.
     pub(crate) load_balancer_device: Option<Device>,
+    /// Zone that this host is in: Services can prefer backends of a zone. May be empty.
+    pub(crate) zone: String,
     /// DNS domain under which the names of Services are resolved.
     pub(crate) cluster_domain: String,
     /// Whether traffic that leaves the cluster is masqueraded with this host's address.
@@ -266,6 +272,10 @@ impl Config {
                 services: file.service_range.unwrap_or_else(|| DEFAULT_SERVICE_RANGES.to_vec()),
                 load_balancers: file.load_balancer_pool.unwrap_or_default(),
                 external: file.external_ranges.unwrap_or_default(),
+                node_ports: match file.node_port_range {
+                    Some(text) => text.parse().context("node_port_range")?,
+                    None => NodePortRange::default(),
+                },
             },
             load_balancer_device: file
                 .load_balancer_device
@@ -274,6 +284,7 @@ impl Config {
                         .with_context(|| format!("load_balancer_device: '{name}' is no name of a device"))
                 })
                 .transpose()?,
+            zone: file.zone,
             cluster_domain: file.cluster_domain.unwrap_or_else(|| "cluster.local".to_owned()),
             masquerade: file.masquerade.unwrap_or(true),
             tunnel: args.tunnel.unwrap_or(file.tunnel),
@@ -295,6 +306,12 @@ impl Config {
     fn check(&self) -> Result<()> {
         if !is_name(&self.node) {
             bail!("node: '{}' is no name: letters, digits, '-', '_' and '.', at most 63", self.node);
+        }
+        if !is_zone(&self.zone) {
+            bail!(
+                "zone: '{}' is no name of a zone: letters, digits, '-', '_' and '.', at most {MAX_ZONE}",
+                self.zone
+            );
         }
         if self.advertise.ip().is_unspecified() || self.advertise.ip().is_multicast() {
             bail!("advertise: {} is not an address of one host", self.advertise.ip());
@@ -337,7 +354,7 @@ impl Config {
     }
 
     fn check_ranges(&self) -> Result<()> {
-        let Ranges { services, load_balancers, external } = &self.ranges;
+        let Ranges { services, load_balancers, external, .. } = &self.ranges;
         let families = services.iter().filter(|range| range.addr().is_ipv4()).count();
         if families > 1 || services.len() - families > 1 {
             bail!("service_range: at most one range of IPv4 and one of IPv6");

@@ -3,7 +3,7 @@
 //! [`Resolver`] owns the DNS engine. Which names exist is decided by [`ovl_subsystems::names::Names`]; the resolver is
 //! given each new zone. Begin to read at [`Resolver::start`].
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -15,7 +15,8 @@ use ovl_dns::{
 };
 use ovl_metrics::Durations;
 use ovl_subsystems::names::resolver::{
-    ADDRESS_V4, ADDRESS_V6, CLUSTER_V4, CLUSTER_V6, HOST_ADDRESSES, PORT, PORT_DIRECT,
+    ADDRESS_V4, ADDRESS_V6, CLUSTER_V4, CLUSTER_V6, HOST_ADDRESSES, PORT, PORT_DIRECT, PORT_HOST,
+    PORT_HOST_DIRECT,
 };
 use ovl_subsystems::names::{Ambiguous, Bearer, ambiguous, cluster_names};
 
@@ -76,8 +77,7 @@ pub(crate) struct Asked {
 impl Resolver {
     /// Returns a watcher of the resolvers that this host asks.
     pub(crate) fn upstream_servers(config: &Config) -> ResolvConfWatcher {
-        let own = HOST_ADDRESSES.map(|address| SocketAddr::new(address, PORT));
-        let own = own.into_iter().chain(config.dns_listen.iter().copied()).collect();
+        let own = own_addresses(config).chain(config.dns_listen.iter().copied()).collect();
         ResolvConfWatcher::new(config.resolv_conf.clone(), own)
     }
 
@@ -88,11 +88,18 @@ impl Resolver {
         let endpoints = [(v4, PORT), (v6, PORT), (v4, PORT_DIRECT), (cluster4, PORT), (cluster6, PORT)];
         let endpoints =
             endpoints.map(|(address, port)| (SocketAddr::new(address, port), ListenRole::Endpoints));
+        let loopback = [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)];
+        let programs = loopback.into_iter().flat_map(|address| {
+            [PORT_HOST, PORT_HOST_DIRECT].map(|port| (SocketAddr::new(address, port), ListenRole::HostOnly))
+        });
         let host = config.dns_listen.iter().map(|address| (*address, ListenRole::Host));
-        let listen = endpoints.into_iter().filter(|(at, _)| at.is_ipv4() || has_v6()).chain(host);
+        let listen = endpoints.into_iter().chain(programs);
+        let listen = listen.filter(|(at, _)| at.is_ipv4() || has_v6()).chain(host);
+        let own = own_addresses(config).collect();
         let resolv_conf = config.resolv_conf.clone();
         let config = ovl_dns::Config {
             listen: listen.map(|(address, role)| Listen { address, role }).collect(),
+            own,
             resolv_conf: resolv_conf.clone(),
             stubs: config.stub_domains.clone(),
         };
@@ -174,9 +181,8 @@ impl Resolver {
                     let why = "its addresses are not in use, or a network policy denies it the resolver";
                     return Err(Failed::unavailable(format!("{from} gets no answer: {why}")));
                 }
-                outcome @ (Outcome::Forward | Outcome::Alias) => {
-                    let alias = (outcome == Outcome::Alias).then(|| ovl_dns::target(&zone, client, &message));
-                    let alias = alias.flatten().map(|target| target.name);
+                outcome @ (Outcome::Forward | Outcome::Alias(_)) => {
+                    let alias = outcome.alias().map(|target| target.name);
                     let found = self.look_up(&alias.unwrap_or(name), kind).await?;
                     let stands = alias.map(|name| format!("it stands for {name}: ")).unwrap_or_default();
                     let why = stands + &self.said(&found);
@@ -267,10 +273,16 @@ pub(crate) fn ambiguous_names(view: &View) -> impl Iterator<Item = Problem> {
     })
 }
 
+/// Returns the addresses at which ovld itself answers, beside those that it listens at.
+fn own_addresses(config: &Config) -> impl Iterator<Item = SocketAddr> {
+    let rewritten = HOST_ADDRESSES.into_iter().chain(config.ranges.dns_addresses());
+    rewritten.map(|address| SocketAddr::new(address, PORT))
+}
+
 /// Says which client has used up a share of the resolver.
 fn limit_problem(client: Client, share: Share, called: impl Fn(IpAddr) -> Option<String>) -> Problem {
     let (object, who) = match client {
-        Client::Host => ("host".to_owned(), "a program of this host".to_owned()),
+        Client::Host | Client::HostOnly => ("host".to_owned(), "a program of this host".to_owned()),
         Client::Endpoint(address) => match called(address) {
             Some(name) => (name.clone(), format!("endpoint {name} ({address})")),
             None => (address.to_string(), format!("the endpoint at {address}")),

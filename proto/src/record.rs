@@ -115,6 +115,15 @@ pub mod probe_kinds {
 /// The maximum length of [`NodeRecord::not_built`].
 pub const MAX_NOT_BUILT: usize = 4;
 
+/// The maximum length of the name of a zone in bytes: that of the value of a label, such as
+/// `topology.kubernetes.io/zone` of a Node.
+pub const MAX_ZONE: usize = 63;
+
+/// Whether a text is the name of a zone: empty, or letters, digits, dots, underscores and hyphens.
+pub fn is_zone(text: &str) -> bool {
+    text.len() <= MAX_ZONE && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
+}
+
 /// The cluster keys of a host.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct ClusterKeys {
@@ -204,6 +213,8 @@ pub struct NodeRecord {
     pub probe_kinds: u8,
     /// The TCP port of its metrics at the IP address of [`Self::address`]; 0 if other hosts cannot read them there.
     pub metrics_port: u16,
+    /// The zone that it is in, as its configuration says; empty: none. At most [`MAX_ZONE`] bytes.
+    pub zone: String,
     /// Fields that this release does not know.
     pub unknown: Unknown,
 }
@@ -212,7 +223,7 @@ fields! {
     NodeRecord {
         1 id, 2 public_key, 3 name, 4 generation, 5 revision, 6 cluster, 7 address, 8 version, 9 wire, 10 vtep,
         11 vxlan_port, 12 link_mtu, 13 tunnel optional, 14 keys, 15 presence, 16 probes optional,
-        17 not_built optional, 18 probe_kinds optional, 19 metrics_port optional,
+        17 not_built optional, 18 probe_kinds optional, 19 metrics_port optional, 20 zone optional,
         ..unknown
     }
 }
@@ -375,12 +386,13 @@ mod tests {
             not_built: vec![NetworkId([7; 5]); MAX_NOT_BUILT],
             probe_kinds: u8::MAX,
             metrics_port: u16::MAX,
+            zone: "z".repeat(MAX_ZONE),
             unknown: Unknown::default(),
         };
         let signed =
             SignedRecord { body: wire::encode_body(&record).unwrap(), signature: Signature([3; 64]) };
         let text = signed.to_text().unwrap();
-        assert!(text.len() < 640, "{}", text.len());
+        assert!(text.len() < 740, "{}", text.len());
         assert_eq!(SignedRecord::from_text(&text).unwrap(), signed);
         assert_eq!(signed.record().unwrap(), record);
         let head = signed.head().unwrap();

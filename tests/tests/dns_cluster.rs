@@ -6,8 +6,9 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, ensure};
-use netns_lab::{Host, Lab, Workload, wait_until};
+use netns_lab::{Host, Lab, Netns, Underlay, Workload, wait_until};
 use ovl_tests::cni::{Conflist, Container};
+use ovl_tests::ports::outsider;
 use ovl_tests::resolver::{Behaviour, FakeResolver, ResolvConf, config, dig, status};
 use ovl_tests::routed::create_routed_network;
 use ovl_tests::service::apply;
@@ -246,6 +247,8 @@ fn services_have_the_specified_names_and_resolve_through_the_search_list() {
         ),
         (vec!["db.shop.svc.cluster.local"], vec![pod.clone()]),
         (vec!["my-pod.db.shop.svc.cluster.local"], vec![pod.clone()]),
+        // Not the name on the network, `p1.blue`.
+        (vec!["-x", &pod], vec!["my-pod.db.shop.svc.cluster.local.".to_owned()]),
         (
             vec!["_pg._tcp.db.shop.svc.cluster.local", "SRV"],
             vec!["0 1 5432 my-pod.db.shop.svc.cluster.local.".to_owned()],
@@ -289,6 +292,120 @@ fn services_have_the_specified_names_and_resolve_through_the_search_list() {
         Ok(())
     })
     .unwrap();
+}
+
+/// ExternalNames that lead to names of the cluster, and to each other.
+const ALIASES: &str = "apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec: {clusterIP: 10.96.0.50, ports: [{port: 80}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: one, namespace: shop}
+spec: {type: ExternalName, externalName: web.shop.svc.cluster.local}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: two, namespace: shop}
+spec: {type: ExternalName, externalName: one.shop.svc.cluster.local}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: lost, namespace: shop}
+spec: {type: ExternalName, externalName: no.other.svc.cluster.local}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: loop, namespace: shop}
+spec: {type: ExternalName, externalName: loop.shop.svc.cluster.local}
+";
+
+#[test]
+fn external_names_that_lead_to_the_cluster_are_never_asked_of_others() {
+    let (lab, _file, pods) = lab_with_pods(1, "");
+    let h1 = &lab.hosts()[0];
+    let upstream = FakeResolver::start(h1, Ipv4Addr::LOCALHOST, Behaviour::Answers).unwrap();
+    apply(&lab, h1, ALIASES).unwrap();
+    let asker = &pods[0].workload;
+    let (web, one, two) =
+        ("web.shop.svc.cluster.local.", "one.shop.svc.cluster.local.", "two.shop.svc.cluster.local.");
+    let walked = "svc.cluster.local.shop.svc.cluster.local";
+    wait_until(SOON, "the Services to have names", || {
+        ensure!(dig(asker, AT, &["loop.shop.svc.cluster.local", "CNAME"])?.len() == 1);
+        Ok(())
+    })
+    .unwrap();
+    for how in ["+notcp", "+tcp"] {
+        for (name, expected) in [
+            (one.to_owned(), vec!["10.96.0.50", web]),
+            (two.to_owned(), vec!["10.96.0.50", one, web]),
+            (format!("one.shop.{walked}"), vec!["10.96.0.50", one, web]),
+            (format!("two.shop.{walked}"), vec!["10.96.0.50", one, two, web]),
+        ] {
+            assert_eq!(dig(asker, AT, &[&name, how]).unwrap(), expected, "{name} {how}");
+        }
+        for (name, expected) in [
+            ("lost.shop.svc.cluster.local".to_owned(), "NXDOMAIN"),
+            (format!("lost.shop.{walked}"), "NXDOMAIN"),
+            ("loop.shop.svc.cluster.local".to_owned(), "SERVFAIL"),
+        ] {
+            assert_eq!(status(asker, AT, &[&name, how]).unwrap(), expected, "{name} {how}");
+        }
+    }
+    assert_eq!(upstream.udp_queries(), 0);
+}
+
+/// A pod with the host's network and `dnsPolicy: ClusterFirstWithHostNet` has the cluster's DNS as its only resolver.
+#[test]
+fn programs_of_a_host_reach_the_cluster_dns() {
+    let (config, _file) = config(2, &["127.0.0.1"], "").unwrap();
+    let lab = start_lab_with(config.underlay(Underlay::Dual)).unwrap();
+    let [h1, h2] = lab.hosts() else { panic!() };
+    let upstream = FakeResolver::start(h1, Ipv4Addr::LOCALHOST, Behaviour::Answers).unwrap();
+    // As with any address that is not on a link, the kernel wants a route before packets can be led elsewhere.
+    for route in ["default", "::/0"] {
+        h1.exec_ok(["ip", "route", "replace", route, "dev", "eth0"]).unwrap();
+    }
+    let at = [AT, "fd00:10:96::a", "169.254.79.53", "fd6f:766c::53"];
+    let web = "web.shop.svc.cluster.local";
+    apply(&lab, h2, ALIASES).unwrap();
+    let wait_resolved = || {
+        for server in at {
+            for how in ["+notcp", "+tcp"] {
+                wait_until(SOON, &format!("{server} {how} to answer the host"), || {
+                    let found = dig(h1, server, &[web, how])?;
+                    ensure!(found == ["10.96.0.50"], "{found:?}");
+                    Ok(())
+                })
+                .unwrap();
+            }
+        }
+    };
+    // Without a network on this host, and with one.
+    wait_resolved();
+    create_network(&lab, "blue", &["--subnet", "10.70.0.0/24"]).unwrap();
+    let pod = attach(h1, "p0", "blue", &["--namespace", "shop"]).unwrap();
+    wait_resolved();
+    assert_eq!(dig(&pod.workload, AT, &[web]).unwrap(), ["10.96.0.50"]);
+    assert_eq!(dig(h1, AT, &["-x", "10.96.0.50"]).unwrap(), [format!("{web}.")]);
+    // Other names are those of the host's resolvers, and names of the cluster are never asked of them.
+    assert_eq!(dig(h1, AT, &["api.example.org"]).unwrap(), ["192.0.2.7"]);
+    assert_eq!(status(h1, AT, &["no.shop.svc.cluster.local"]).unwrap(), "NXDOMAIN");
+    assert_eq!(upstream.udp_queries(), 1);
+    h1.restart().unwrap();
+    wait_resolved();
+    // Nobody else reaches these ports.
+    let outside = outsider(&lab).unwrap();
+    outside.exec_ok(["ip", "route", "add", AT, "via", &h1.address().unwrap().to_string()]).unwrap();
+    assert!(dig_fails(&outside, AT, web));
+    wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+/// Whether a query gets no answer.
+fn dig_fails(from: &Netns, server: &str, name: &str) -> bool {
+    let at = format!("@{server}");
+    !from.exec(["dig", "+time=1", "+tries=1", &at, name]).unwrap().success()
 }
 
 #[test]

@@ -218,6 +218,22 @@ fn external_traffic_policy_local_announces_only_from_hosts_with_backends() -> Re
     for (host, what) in [(h1, (503, 0)), (h2, (200, 1)), (h3, (503, 0))] {
         wait_health(host, what)?;
     }
+    // The last backend of h1 is shutting down: load balancers are told to go elsewhere.
+    let slice = |conditions: &str| {
+        let manifest = format!(
+            "{{\"apiVersion\":\"discovery.k8s.io/v1\",\"kind\":\"EndpointSlice\",\"addressType\":\"IPv4\",
+                \"metadata\":{{\"name\":\"web-1\",\"labels\":{{\"kubernetes.io/service-name\":\"web\"}}}},
+                \"ports\":[{{\"port\":8080}}],\"endpoints\":[{{\"addresses\":[\"{}\"],\"nodeName\":\"h1\",
+                \"conditions\":{{{conditions}}}}}]}}",
+            h1.address()?
+        );
+        apply(&lab, h1, &manifest)
+    };
+    slice("\"ready\":true")?;
+    wait_health(h1, (200, 1))?;
+    slice("\"ready\":false,\"serving\":true,\"terminating\":true")?;
+    wait_health(h1, (503, 0))?;
+    h1.ctl_ok(&["delete", "endpointslice", "web-1"])?;
     // The address follows the backends.
     let (_three, _second) = backend(h3, "three")?;
     wait_health(h3, (200, 1))?;
@@ -374,6 +390,49 @@ fn service_waits_for_an_address_while_the_pool_is_used_up() -> Result<()> {
         wait_until(SOON, "the problem to end", || {
             let found = problems(host)?;
             ensure!(!found.iter().any(|problem| problem.contains("waits for")), "{found:?}");
+            Ok(())
+        })?;
+    }
+    wait_clean(lab.hosts(), SOON)
+}
+
+/// MetalLB or a cloud gives the address and brings packets to the hosts, which translate as kube-proxy does.
+#[test]
+fn addresses_that_another_program_gave_are_translated_and_not_announced() -> Result<()> {
+    let ranges = format!("{POOL}\nexternal_ranges = ['203.0.113.0/24', '2001:db8::/64']");
+    let lab = start_lab_with(LabConfig::hosts(2).underlay(Underlay::Dual).config(&ranges))?;
+    let [h1, h2] = lab.hosts() else { unreachable!() };
+    create_routed_network(&lab, "blue", &SUBNETS)?;
+    let given = |ingress: &str| {
+        let class = web(",\"loadBalancerClass\":\"metallb.io/l2\"");
+        let status = format!(",\"status\":{{\"loadBalancer\":{{\"ingress\":[{ingress}]}}}}}}");
+        apply(&lab, h1, &format!("{}{status}", class.strip_suffix('}').unwrap_or_default()))
+    };
+    given(
+        "{\"ip\":\"203.0.113.7\",\"ipMode\":\"VIP\"},{\"ip\":\"2001:db8::7\"},{\"hostname\":\"lb.example\"}",
+    )?;
+    let addresses: [IpAddr; 2] = ["203.0.113.7".parse()?, "2001:db8::7".parse()?];
+    ensure!(ingress(h2)? == addresses, "{:?}", ingress(h2)?);
+    let (_one, _first) = backend(h1, "one")?;
+    let (_two, _second) = backend(h2, "two")?;
+    let pod = attach(h2, "pod", "blue", &[])?;
+    let client = outsider(&lab)?;
+    for (address, by) in addresses.iter().zip(h1.addresses()) {
+        client.exec_ok(["ip", "route", "add", &address.to_string(), "via", &by.to_string()])?;
+        for from in [&client, &*pod.workload] {
+            wait_answers(from, SocketAddr::new(*address, 80), &["one", "two"])?;
+        }
+        ensure!(holders(&lab, *address)?.is_empty(), "{address} is announced");
+    }
+    // A load balancer that changes packets itself, and an address that nobody allowed.
+    given("{\"ip\":\"203.0.113.7\",\"ipMode\":\"Proxy\"},{\"ip\":\"198.51.100.7\"}")?;
+    ensure!(ingress(h2)?.len() == 1, "{:?}", ingress(h2)?);
+    wait_problem(h1, &["198.51.100.7", "external_ranges"], SOON)?;
+    client.exec_ok(["ip", "route", "add", "198.51.100.7", "via", &h1.address()?.to_string()])?;
+    for address in ["203.0.113.7", "198.51.100.7"] {
+        let to = SocketAddr::new(address.parse()?, 80);
+        wait_until(SOON, "no translation", || {
+            ensure!(client.run(|| TcpStream::connect_timeout(&to, Duration::from_millis(500)))?.is_err());
             Ok(())
         })?;
     }

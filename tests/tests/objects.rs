@@ -258,7 +258,7 @@ fn invalid_manifest_changes_nothing_and_the_error_names_the_place() {
     for (content, parts) in [
         (
             format!("{good}{}", service("Bad", "")),
-            vec!["manifest.yaml:6: Service Bad: metadata.name: not a Service name"],
+            vec!["manifest.yaml:6: Service Bad: metadata.name: not a DNS label"],
         ),
         (
             format!("{good}{}", service("bad", ", clusterIP: 10.0.0.1")),

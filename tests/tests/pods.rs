@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use netns_lab::{Lab, Netns, Workload, wait_until};
 use ovl_tests::cni::{Conflist, Container, addresses};
-use ovl_tests::resolver::dig;
+use ovl_tests::resolver::{dig, status};
 use ovl_tests::routed::create_routed_network;
 use ovl_tests::service::{NamedServer, apply, ask};
 use ovl_tests::{
@@ -268,4 +268,48 @@ fn pod_is_isolated_until_its_labels_are_known_on_a_routed_network() {
 #[test]
 fn pod_is_isolated_until_its_labels_are_known_on_a_switched_network() {
     isolated_until_known("l2");
+}
+
+/// The Kubernetes API bounds a part of a name between dots only by the whole name's 253 characters. Such a name is none of
+/// DNS, and labels and policies hold all the same.
+fn long_names(mode: &str) {
+    let lab = lab(mode, 2);
+    let name = "x".repeat(95);
+    let manifest = OBJECTS.replace(
+        "metadata: {name: db, namespace: shop}\nspec:\n  podSelector",
+        &format!("metadata: {{name: {}, namespace: shop}}\nspec:\n  podSelector", "p".repeat(70)),
+    );
+    assert_ne!(manifest, OBJECTS);
+    apply(&lab, &lab["h1"], &manifest).unwrap();
+    apply(&lab, &lab["h1"], &pod("").replace("db-0", &name)).unwrap();
+    let labelled = |name: &str, app: &str| {
+        let more = ["--namespace", "shop", "--label", &format!("app={app}")];
+        attach(&lab["h2"], name, "pods", &more).unwrap().workload
+    };
+    let (api, web) = (labelled("api", "api"), labelled("web", "web"));
+    let added = add(&lab, "h1", "w", &name, "uid-1");
+    let _server = NamedServer::start(&added.workload, "long", 5432).unwrap();
+    wait_connects(&api, &added.addresses, 5432);
+    assert!(refused(&web, &added.addresses, 5432));
+    // Its labels put it behind the Service, at the named port of its v1 Pod.
+    wait_until(SOON, "the Service to have the pod", || -> Result<()> {
+        ensure!(ask(&api, SERVICE.parse()?)?.name == "long");
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(dig(&api, "127.0.0.11", &["api.pods", "A"]).unwrap().len(), 1);
+    // In Kubernetes, an address has the names of headless Services alone.
+    let back = |address: &str| status(&api, "127.0.0.11", &["-x", address]).unwrap();
+    assert_eq!(added.addresses.iter().map(|address| back(address)).collect::<Vec<_>>(), ["NXDOMAIN"; 2]);
+    wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+#[test]
+fn pods_and_policies_with_names_that_are_too_long_for_dns_are_held_to_on_a_routed_network() {
+    long_names("l3");
+}
+
+#[test]
+fn pods_and_policies_with_names_that_are_too_long_for_dns_are_held_to_on_a_switched_network() {
+    long_names("l2");
 }

@@ -7,11 +7,12 @@ use std::os::fd::AsRawFd as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use netns_lab::{Host, Lab, Netns, wait_until};
+use netns_lab::{Host, Lab, LabConfig, Netns, wait_until};
 use nix::libc;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, sendto, socket,
 };
+use ovl_tests::resolver::dig;
 use ovl_tests::routed::create_network_of_mode;
 use ovl_tests::service::{Connection, NamedServer, UdpClient, apply, ask, wait_answers};
 use ovl_tests::{Attached, SOON, attach, start_lab, text, wait_clean};
@@ -48,6 +49,16 @@ fn backend(host: &Host, name: &str) -> Result<(Attached, NamedServer)> {
     let at = attach(host, name, "blue", &["--label", "app=web"])?;
     let server = NamedServer::start(&at.workload, name, 8080)?;
     Ok((at, server))
+}
+
+/// Starts a lab with a host in each of these zones.
+fn start_lab_of_zones(zones: &[&str]) -> Result<Lab> {
+    let lab = Lab::new(LabConfig::hosts(zones.len()))?;
+    for (host, zone) in lab.hosts().iter().zip(zones) {
+        host.set_config(&format!("zone = '{zone}'\n"))?;
+    }
+    lab.start_all()?;
+    Ok(lab)
 }
 
 fn refused_at(from: &Netns, to: SocketAddr) -> Result<()> {
@@ -481,6 +492,83 @@ fn what_no_service_has_in_the_service_range_is_refused() -> Result<()> {
         h1.ctl_ok(&["delete", "svc", "web"])?;
         for address in used {
             wait_until(SOON, "a refusal", || refused_at(&client.workload, SocketAddr::new(address, 80)))?;
+        }
+        wait_clean(lab.hosts(), SOON)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn near_backends_are_preferred_while_there_are_some() -> Result<()> {
+    for mode in MODES {
+        let lab = start_lab_of_zones(&["a", "a", "b"])?;
+        let [h1, h2, h3] = lab.hosts() else { unreachable!() };
+        network(&lab, mode)?;
+        let prefer = |what: &str| apply(&lab, h1, &web(&format!(",\"trafficDistribution\":\"{what}\"")));
+        prefer("PreferSameNode")?;
+        let all = [(h1, "one"), (h2, "two"), (h3, "three")].map(|(host, name)| backend(host, name));
+        let _all = all.into_iter().collect::<Result<Vec<_>>>()?;
+        let clients = [h1, h3].map(|host| attach(host, &format!("client-{}", host.name()), "blue", &[]));
+        let [first, third] = clients;
+        let (first, third) = (first?, third?);
+        let asked = |from: &Netns, names: &[&str]| -> Result<()> {
+            for address in addresses(&lab)? {
+                wait_answers(from, SocketAddr::new(address, 80), names).with_context(|| mode.to_owned())?;
+            }
+            Ok(())
+        };
+        asked(&first.workload, &["one"])?;
+        asked(&third.workload, &["three"])?;
+        // Without a backend on the host, those in the zone, and without any there, all.
+        h1.ctl_ok(&["endpoint", "unready", "one"])?;
+        asked(&first.workload, &["two"])?;
+        h2.ctl_ok(&["endpoint", "unready", "two"])?;
+        asked(&first.workload, &["three"])?;
+        h1.ctl_ok(&["endpoint", "ready", "one"])?;
+        h2.ctl_ok(&["endpoint", "ready", "two"])?;
+        prefer("PreferSameZone")?;
+        asked(&first.workload, &["one", "two"])?;
+        asked(&third.workload, &["three"])?;
+        h3.ctl_ok(&["endpoint", "unready", "three"])?;
+        asked(&third.workload, &["one", "two"])?;
+        wait_clean(lab.hosts(), SOON)?;
+    }
+    Ok(())
+}
+
+/// The labels of a Service that kube-proxy leaves to others. DNS has it all the same.
+#[test]
+fn service_of_another_proxy_has_a_name_and_no_translation() -> Result<()> {
+    for mode in MODES {
+        let lab = start_lab(1)?;
+        let [h1] = lab.hosts() else { unreachable!() };
+        network(&lab, mode)?;
+        let labelled = |label: &str| {
+            web("").replace(
+                "\"name\":\"web\"",
+                &format!("\"name\":\"web\",\"labels\":{{\"service.kubernetes.io/{label}\":\"x\"}}"),
+            )
+        };
+        apply(&lab, h1, &labelled("any"))?;
+        apply(&lab, h1, &web("").replace("\"web\"}", "\"other\"}"))?;
+        let (_backend, _server) = backend(h1, "backend")?;
+        let client = attach(h1, "client", "blue", &[])?;
+        let used = addresses(&lab)?;
+        for label in ["service-proxy-name", "headless"] {
+            for address in &used {
+                wait_answers(&client.workload, SocketAddr::new(*address, 80), &["backend"])?;
+            }
+            apply(&lab, h1, &labelled(label))?;
+            for address in &used {
+                wait_until(SOON, "a refusal", || {
+                    refused_at(&client.workload, SocketAddr::new(*address, 80))
+                })?;
+            }
+            let found = dig(&client.workload, "127.0.0.11", &["web.default.svc.cluster.local", "A"])?;
+            ensure!(found == [used[0].to_string()], "{mode}: {found:?}");
+            let described = h1.ctl_ok(&["describe", "svc", "web"])?;
+            ensure!(described.contains("not translated by ovl"), "{described}");
+            apply(&lab, h1, &labelled("any"))?;
         }
         wait_clean(lab.hosts(), SOON)?;
     }

@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use netns_lab::{Host, Lab, LabConfig, Netns, wait_until};
+use netns_lab::{Host, Lab, LabConfig, Netns, Underlay, wait_until};
 use ovl_tests::ports::outsider;
 use ovl_tests::routed::{create_network_of_mode, create_routed_network};
 use ovl_tests::service::{Connection, NamedServer, UdpClient, apply, ask, wait_answers};
@@ -218,6 +218,81 @@ fn remote_backends_of_switched_networks_are_reachable_from_outside() -> Result<(
     wait_clean(lab.hosts(), SOON)?;
     h2.destroy()?;
     wait_answers(&outside, external, &["one"])?;
+    wait_clean(lab.hosts(), SOON)
+}
+
+/// An EndpointSlice of the Service `web` with these endpoints.
+fn slice(family: &str, endpoints: &str, port: u16) -> String {
+    format!(
+        "---\n{{\"apiVersion\":\"discovery.k8s.io/v1\",\"kind\":\"EndpointSlice\",\"addressType\":\"{family}\",
+            \"metadata\":{{\"name\":\"web-{}\",\"labels\":{{\"kubernetes.io/service-name\":\"web\"}}}},
+            \"endpoints\":[{endpoints}],\"ports\":[{{\"port\":{port}}}]}}\n",
+        family.to_lowercase()
+    )
+}
+
+/// A pod with `hostNetwork` on another host and a database outside of the cluster would answer to the client by a path of
+/// their own. So the host that translates puts its own address in place of the client's.
+#[test]
+fn backends_that_are_no_endpoints_are_reachable_from_outside() -> Result<()> {
+    let lab = start_lab_with(LabConfig::hosts(3).underlay(Underlay::Dual).config(RANGES))?;
+    let [h1, h2, h3] = lab.hosts() else { unreachable!() };
+    let _on_host = NamedServer::start(h2, "on-host", 8083)?;
+    let _here = NamedServer::start(h1, "here", 8083)?;
+    let kind = format!(
+        ",\"type\":\"NodePort\",\"ipFamilyPolicy\":\"PreferDualStack\",\"externalIPs\":[\"{EXTERNAL}\"]"
+    );
+    let mut manifest = service("web", "", &kind)
+        .replace("\"selector\":{\"app\":\"\"},", "")
+        .replace("\"targetPort\"", "\"nodePort\":30302,\"targetPort\"");
+    manifest.push('\n');
+    for (n, family) in ["IPv4", "IPv6"].into_iter().enumerate() {
+        let on = [h1, h2].map(|host| {
+            let address = host.addresses().into_iter().nth(n).map(|address| address.to_string());
+            format!(
+                "{{\"addresses\":[\"{}\"],\"nodeName\":\"{}\"}}",
+                address.unwrap_or_default(),
+                host.name()
+            )
+        });
+        manifest += &slice(family, &on.join(","), 8083);
+    }
+    apply(&lab, h1, &manifest)?;
+    let outside = outside(&lab, h1)?;
+    let sources: [IpAddr; 2] = ["192.168.77.250".parse()?, "fd77::fa".parse()?];
+    let mut all = vec![SocketAddr::new(EXTERNAL.parse()?, 80)];
+    all.extend(h1.addresses().into_iter().map(|address| SocketAddr::new(address, 30302)));
+    for at in all {
+        wait_answers(&outside, at, &["here", "on-host"]).with_context(|| format!("at {at}"))?;
+        // The address of a client is kept for what is on this host.
+        for _ in 0..12 {
+            let answer = ask(&outside, at)?;
+            let of_family = |address: &&IpAddr| address.is_ipv4() == at.is_ipv4();
+            let own = h1.addresses();
+            let seen = if answer.name == "here" {
+                sources.iter().find(of_family)
+            } else {
+                own.iter().find(of_family)
+            };
+            ensure!(Some(&answer.seen) == seen, "{at}: {answer:?}");
+        }
+    }
+    // The host's own programs, and those of a host without a backend.
+    for (from, by) in [(h1, h1), (h3, h3), (h3, h1)] {
+        for address in by.addresses() {
+            wait_answers(from, SocketAddr::new(address, 30302), &["here", "on-host"])
+                .with_context(|| format!("{} by {address}", from.name()))?;
+        }
+    }
+    // No host has the address of a database outside of the cluster.
+    let _database = NamedServer::start(&outside, "database", 5432)?;
+    apply(&lab, h1, &slice("IPv4", "{\"addresses\":[\"192.168.77.250\"]}", 5432))?;
+    apply(&lab, h1, &slice("IPv6", "{\"addresses\":[\"fd77::fa\"]}", 5432))?;
+    for by in [h1, h2] {
+        for address in by.addresses() {
+            wait_answers(h3, SocketAddr::new(address, 30302), &["database"])?;
+        }
+    }
     wait_clean(lab.hosts(), SOON)
 }
 

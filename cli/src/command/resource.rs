@@ -34,7 +34,7 @@ use crate::text::{printable, printable_lines};
 
 /// Request timeout in seconds. Ten thousand objects take some seconds to sign and write.
 const TIMEOUT_S: u64 = 120;
-/// Maximum size of the documents in one request, in bytes: half the size limit of a request.
+/// Maximum size of the documents in one request, in bytes, unless it has a single one that is larger.
 const MAX_PART_BYTES: usize = 512 << 10;
 
 /// Options that select manifests.
@@ -272,7 +272,7 @@ fn stage_and_request(context: &Context, documents: Vec<Document>, request: &Requ
     }
 }
 
-/// Splits documents into requests of at most [`MAX_PART_BYTES`] bytes.
+/// Splits documents into requests of at most [`MAX_PART_BYTES`] bytes, or with one document that is larger.
 fn split(documents: Vec<Document>) -> Vec<Vec<Document>> {
     let mut parts: Vec<Vec<Document>> = Vec::new();
     let mut bytes = MAX_PART_BYTES;

@@ -7,8 +7,8 @@ use std::net::IpAddr;
 
 use ovl_proto::id::{EndpointId, NetworkId, NodeId};
 use ovl_proto::resource::{
-    EndpointSlice, IntOrString, Kind, Labels, Name, Pod, ResourceKey, SERVICE_NAME_LABEL, Service,
-    ServicePort, SliceEndpoint, has_all,
+    EndpointSlice, HintTarget, IntOrString, Kind, Labels, Name, Pod, Protocol, ResourceKey,
+    SERVICE_NAME_LABEL, Service, ServicePort, SliceEndpoint, TrafficDistribution, has_all, is_for_names_only,
 };
 
 use crate::resources::named_port;
@@ -41,6 +41,28 @@ pub struct Backend {
     pub hostname: String,
     /// The name of the endpoint or Pod, for people. Empty for an address of an EndpointSlice.
     pub name: String,
+    /// The clients that it is meant for. `None`: all.
+    pub hints: Option<Box<Hints>>,
+    /// Whether it is for DNS alone: no connection is translated to it.
+    pub names_only: bool,
+}
+
+/// The clients that a backend is meant for.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Hints {
+    /// Those in these zones.
+    pub zones: Vec<String>,
+    /// Those on the hosts with these names.
+    pub hosts: Vec<String>,
+}
+
+/// Where the clients of a host are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Position<'a> {
+    /// The zone. May be empty.
+    pub zone: &'a str,
+    /// The name of the host.
+    pub host: &'a str,
 }
 
 /// A backend for one port and address family of a Service.
@@ -57,21 +79,61 @@ pub struct Target {
 /// Returns the backends of one port and address family: the ready ones, or if there are none, the draining ones. With
 /// `on`, only those of that host (the traffic policy Local). They are sorted and unique.
 pub fn targets(backends: &[Backend], port: usize, ipv4: bool, on: Option<NodeId>) -> Vec<Target> {
-    let all = |readiness| {
-        let fitting = backends
-            .iter()
-            .filter(move |backend| backend.readiness == readiness && (on.is_none() || backend.host == on));
-        let targets = fitting.filter_map(|backend| {
-            let address = *backend.addresses.iter().find(|address| address.is_ipv4() == ipv4)?;
-            Some(Target { address, port: (*backend.ports.get(port)?)?, host: backend.host })
-        });
-        let mut targets: Vec<Target> = targets.collect();
-        targets.sort_unstable();
-        targets.dedup_by_key(|target| (target.address, target.port));
-        targets
-    };
-    let ready = all(Readiness::Ready);
-    if ready.is_empty() { all(Readiness::Draining) } else { ready }
+    let ready = ready_targets(backends, port, ipv4, on);
+    if ready.is_empty() {
+        unique(fitting(backends, Readiness::Draining, port, ipv4, on).map(|(_, target)| target))
+    } else {
+        ready
+    }
+}
+
+/// As [`targets`] of all hosts, but only those that are meant for clients at a position, as kube-proxy chooses them: those for
+/// its host, or else those for its zone. Hints count if all ready backends have some of their kind and one is for the
+/// position; draining backends are chosen regardless of them.
+pub fn targets_for(backends: &[Backend], port: usize, ipv4: bool, position: Position<'_>) -> Vec<Target> {
+    let hosts: fn(&Hints) -> &[String] = |hints| &hints.hosts;
+    let zones: fn(&Hints) -> &[String] = |hints| &hints.zones;
+    for (kind, own) in [(hosts, position.host), (zones, position.zone)] {
+        let ready = || {
+            let all = fitting(backends, Readiness::Ready, port, ipv4, None);
+            all.map(move |(backend, target)| (backend.hints.as_deref().map(kind).unwrap_or_default(), target))
+        };
+        if !own.is_empty() && ready().all(|(hints, _)| !hints.is_empty()) {
+            let meant = ready().filter(|(hints, _)| hints.iter().any(|hint| hint == own));
+            let meant = unique(meant.map(|(_, target)| target));
+            if !meant.is_empty() {
+                return meant;
+            }
+        }
+    }
+    targets(backends, port, ipv4, None)
+}
+
+/// As [`targets`], without the draining ones: those for which a load balancer should send connections to a host.
+pub fn ready_targets(backends: &[Backend], port: usize, ipv4: bool, on: Option<NodeId>) -> Vec<Target> {
+    unique(fitting(backends, Readiness::Ready, port, ipv4, on).map(|(_, target)| target))
+}
+
+/// Returns the backends with this readiness, on this host, that have an address of the family and the port.
+fn fitting(
+    backends: &[Backend],
+    readiness: Readiness,
+    port: usize,
+    ipv4: bool,
+    on: Option<NodeId>,
+) -> impl Iterator<Item = (&Backend, Target)> {
+    let all = backends.iter().filter(move |backend| backend.readiness == readiness && !backend.names_only);
+    all.filter(move |backend| on.is_none() || backend.host == on).filter_map(move |backend| {
+        let address = *backend.addresses.iter().find(|address| address.is_ipv4() == ipv4)?;
+        Some((backend, Target { address, port: (*backend.ports.get(port)?)?, host: backend.host }))
+    })
+}
+
+fn unique(targets: impl Iterator<Item = Target>) -> Vec<Target> {
+    let mut targets: Vec<Target> = targets.collect();
+    targets.sort_unstable();
+    targets.dedup_by_key(|target| (target.address, target.port));
+    targets
 }
 
 /// The backends of all Services.
@@ -132,6 +194,11 @@ impl Backends {
             if view.resources.slices().get(slice).is_some_and(on_it) {
                 self.dirty.entry(service.clone()).or_default();
             }
+        }
+        // Its zone may have changed.
+        let distributed = view.resources.services().iter();
+        for (name, _) in distributed.filter(|(_, service)| service.spec.traffic_distribution.is_some()) {
+            self.dirty.entry(name.clone()).or_default();
         }
     }
 
@@ -231,8 +298,12 @@ impl Backends {
             selected.map(|(_, selectable)| backend_of_selectable(view, service, selectable)).collect();
         for slice in self.slices.get(name).into_iter().flatten() {
             if let Some(slice) = view.resources.slices().get(slice) {
-                let counted =
-                    slice.endpoints.iter().filter_map(|it| backend_of_slice(view, service, slice, it));
+                let ports = ports_of_slice(service, slice);
+                let names_only = is_for_names_only(&slice.metadata.labels);
+                let counted = slice.endpoints.iter().filter_map(|it| {
+                    let backend = backend_of_slice(view, service, &ports, it)?;
+                    Some(Backend { names_only, ..backend })
+                });
                 backends.extend(counted);
             }
         }
@@ -256,6 +327,7 @@ fn backend_of_selectable(view: &View, service: &Service, selectable: &Selectable
     };
     // As in Kubernetes, a pod's host name applies to the Service that its subdomain names.
     let named = pod.filter(|pod| pod.spec.subdomain == service.metadata.name);
+    let hints = selectable.host.and_then(|host| hints_on(view, service, host)).map(Box::new);
     let ready = selectable.ready || service.spec.publish_not_ready_addresses;
     Backend {
         addresses: selectable.addresses.clone(),
@@ -264,26 +336,51 @@ fn backend_of_selectable(view: &View, service: &Service, selectable: &Selectable
         readiness: if ready { Readiness::Ready } else { Readiness::NotReady },
         hostname: named.map(|pod| pod.spec.hostname.clone()).unwrap_or_default(),
         name: selectable.name.name.clone(),
+        hints,
+        names_only: false,
     }
 }
 
-/// Returns the backend of a slice's endpoint; `None` if its host is known and its entries are not used.
+/// Returns the hints of a backend on a host that the Service's selector selects, as the controller of Kubernetes writes them
+/// into slices. `None` if the Service asks for none.
+fn hints_on(view: &View, service: &Service, host: NodeId) -> Option<Hints> {
+    let prefers = service.spec.traffic_distribution?;
+    let record = &view.nodes.get(&host)?.record;
+    let zones = Some(record.zone.clone()).filter(|zone| !zone.is_empty()).into_iter().collect();
+    let hosts = match prefers {
+        TrafficDistribution::PreferClose | TrafficDistribution::PreferSameZone => Vec::new(),
+        TrafficDistribution::PreferSameNode => vec![record.name.clone()],
+    };
+    Some(Hints { zones, hosts })
+}
+
+/// Returns the hints of a slice's endpoint.
+fn hints_of(endpoint: &SliceEndpoint) -> Option<Box<Hints>> {
+    let names = |targets: &[HintTarget]| targets.iter().map(|target| target.name.clone()).collect();
+    let hints = endpoint.hints.as_ref()?;
+    Some(Box::new(Hints { zones: names(&hints.for_zones), hosts: names(&hints.for_nodes) }))
+}
+
+/// Returns the port of a slice for each port of its Service.
+fn ports_of_slice(service: &Service, slice: &EndpointSlice) -> Vec<Option<u16>> {
+    // A slice can have many ports, so each is looked at once. Of several alike the first one counts.
+    let by_name: BTreeMap<(&str, Protocol), Option<u16>> =
+        slice.ports.iter().rev().map(|port| ((port.name.as_str(), port.protocol), port.port)).collect();
+    let wanted = service.spec.ports.iter().map(|port| (port.name.as_str(), port.protocol));
+    wanted.map(|wanted| by_name.get(&wanted).copied().flatten()).collect()
+}
+
+/// Returns the backend of a slice's endpoint with these ports; `None` if its host is known and its entries are not used.
 fn backend_of_slice(
     view: &View,
     service: &Service,
-    slice: &EndpointSlice,
+    ports: &[Option<u16>],
     endpoint: &SliceEndpoint,
 ) -> Option<Backend> {
     let node = view.nodes.values().find(|node| node.record.name == endpoint.node_name);
     if node.is_some_and(|node| !view.counts(node)) {
         return None;
     }
-    let port = |wanted: &ServicePort| {
-        let fits = |port: &&ovl_proto::resource::SlicePort| {
-            (&port.name, port.protocol) == (&wanted.name, wanted.protocol)
-        };
-        slice.ports.iter().find(fits).and_then(|port| port.port)
-    };
     let conditions = endpoint.conditions;
     let ready = conditions.ready.unwrap_or(true);
     let serving = conditions.serving.unwrap_or(ready);
@@ -296,10 +393,12 @@ fn backend_of_slice(
     };
     Some(Backend {
         addresses: endpoint.addresses.first().copied().into_iter().collect(),
-        ports: service.spec.ports.iter().map(port).collect(),
+        ports: ports.to_vec(),
         host: node.map(|node| node.record.id),
         readiness,
         hostname: endpoint.hostname.clone(),
         name: String::new(),
+        hints: hints_of(endpoint),
+        names_only: false,
     })
 }

@@ -14,7 +14,7 @@ use crate::resources::Resources;
 /// The maximum number of objects, tombstones included. An index of this many fits a frame.
 pub const MAX_OBJECTS: usize = 65_536;
 /// The maximum size of an encoded object in bytes.
-pub const MAX_OBJECT_BYTES: usize = 256 << 10;
+pub const MAX_OBJECT_BYTES: usize = 1 << 20;
 /// The maximum size of all encoded objects in bytes. Together with all other state they fit the state file.
 pub const MAX_BYTES: usize = 128 << 20;
 

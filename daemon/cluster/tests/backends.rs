@@ -5,7 +5,7 @@ mod world;
 
 use std::collections::BTreeSet;
 
-use ovl_cluster::backends::{Backend, Backends, Readiness, Settled, Target, targets};
+use ovl_cluster::backends::{Backend, Backends, Position, Readiness, Settled, Target, targets, targets_for};
 use ovl_cluster::selectables::SelectableId;
 use ovl_cluster::view::View;
 use ovl_proto::id::{EndpointId, NodeId};
@@ -250,6 +250,120 @@ fn slices_add_backends() {
     world.drop(Kind::EndpointSlice, "web-1");
     world.settle();
     assert!(world.of("web").is_empty());
+}
+
+#[test]
+fn slice_for_names_alone_gets_no_connections() {
+    for label in ["service.kubernetes.io/headless", "service.kubernetes.io/service-proxy-name"] {
+        let mut world = World::new();
+        world.service("web", json!({}));
+        for (name, more, address) in [("web-1", "a", "192.0.2.1"), ("web-2", label, "192.0.2.2")] {
+            world.put(read(
+                Kind::EndpointSlice,
+                json!({
+                    "metadata": { "name": name, "namespace": "default",
+                        "labels": { "kubernetes.io/service-name": "web", more: "" } },
+                    "addressType": "IPv4",
+                    "ports": [{ "name": "http", "port": 9000 }],
+                    "endpoints": [{ "addresses": [address] }],
+                }),
+            ));
+        }
+        world.settle();
+        // DNS has both.
+        assert_eq!(world.of("web").len(), 2);
+        let found = targets(world.of("web"), 0, true, None);
+        assert_eq!(found.iter().map(|it| it.address.to_string()).collect::<Vec<_>>(), ["192.0.2.1"]);
+    }
+}
+
+/// As kube-proxy takes hints: for the host first, then for the zone, if all ready endpoints have some.
+#[test]
+fn hints_choose_the_backends_for_a_position() {
+    let at = |n: u8, hints: serde_json::Value, ready: bool| {
+        json!({ "addresses": [format!("192.0.2.{n}")], "hints": hints,
+            "conditions": { "ready": ready, "serving": true, "terminating": !ready } })
+    };
+    let hints = |zones: &[&str], hosts: &[&str]| {
+        let names = |all: &[&str]| all.iter().map(|name| json!({ "name": name })).collect::<Vec<_>>();
+        json!({ "forZones": names(zones), "forNodes": names(hosts) })
+    };
+    let chosen = |endpoints: serde_json::Value, zone: &str, host: &str| {
+        let mut world = World::new();
+        world.service("web", json!({}));
+        world.put(read(
+            Kind::EndpointSlice,
+            json!({
+                "metadata": { "name": "web-1", "namespace": "default", "labels": { "kubernetes.io/service-name": "web" } },
+                "addressType": "IPv4", "ports": [{ "name": "http", "port": 9000 }], "endpoints": endpoints,
+            }),
+        ));
+        world.settle();
+        let found = targets_for(world.of("web"), 0, true, Position { zone, host });
+        found.iter().filter_map(|target| target.address.to_string().chars().last()).collect::<String>()
+    };
+    let zoned = json!([
+        at(1, hints(&["a"], &[]), true),
+        at(2, hints(&["b"], &[]), true),
+        at(3, hints(&["a", "b"], &[]), true)
+    ]);
+    assert_eq!(chosen(zoned.clone(), "a", "h1"), "13");
+    assert_eq!(chosen(zoned.clone(), "b", "h1"), "23");
+    // No endpoint for the zone, and a host without one.
+    assert_eq!(chosen(zoned.clone(), "c", "h1"), "123");
+    assert_eq!(chosen(zoned, "", "h1"), "123");
+    // One endpoint has no hints.
+    let partly = json!([at(1, hints(&["a"], &[]), true), at(2, json!({}), true)]);
+    assert_eq!(chosen(partly, "a", "h1"), "12");
+    // An endpoint that is not ready does not count.
+    let unready =
+        json!([at(1, hints(&["a"], &[]), true), at(2, json!({}), false), at(3, hints(&["b"], &[]), true)]);
+    assert_eq!(chosen(unready, "a", "h1"), "1");
+    let hosts = json!([
+        at(1, hints(&["a"], &["h1"]), true),
+        at(2, hints(&["a"], &["h2"]), true),
+        at(3, hints(&["b"], &["h3"]), true),
+    ]);
+    assert_eq!(chosen(hosts.clone(), "a", "h1"), "1");
+    assert_eq!(chosen(hosts.clone(), "a", "h9"), "12");
+    assert_eq!(chosen(hosts, "c", "h9"), "123");
+    // Draining backends are chosen regardless of hints.
+    let draining = json!([at(1, hints(&["a"], &[]), false), at(2, hints(&["b"], &[]), false)]);
+    assert_eq!(chosen(draining, "a", "h1"), "12");
+}
+
+#[test]
+fn traffic_distribution_prefers_selected_backends_that_are_near() {
+    let mut world = World::new();
+    for (host, zone) in [(1, "a"), (2, "a"), (3, "b")] {
+        world.view.nodes.get_mut(&id(host)).unwrap().record.zone = zone.to_owned();
+        world.attach(host, host, WEB, true);
+    }
+    let chosen = |world: &mut World, prefers: serde_json::Value, zone: &str, host: &str| {
+        let ports = json!([{ "port": 80 }]);
+        let spec = json!({ "selector": { "app": "web" }, "ports": ports, "trafficDistribution": prefers });
+        world.put(read(
+            Kind::Service,
+            json!({ "metadata": { "name": "web", "namespace": "default" }, "spec": spec }),
+        ));
+        world.settle();
+        let found = targets_for(world.of("web"), 0, true, Position { zone, host });
+        found.iter().filter_map(|target| target.host).map(|host| host.0[0]).collect::<Vec<_>>()
+    };
+    assert_eq!(chosen(&mut world, json!(null), "a", "h1"), [1, 2, 3]);
+    for close in ["PreferClose", "PreferSameZone"] {
+        assert_eq!(chosen(&mut world, json!(close), "a", "h1"), [1, 2]);
+        assert_eq!(chosen(&mut world, json!(close), "b", "h3"), [3]);
+        assert_eq!(chosen(&mut world, json!(close), "c", "h4"), [1, 2, 3]);
+    }
+    assert_eq!(chosen(&mut world, json!("PreferSameNode"), "a", "h1"), [1]);
+    world.detach(1, 1);
+    assert_eq!(chosen(&mut world, json!("PreferSameNode"), "a", "h1"), [2]);
+    // A host of no zone: its backends have no hints, so nobody prefers any.
+    world.view.nodes.get_mut(&id(3)).unwrap().record.zone.clear();
+    let view = world.view.clone();
+    world.backends.touch_host(&view, id(3));
+    assert_eq!(chosen(&mut world, json!("PreferClose"), "a", "h1"), [2, 3]);
 }
 
 /// Returns the backends of the Service web: host, and whether it has the Pod's named port.

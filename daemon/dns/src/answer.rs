@@ -19,16 +19,26 @@ pub enum Transport {
 }
 
 /// What to do with a query.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     /// Send this number of bytes of the buffer.
     Answer(usize),
     /// Forward the query to the upstream servers.
     Forward,
-    /// Forward a query for another name, which [`target`] returns.
-    Alias,
+    /// Forward a query for another name, to which the zone's names lead.
+    Alias(Box<Target>),
     /// Drop the query.
     Ignore,
+}
+
+impl Outcome {
+    /// Returns the name to forward in place of the one in the query. `None` if it is not another one.
+    pub fn alias(self) -> Option<Target> {
+        match self {
+            Self::Alias(target) => Some(*target),
+            Self::Answer(_) | Self::Forward | Self::Ignore => None,
+        }
+    }
 }
 
 /// The name to ask the upstream servers for in place of the one in the query.
@@ -90,11 +100,13 @@ fn answer_query(
     }
     match zone.find(client, &query.name) {
         Resolution::SearchPath(target) => {
-            answer_alias(zone, client, limit, message, query, buffer, turn, &target)
+            let chain = Chain::follow(zone, client, query.kind, *target);
+            answer_chain(zone, client, limit, message, query, buffer, turn, &chain, true)
         }
         Resolution::Found(network, records) => {
             if let Some(target) = records.alias().filter(|_| query.kind != RecordType::CNAME) {
-                return answer_alias(zone, client, limit, message, query, buffer, turn, &target.name());
+                let chain = Chain::follow(zone, client, query.kind, target.name());
+                return answer_chain(zone, client, limit, message, query, buffer, turn, &chain, false);
             }
             let mut writer = Writer::answer(buffer, limit, message, query, Rcode::NO_ERROR, true)?;
             match write_records(&mut writer, None, zone, client, query.kind, network, records, turn) {
@@ -119,9 +131,62 @@ fn answer_query(
     }
 }
 
-/// Answers with a CNAME record, and with the records of its target if they are in the zone.
+/// The maximum number of names in a row of which each is an alias of the next one. An external Service may be an alias of
+/// another one, and the limit ends loops.
+const MAX_ALIASES: usize = 8;
+
+/// The names that the zone's aliases lead to, and where they end.
+struct Chain<'a> {
+    /// The targets; those after the first `length` are not used.
+    names: [Name; MAX_ALIASES],
+    length: usize,
+    end: End<'a>,
+}
+
+/// Where a chain of aliases ends.
+#[derive(Clone, Copy)]
+enum End<'a> {
+    /// At a name of the zone with these records.
+    Found(NetworkKey, &'a Records),
+    /// At a name that does not exist.
+    NotFound,
+    /// At a name of no local domain.
+    External,
+    /// Nowhere: the aliases form a loop, or there are too many.
+    Endless,
+}
+
+impl<'a> Chain<'a> {
+    /// Follows aliases from the first target on.
+    fn follow(zone: &'a Zone, client: Client, kind: RecordType, first: Name) -> Self {
+        let mut chain = Self { names: [Name::ROOT; MAX_ALIASES], length: 0, end: End::Endless };
+        let mut next = Some(first);
+        for (slot, length) in chain.names.iter_mut().zip(1..) {
+            let Some(name) = next.take() else { break };
+            (*slot, chain.length) = (name, length);
+            chain.end = match zone.find(client, &name) {
+                Resolution::Found(network, records) => {
+                    next =
+                        records.alias().filter(|_| kind != RecordType::CNAME).map(ovl_zone::KeptName::name);
+                    if next.is_some() { End::Endless } else { End::Found(network, records) }
+                }
+                // Only the queried name itself is a step of a search list.
+                Resolution::NotFound | Resolution::SearchPath(_) => End::NotFound,
+                Resolution::External => End::External,
+            };
+        }
+        chain
+    }
+
+    fn names(&self) -> &[Name] {
+        self.names.get(..self.length).unwrap_or_default()
+    }
+}
+
+/// Answers with the CNAME records of a chain, and with the records of its last name if they are in the zone. `walked`: the
+/// query is the first step of a search list, and the chain begins at the name that the list ends at.
 #[expect(clippy::too_many_arguments, reason = "all of them are inputs of an answer")]
-fn answer_alias(
+fn answer_chain(
     zone: &Zone,
     client: Client,
     limit: usize,
@@ -129,30 +194,39 @@ fn answer_alias(
     query: &Query,
     buffer: &mut [u8],
     turn: usize,
-    target: &Name,
+    chain: &Chain<'_>,
+    walked: bool,
 ) -> Option<Outcome> {
-    match zone.find(client, target) {
-        Resolution::Found(network, records) if records.alias().is_none() => {
+    let last = chain.names().last()?;
+    let empty_response = |buffer, rcode| {
+        let writer = Writer::answer(buffer, limit, message, query, rcode, false)?;
+        Some(Outcome::Answer(writer.finish(query, rcode)))
+    };
+    match chain.end {
+        End::Found(network, records) => {
             let mut writer = Writer::answer(buffer, limit, message, query, Rcode::NO_ERROR, true)?;
-            let named = writer.record(None, RecordType::CNAME, TTL, &[target.as_bytes(), &[0]]);
-            let (count, whole) =
-                write_records(&mut writer, Some(target), zone, client, query.kind, network, records, turn);
-            let has_soa = count == 0 && whole && write_soa(&mut writer, &zone.apex(target));
-            writer.count(count + u16::from(named), u16::from(has_soa), 0, !(whole && named));
+            let (mut owner, mut aliases, mut whole) = (None, 0, true);
+            for target in chain.names() {
+                let fits = writer.record(owner, RecordType::CNAME, TTL, &[target.as_bytes(), &[0]]);
+                aliases += u16::from(fits);
+                whole &= fits;
+                owner = Some(target);
+            }
+            let (count, all) =
+                write_records(&mut writer, owner, zone, client, query.kind, network, records, turn);
+            let has_soa = count == 0 && all && write_soa(&mut writer, &zone.apex(last));
+            writer.count(count + aliases, u16::from(has_soa), 0, !(all && whole));
             Some(Outcome::Answer(writer.finish(query, Rcode::NO_ERROR)))
         }
-        Resolution::NotFound => name_error(zone, limit, message, query, buffer),
-        Resolution::Found(..) | Resolution::External | Resolution::SearchPath(_) => {
-            if zone.allows_external(client) {
-                return Some(Outcome::Alias);
-            }
-            // The walk of a search list goes on after NXDOMAIN.
-            if let Resolution::SearchPath(_) = zone.find(client, &query.name) {
-                return name_error(zone, limit, message, query, buffer);
-            }
-            let writer = Writer::answer(buffer, limit, message, query, Rcode::REFUSED, false)?;
-            Some(Outcome::Answer(writer.finish(query, Rcode::REFUSED)))
+        End::NotFound => name_error(zone, limit, message, query, buffer),
+        End::External if zone.allows_external(client) => {
+            let walk = walked.then(|| zone.apex(&query.name));
+            Some(Outcome::Alias(Box::new(Target { name: *last, walk })))
         }
+        // The walk of a search list goes on after NXDOMAIN.
+        End::External if walked => name_error(zone, limit, message, query, buffer),
+        End::External => empty_response(buffer, Rcode::REFUSED),
+        End::Endless => empty_response(buffer, Rcode::SERVER_FAILURE),
     }
 }
 
@@ -175,27 +249,6 @@ fn write_soa(writer: &mut Writer<'_>, apex: &Name) -> bool {
     // No mailbox; then serial, refresh, retry, expire, and the TTL of negative answers.
     let numbers = [1, 7200, 1800, 86_400, TTL].map(u32::to_be_bytes);
     writer.record(Some(apex), RecordType::SOA, TTL, &[apex.as_bytes(), &[0, 0], numbers.as_flattened()])
-}
-
-/// Returns the name to ask the upstream servers for after [`Outcome::Alias`]. `None` if the names form a loop
-/// or lead to a local name without records.
-pub fn target(zone: &Zone, client: Client, message: &[u8]) -> Option<Target> {
-    let query = Query::read(message).ok()?;
-    let mut name = query.name;
-    let mut walk = None;
-    // An external Service may be an alias of another one; the limit ends loops.
-    for _ in 0..8 {
-        match zone.find(client, &name) {
-            Resolution::Found(_, records) => name = records.alias()?.name(),
-            Resolution::SearchPath(to) => {
-                walk = Some(zone.apex(&query.name));
-                name = *to;
-            }
-            Resolution::External => return Some(Target { name, walk }),
-            Resolution::NotFound => return None,
-        }
-    }
-    None
 }
 
 /// Writes the records of a type. Returns their number, and whether all of them fit.

@@ -43,6 +43,8 @@ pub struct Listen {
 pub struct Config {
     /// The listening addresses.
     pub listen: Vec<Listen>,
+    /// Other addresses at which queries reach the engine: to ask there would be a loop.
+    pub own: Vec<SocketAddr>,
     /// The resolv.conf(5) with the upstream servers.
     pub resolv_conf: PathBuf,
     /// Domains with servers of their own.
@@ -113,7 +115,7 @@ impl Engine {
                 .name(format!("dns-{i}"))
                 .spawn(move || udp::serve(&sockets, &shared, &jobs))?;
         }
-        let own = config.listen.iter().map(|listen| listen.address).collect();
+        let own = config.listen.iter().map(|listen| listen.address).chain(config.own).collect();
         let resolv_conf = ResolvConfWatcher::new(config.resolv_conf, own);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (thread_shared, sender) = (Arc::clone(&shared), jobs.clone());

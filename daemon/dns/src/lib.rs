@@ -27,7 +27,7 @@ mod udp;
 mod upstream;
 mod wire;
 
-pub use answer::{Outcome, Target, Transport, answer, target};
+pub use answer::{Outcome, Target, Transport, answer};
 pub use engine::{Config, Engine, Listen, Stats};
 pub use forward::{AnswerOrigin, Lookup};
 pub use message::{Record, RecordData, records};

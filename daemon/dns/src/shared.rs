@@ -20,6 +20,8 @@ pub enum ListenRole {
     Endpoints,
     /// The host itself.
     Host,
+    /// Programs of the host that have no other resolver.
+    HostOnly,
 }
 
 impl ListenRole {
@@ -28,6 +30,7 @@ impl ListenRole {
         match self {
             Self::Endpoints => Client::Endpoint(from),
             Self::Host => Client::Host,
+            Self::HostOnly => Client::HostOnly,
         }
     }
 }

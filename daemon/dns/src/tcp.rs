@@ -14,7 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::timeout;
 
-use crate::answer::{Outcome, Transport, answer, target};
+use crate::answer::{Outcome, Transport, answer};
 use crate::forward::{Job, Waiter};
 use crate::share::{Admission, Connection, Places, Share};
 use crate::shared::{ListenRole, Shared};
@@ -115,10 +115,9 @@ async fn converse(
                 shared.counters.answered.fetch_add(1, Relaxed);
                 buffer.get(..length).unwrap_or_default()
             }
-            Outcome::Forward | Outcome::Alias => {
+            Outcome::Forward | Outcome::Alias(_) => {
                 let (sender, receiver) = oneshot::channel();
-                let alias = (outcome == Outcome::Alias).then(|| target(&shared.zone.load(), asker, &message));
-                let job = Job { message, alias: alias.flatten(), asker, to: Waiter::Tcp(sender) };
+                let job = Job { message, alias: outcome.alias(), asker, to: Waiter::Tcp(sender) };
                 jobs.send(job).await.map_err(io::Error::other)?;
                 forwarded = receiver.await.map_err(io::Error::other)?;
                 &forwarded

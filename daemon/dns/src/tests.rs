@@ -135,7 +135,7 @@ mod search_lists {
     use std::net::{IpAddr, Ipv4Addr};
     use std::sync::Arc;
 
-    use crate::answer::{Outcome, Target, Transport, answer, target};
+    use crate::answer::{Outcome, Target, Transport, answer};
     use crate::message::{compose_alias_answer, records};
     use crate::wire::{Query, RecordType, question};
     use ovl_zone::Client;
@@ -156,11 +156,19 @@ mod search_lists {
             let v4 = [Ipv4Addr::new(10, 96, 0, last)].into();
             zone.set_cluster(&name(full), Records { v4, ..Records::default() });
         }
-        let alias = Some(name("db.example.org").into());
-        zone.set_cluster(
-            &name("ext.shop.svc.cluster.local"),
-            OtherRecords { alias, ..OtherRecords::default() }.into(),
-        );
+        for (from, to) in [
+            ("ext.shop.svc.cluster.local", "db.example.org"),
+            ("ext2.shop.svc.cluster.local", "ext.shop.svc.cluster.local"),
+            ("in1.shop.svc.cluster.local", "api.prod.svc.cluster.local"),
+            ("in2.shop.svc.cluster.local", "in1.shop.svc.cluster.local"),
+            ("lost.shop.svc.cluster.local", "no.prod.svc.cluster.local"),
+            ("path.shop.svc.cluster.local", "api.example.org.shop.svc.cluster.local"),
+            ("loop.shop.svc.cluster.local", "loop2.shop.svc.cluster.local"),
+            ("loop2.shop.svc.cluster.local", "loop.shop.svc.cluster.local"),
+        ] {
+            let alias = Some(name(to).into());
+            zone.set_cluster(&name(from), OtherRecords { alias, ..OtherRecords::default() }.into());
+        }
         let services = vec![(5432, name("db.shop.svc.cluster.local").into())];
         let srv = OtherRecords { services, ..OtherRecords::default() };
         zone.set_cluster(&name("_pg._tcp.db.shop.svc.cluster.local"), srv.into());
@@ -182,10 +190,9 @@ mod search_lists {
                 let data: Vec<String> = records.iter().map(|record| record.data.to_string()).collect();
                 format!("{rcode} {}", data.join(" ")).trim_end().to_owned()
             }
-            Outcome::Alias => match target(zone, Client::Endpoint(CLIENT), &message) {
-                Some(Target { name, walk: Some(_) }) => format!("asks for {name}, walking"),
-                Some(Target { name, walk: None }) => format!("asks for {name}"),
-                None => "nothing".to_owned(),
+            Outcome::Alias(target) => match *target {
+                Target { name, walk: Some(_) } => format!("asks for {name}, walking"),
+                Target { name, walk: None } => format!("asks for {name}"),
             },
             Outcome::Forward => "asks as it is".to_owned(),
             Outcome::Ignore => "ignores".to_owned(),
@@ -237,6 +244,35 @@ mod search_lists {
         let off = zone(false);
         assert_eq!(ask(&off, "api.example.org.shop.svc.cluster.local", RecordType::A), "NXDOMAIN");
         assert_eq!(ask(&off, "db.shop.svc.cluster.local", RecordType::A), "NOERROR 10.96.0.50");
+    }
+
+    /// No name below the cluster domain is ever asked of others.
+    #[test]
+    fn aliases_in_a_row_are_followed_in_the_zone() {
+        let zone = zone(true);
+        let (one, two) = ("api.prod.svc.cluster.local", "in1.shop.svc.cluster.local");
+        let walked = ".svc.cluster.local.shop.svc.cluster.local";
+        for (text, expected) in [
+            ("in1.shop.svc.cluster.local".to_owned(), format!("NOERROR {one} 10.96.0.51")),
+            ("in2.shop.svc.cluster.local".to_owned(), format!("NOERROR {two} {one} 10.96.0.51")),
+            // The search list ends at an alias.
+            (format!("in1.shop{walked}"), format!("NOERROR {two} {one} 10.96.0.51")),
+            (
+                format!("in2.shop{walked}"),
+                format!("NOERROR in2.shop.svc.cluster.local {two} {one} 10.96.0.51"),
+            ),
+            (format!("ext2.shop{walked}"), "asks for db.example.org, walking".to_owned()),
+            ("ext2.shop.svc.cluster.local".to_owned(), "asks for db.example.org".to_owned()),
+            // The target does not exist, and is no name of a client's search list.
+            (format!("lost.shop{walked}"), "NXDOMAIN".to_owned()),
+            ("path.shop.svc.cluster.local".to_owned(), "NXDOMAIN".to_owned()),
+            ("loop.shop.svc.cluster.local".to_owned(), "SERVFAIL".to_owned()),
+            (format!("loop.shop{walked}"), "SERVFAIL".to_owned()),
+        ] {
+            assert_eq!(ask(&zone, &text, RecordType::A), expected, "{text}");
+        }
+        assert_eq!(ask(&zone, "in2.shop.svc.cluster.local", RecordType::CNAME), format!("NOERROR {two}"));
+        assert_eq!(ask(&zone, "in2.shop.svc.cluster.local", RecordType::TXT), format!("NOERROR {two} {one}"));
     }
 
     #[test]

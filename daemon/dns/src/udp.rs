@@ -9,7 +9,7 @@ use arc_swap::Cache;
 use ovl_udp::{ReceiveBatch, Received, SendBatch};
 use tokio::sync::mpsc;
 
-use crate::answer::{Outcome, Transport, answer, target};
+use crate::answer::{Outcome, Transport, answer};
 use crate::forward::{Job, Waiter};
 use crate::shared::{ListenRole, Shared};
 use crate::sys::wait_readable;
@@ -47,10 +47,9 @@ pub(crate) fn serve(sockets: &[(Arc<UdpSocket>, ListenRole)], shared: &Shared, j
                         answered += 1;
                         answers.push(from, length);
                     }
-                    outcome @ (Outcome::Forward | Outcome::Alias) => {
+                    outcome @ (Outcome::Forward | Outcome::Alias(_)) => {
                         let to = Waiter::Udp(Arc::clone(socket), from);
-                        let alias = (outcome == Outcome::Alias).then(|| target(zone, asker, query));
-                        let job = Job { message: query.to_vec(), alias: alias.flatten(), asker, to };
+                        let job = Job { message: query.to_vec(), alias: outcome.alias(), asker, to };
                         // If the queue is full, the client retries.
                         if jobs.try_send(job).is_err() {
                             ignored += 1;

@@ -16,7 +16,9 @@ use anyhow::{Context, bail};
 use data_encoding::BASE64;
 use ovl_files::{Damaged, sha256};
 use ovl_proto::id::{NodeId, TunnelKey};
-use ovl_proto::record::{Domain, MAX_OTHER_KEYS, NodeRecord, PublicKey, RecordHead, Signature, SignedRecord};
+use ovl_proto::record::{
+    Domain, MAX_OTHER_KEYS, NodeRecord, PublicKey, RecordHead, Signature, SignedRecord, is_zone,
+};
 use ovl_proto::wire::{self, WireError};
 use ovl_tunnel::PrivateKey;
 use ring::rand::{SecureRandom as _, SystemRandom};
@@ -373,6 +375,9 @@ fn invalid_field(record: &NodeRecord) -> Option<&'static str> {
     if record.keys.opens.len() > MAX_OTHER_KEYS {
         return Some("too many cluster keys");
     }
+    if !is_zone(&record.zone) {
+        return Some("invalid zone: at most 63 letters, digits, '.', '_' and '-' are allowed");
+    }
     None
 }
 
@@ -437,6 +442,7 @@ pub(crate) fn sample_record(identity: &Identity) -> NodeRecord {
         not_built: Vec::new(),
         probe_kinds: 0,
         metrics_port: 0,
+        zone: String::new(),
         unknown: ovl_proto::wire::fields::Unknown::default(),
     }
 }

@@ -15,7 +15,8 @@ use ovl_manifest::object::{self as manifest, Identity};
 use ovl_proto::id::NodeId;
 use ovl_proto::object::Body;
 use ovl_proto::resource::{
-    Created, Kind, Meta, Name, Namespace, NetworkPolicy, Pod, Protocol, Resource, ResourceKey, Service,
+    Created, HEADLESS_LABEL, Kind, Meta, Name, Namespace, NetworkPolicy, PROXY_NAME_LABEL, Pod, Protocol,
+    Resource, ResourceKey, Service,
 };
 use ovl_proto::wire::fields::Unknown;
 use ovl_subsystems::services::allocation::{self, Ranges, ReservedClaims, ServiceAllocator};
@@ -455,6 +456,13 @@ fn tombstone(kind: Kind, name: &Name) -> Resource {
     }
 }
 
+/// Says why the addresses of a Service lead nowhere.
+fn not_translated() -> String {
+    format!(
+        "not translated by ovl, because it has the label {PROXY_NAME_LABEL} or {HEADLESS_LABEL}: it has names in DNS alone"
+    )
+}
+
 fn node_name(state: &State, host: Option<NodeId>) -> String {
     host.map(|host| state.view.name_of(host)).unwrap_or_default()
 }
@@ -554,6 +562,7 @@ fn backends(state: &State, ranges: &Ranges, name: &Name, service: &Service) -> S
             .lost_externals(name, service)
             .map(|(claim, other)| lost(&claim, other))
             .chain((!waits.is_empty()).then(|| super::ingress::waits(&waits)))
+            .chain((!service.is_translated()).then(not_translated))
             .collect(),
     }
 }

@@ -156,7 +156,7 @@ impl Node {
                 return Err(Failed::invalid(format!("{prefix} overlaps {other}")));
             }
             check_overlap(state, None, *prefix)?;
-            let Ranges { services, load_balancers, external } = &self.config.ranges;
+            let Ranges { services, load_balancers, external, .. } = &self.config.ranges;
             let named = [
                 ("service_range", services),
                 ("load_balancer_pool", load_balancers),

@@ -279,8 +279,15 @@ impl Node {
             }
         }
         let moved = old.as_ref().is_none_or(|old| {
-            (old.address, old.vtep, old.vxlan_port, old.link_mtu, old.presence)
-                != (record.address, record.vtep, record.vxlan_port, record.link_mtu, record.presence)
+            (old.address, old.vtep, old.vxlan_port, old.link_mtu, old.presence, &old.zone)
+                != (
+                    record.address,
+                    record.vtep,
+                    record.vxlan_port,
+                    record.link_mtu,
+                    record.presence,
+                    &record.zone,
+                )
         });
         if old.as_ref().is_none_or(|old| old.keys != record.keys) {
             self.keys.notify_one();

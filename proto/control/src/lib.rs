@@ -26,4 +26,4 @@ pub use request::*;
 pub use resources::*;
 
 /// The maximum length of a request line in bytes.
-pub const MAX_REQUEST: usize = 1 << 20;
+pub const MAX_REQUEST: usize = 4 << 20;

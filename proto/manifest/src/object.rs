@@ -14,20 +14,18 @@ use ovl_proto::resource::{
     DEFAULT_NAMESPACE, IntOrString, IpBlock, Kind, Meta, Name, PolicyType, Resource, ResourceKey, USER_MAPS,
     Validation,
 };
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::problem::{Problem, Problems};
 
 use self::fields::Treatment;
 pub use self::fields::without_indices;
 use self::kinds::{Class, ListOf};
-use self::names::{is_label, is_label_key, is_label_value, is_service_name, is_subdomain};
+use self::names::{is_label, is_label_key, is_label_value, is_subdomain};
 use self::typed::Typed;
 
-/// The maximum size of all annotations of an object, in bytes.
-const MAX_ANNOTATIONS: usize = 128 << 10;
-/// The maximum number of labels of an object.
-const MAX_LABELS: usize = 64;
+/// The maximum size of all annotations of an object in bytes, as in Kubernetes.
+const MAX_ANNOTATIONS: usize = 256 << 10;
 
 /// An object that was read from a manifest.
 #[derive(Debug, Clone, PartialEq)]
@@ -268,12 +266,27 @@ fn remove_server_fields(kind: Kind, fields: &mut Map<String, Value>, problems: &
             metadata.remove("uid");
         }
     }
-    // ovl uses only the status of a Pod.
+    // ovl uses only the status of a Pod, and the addresses that another program gave a LoadBalancer.
     if kind != Kind::Pod
         && let Some(status) = fields.remove("status")
     {
         problems.want(status.is_null() || status.is_object(), "status", "not an object");
+        let is_balancer =
+            fields.get("spec").and_then(|spec| spec.get("type")) == Some(&"LoadBalancer".into());
+        if kind == Kind::Service && is_balancer {
+            let ingress = status.pointer("/loadBalancer/ingress").and_then(Value::as_array);
+            let ingress: Vec<Value> = ingress.into_iter().flatten().filter_map(translated_ingress).collect();
+            fields.insert("status".to_owned(), json!({ "loadBalancer": { "ingress": ingress } }));
+        }
     }
+}
+
+/// Returns an address of a LoadBalancer as ovl keeps it. `None` for a host name, and for an address that hosts must not
+/// translate, because the load balancer changes packets itself (`ipMode: Proxy`).
+fn translated_ingress(ingress: &Value) -> Option<Value> {
+    let ip = ingress.get("ip")?.as_str()?.parse::<std::net::IpAddr>().ok()?;
+    let is_vip = ingress.get("ipMode").is_none_or(|mode| mode.is_null() || mode == "VIP");
+    is_vip.then(|| json!({ "ip": ip }))
 }
 
 /// Removes fields that are null, which means that they are not given. In a map with keys of the user, null is the empty
@@ -413,8 +426,10 @@ fn check_into(resource: &Resource, problems: &mut Problems) {
 
 fn check_meta(kind: Kind, meta: &Meta, problems: &mut Problems) {
     match kind {
-        Kind::Service => problems.want(is_service_name(&meta.name), "metadata.name", names::SERVICE_NAME),
-        Kind::Namespace => problems.want(is_label(&meta.name), "metadata.name", names::LABEL),
+        // A name of a Service may begin with a digit since Kubernetes 1.34.
+        Kind::Service | Kind::Namespace => {
+            problems.want(is_label(&meta.name), "metadata.name", names::LABEL);
+        }
         Kind::Pod | Kind::EndpointSlice | Kind::NetworkPolicy => {
             problems.want(is_subdomain(&meta.name), "metadata.name", names::SUBDOMAIN);
         }
@@ -432,11 +447,10 @@ fn check_meta(kind: Kind, meta: &Meta, problems: &mut Problems) {
         names::LABEL_KEY,
     );
     let size: usize = meta.annotations.iter().map(|(key, value)| key.len() + value.len()).sum();
-    problems.want(size <= MAX_ANNOTATIONS, "metadata.annotations", "are larger than 128 KiB in total");
+    problems.want(size <= MAX_ANNOTATIONS, "metadata.annotations", "are larger than 256 KiB in total");
 }
 
 pub(crate) fn check_labels(field: &str, labels: &ovl_proto::resource::Labels, problems: &mut Problems) {
-    problems.want(labels.len() <= MAX_LABELS, field, format!("exceed the limit of {MAX_LABELS}"));
     for (key, value) in labels {
         problems.want(is_label_key(key), format!("{field}.{key}"), names::LABEL_KEY);
         problems.want(is_label_value(value), format!("{field}.{key}"), names::LABEL_VALUE);

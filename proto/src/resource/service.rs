@@ -1,7 +1,6 @@
 //! v1 Service.
 
 use std::net::IpAddr;
-use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -9,14 +8,23 @@ use super::{IntOrString, Labels, Meta, Protocol};
 use crate::fields;
 use crate::wire::fields::Unknown;
 
-/// The node port range, reserved on all hosts for Services of type NodePort and LoadBalancer, as in Kubernetes.
-pub const NODE_PORTS: RangeInclusive<u16> = 30_000..=32_767;
+/// The label of a Service that another proxy translates, with the name of that proxy. Of an EndpointSlice: for such a
+/// Service.
+pub const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
+/// The label of a Service, or an EndpointSlice, that no proxy translates. The value has no meaning.
+pub const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
+
+/// Whether an object with these labels, a Service or an EndpointSlice, is not for translation by ovl. DNS has it all the
+/// same.
+pub fn is_for_names_only(labels: &Labels) -> bool {
+    [PROXY_NAME_LABEL, HEADLESS_LABEL].into_iter().any(|label| labels.get(label).is_some())
+}
 
 /// v1 Service.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(remote = "Self", rename_all = "camelCase", default)]
 pub struct Service {
-    /// The metadata. The name is a DNS label.
+    /// The metadata. The name is a DNS label, which may begin with a digit.
     pub metadata: Meta,
     /// The desired state, with what was allocated.
     pub spec: ServiceSpec,
@@ -74,6 +82,10 @@ pub struct ServiceSpec {
     pub load_balancer_ip: Option<IpAddr>,
     /// Whether the ports of a LoadBalancer get node ports as well. `None`: yes.
     pub allocate_load_balancer_node_ports: Option<bool>,
+    /// Which of the backends that its selector selects clients prefer. `None`: no one. Slices say so with hints of their own.
+    pub traffic_distribution: Option<TrafficDistribution>,
+    /// Which program gives a LoadBalancer its addresses: see [`Self::is_of_other_class`].
+    pub load_balancer_class: Option<String>,
     /// Fields that this release does not know.
     #[serde(skip)]
     pub unknown: Unknown,
@@ -86,7 +98,8 @@ fields! {
         9 external_name optional, 10 session_affinity optional, 11 session_affinity_config optional,
         12 internal_traffic_policy optional, 13 external_traffic_policy optional,
         14 health_check_node_port optional, 15 publish_not_ready_addresses optional,
-        16 load_balancer_ip optional, 17 allocate_load_balancer_node_ports optional, ..unknown
+        16 load_balancer_ip optional, 17 allocate_load_balancer_node_ports optional,
+        18 traffic_distribution optional, 19 load_balancer_class optional, ..unknown
     }
 }
 
@@ -124,7 +137,8 @@ pub struct ServicePort {
     pub port: u16,
     /// The port on the backends. In the cluster always filled in; defaults to `port`.
     pub target_port: Option<IntOrString>,
-    /// The node port, 30000 to 32767. `None` if the Service has none, or none was allocated yet.
+    /// The node port, of the range that the hosts are configured with. `None` if the Service has none, or none was
+    /// allocated yet.
     pub node_port: Option<u16>,
     /// Fields that this release does not know.
     #[serde(skip)]
@@ -256,6 +270,9 @@ pub struct ClientIpConfig {
     pub timeout_seconds: Option<u32>,
 }
 
+/// The `loadBalancerClass` of ovl. A LoadBalancer without a class is ovl's too, if ovl has a pool of addresses.
+pub const LOAD_BALANCER_CLASS: &str = "ovl.io/pool";
+
 /// The default affinity timeout of Kubernetes: three hours, in seconds.
 pub const DEFAULT_AFFINITY_SECONDS: u32 = 10_800;
 
@@ -269,7 +286,18 @@ pub enum TrafficPolicy {
     Local,
 }
 
-/// The status of a Service, written by the cluster.
+/// Which backends clients prefer, while there are such ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TrafficDistribution {
+    /// Those in the client's zone: the earlier name of [`Self::PreferSameZone`].
+    PreferClose,
+    /// Those in the client's zone.
+    PreferSameZone,
+    /// Those on the client's host, then those in its zone.
+    PreferSameNode,
+}
+
+/// The status of a Service, written by the cluster or by the program that gives a LoadBalancer its addresses.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(remote = "Self", rename_all = "camelCase", default)]
 pub struct ServiceStatus {
@@ -286,7 +314,8 @@ fields! { json ServiceStatus { 1 load_balancer optional, ..unknown } }
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(remote = "Self", rename_all = "camelCase", default)]
 pub struct LoadBalancerStatus {
-    /// The addresses, one for each family that the pool has and the Service requests.
+    /// The addresses: those of the pool, one for each family that it has and the Service requests, or those that another
+    /// program gave.
     pub ingress: Vec<LoadBalancerIngress>,
     /// Fields that this release does not know.
     #[serde(skip)]
@@ -295,7 +324,7 @@ pub struct LoadBalancerStatus {
 
 fields! { json LoadBalancerStatus { 1 ingress optional, ..unknown } }
 
-/// An address of the load balancer pool.
+/// An address of a LoadBalancer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LoadBalancerIngress {
     /// The address.
@@ -303,6 +332,11 @@ pub struct LoadBalancerIngress {
 }
 
 impl ServiceSpec {
+    /// Whether another program than ovl gives the Service its LoadBalancer addresses, by its class.
+    pub fn is_of_other_class(&self) -> bool {
+        self.load_balancer_class.as_ref().is_some_and(|class| class != LOAD_BALANCER_CLASS)
+    }
+
     /// Whether hosts report to load balancers if they have backends.
     pub fn wants_health_check(&self) -> bool {
         self.kind == ServiceType::LoadBalancer && self.external_traffic_policy == TrafficPolicy::Local
@@ -321,6 +355,11 @@ impl Service {
         self.spec.cluster_ips.contains(&ClusterIp::Headless)
     }
 
+    /// Whether hosts translate its addresses and ports: see [`is_for_names_only`].
+    pub fn is_translated(&self) -> bool {
+        !is_for_names_only(&self.metadata.labels)
+    }
+
     /// Whether clients outside the cluster can reach it.
     pub fn is_reached_from_outside(&self) -> bool {
         match self.spec.kind {
@@ -330,12 +369,12 @@ impl Service {
         }
     }
 
-    /// Returns its addresses of the load balancer pool.
+    /// Returns its LoadBalancer addresses.
     pub fn load_balancer_addresses(&self) -> impl Iterator<Item = IpAddr> {
         self.status.load_balancer.ingress.iter().map(|ingress| ingress.ip)
     }
 
-    /// Returns its address families without an address of the load balancer pool.
+    /// Returns its address families without a LoadBalancer address.
     pub fn lacking_families(&self) -> impl Iterator<Item = IpFamily> {
         let has = |family| self.load_balancer_addresses().any(|address| IpFamily::of(address) == family);
         self.spec.ip_families.iter().copied().filter(move |family| !has(*family))

@@ -58,6 +58,8 @@ pub struct SliceEndpoint {
     pub hostname: String,
     /// The name of its host in the cluster. Empty: unknown.
     pub node_name: String,
+    /// The clients that it is meant for. `None`: all.
+    pub hints: Option<EndpointHints>,
     /// Fields that this release does not know.
     #[serde(skip)]
     pub unknown: Unknown,
@@ -65,8 +67,31 @@ pub struct SliceEndpoint {
 
 fields! {
     json SliceEndpoint {
-        1 addresses optional, 2 conditions optional, 3 hostname optional, 4 node_name optional, ..unknown
+        1 addresses optional, 2 conditions optional, 3 hostname optional, 4 node_name optional, 5 hints optional,
+        ..unknown
     }
+}
+
+/// The clients that an endpoint of a slice is meant for. Hosts follow hints if all ready endpoints have some.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(remote = "Self", rename_all = "camelCase", default)]
+pub struct EndpointHints {
+    /// Those in these zones, at most 8.
+    pub for_zones: Vec<HintTarget>,
+    /// Those on these hosts, at most 8.
+    pub for_nodes: Vec<HintTarget>,
+    /// Fields that this release does not know.
+    #[serde(skip)]
+    pub unknown: Unknown,
+}
+
+fields! { json EndpointHints { 1 for_zones optional, 2 for_nodes optional, ..unknown } }
+
+/// A zone or a host that an endpoint is meant for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HintTarget {
+    /// Its name.
+    pub name: String,
 }
 
 /// Whether a backend accepts connections. Absent values have the defaults of Kubernetes.

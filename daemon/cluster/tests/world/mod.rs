@@ -52,6 +52,7 @@ pub(crate) fn node(n: u8) -> Node {
             not_built: Vec::new(),
             probe_kinds: 0,
             metrics_port: 0,
+            zone: String::new(),
             unknown: Unknown::default(),
         },
         state: PeerState::Alive,

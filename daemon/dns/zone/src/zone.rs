@@ -13,8 +13,11 @@ use crate::name::{KeptName, Name};
 /// The client that sent a query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Client {
-    /// The host itself, which sees the names of all networks, by full names alone.
+    /// The host itself, which sees the names of all networks, by full names alone. It asks resolvers of its own for others.
     Host,
+    /// A program of the host that has no other resolver, such as a pod with the host's network. It sees the names that
+    /// [`Self::Host`] sees, and those of others.
+    HostOnly,
     /// The endpoint with this address.
     Endpoint(IpAddr),
 }
@@ -299,7 +302,7 @@ impl Zone {
     #[inline]
     pub fn knows(&self, client: Client) -> bool {
         match client {
-            Client::Host => true,
+            Client::Host | Client::HostOnly => true,
             Client::Endpoint(address) => self.has_client(address),
         }
     }
@@ -308,6 +311,7 @@ impl Zone {
     pub fn allows_external(&self, client: Client) -> bool {
         match client {
             Client::Host => false,
+            Client::HostOnly => true,
             Client::Endpoint(address) => self.clients.get(&address).is_some_and(|context| context.external),
         }
     }
@@ -317,12 +321,16 @@ impl Zone {
     pub fn find(&self, client: Client, name: &Name) -> Resolution<'_> {
         let (all, some);
         let networks: &mut dyn Iterator<Item = (&NetworkKey, &Network)> = match client {
-            Client::Host => {
+            Client::Host | Client::HostOnly => {
                 all = self.networks.iter().map(|(key, network)| (key, &**network));
                 &mut { all }
             }
             Client::Endpoint(address) => {
                 let Some(context) = self.clients.get(&address) else { return Resolution::NotFound };
+                // The name that a Service gives an address comes before that of a network.
+                if let Some(records) = self.reverse_in_cluster(name) {
+                    return Resolution::Found(CLUSTER, records);
+                }
                 let on = &context.networks;
                 // An endpoint that is called `web.blue` must not take the place of `web` on the network `blue`.
                 if name.has_several_labels() {
@@ -361,7 +369,7 @@ impl Zone {
             (Some(rest), _) => Some(rest),
             (None, Client::Endpoint(_)) => Some(name),
             // For the host, `web.blue` without ovl's domain may be a name of another domain.
-            (None, Client::Host) => None,
+            (None, Client::Host | Client::HostOnly) => None,
         };
         let mut is_local = within.is_some();
         for (key, network) in networks {
@@ -378,6 +386,14 @@ impl Zone {
                 reversed.is_some_and(|address| network.subnets.iter().any(|net| net.contains(&address)));
         }
         if is_local { Resolution::NotFound } else { Resolution::External }
+    }
+
+    /// Returns the PTR records that Services have for a reverse name.
+    #[inline]
+    fn reverse_in_cluster(&self, name: &Name) -> Option<&Records> {
+        let cluster = self.cluster.as_ref()?;
+        name.reversed()?;
+        cluster.names.get(name).map(|records| &**records)
     }
 
     /// Resolves a name in the cluster domain. `None` if the name is in another domain.
@@ -444,7 +460,7 @@ impl Zone {
         }
         let qualified = name.join(&self.networks.get(&network)?.label)?;
         match (client, &self.domain) {
-            (Client::Host, Some(domain)) => qualified.join(domain),
+            (Client::Host | Client::HostOnly, Some(domain)) => qualified.join(domain),
             _ => Some(qualified),
         }
     }

@@ -56,6 +56,8 @@ fn invalid_records_are_rejected() {
         NodeRecord { name: String::new(), ..good.clone() },
         NodeRecord { name: "a b".to_owned(), ..good.clone() },
         NodeRecord { name: "n".repeat(64), ..good.clone() },
+        NodeRecord { zone: "a b".to_owned(), ..good.clone() },
+        NodeRecord { zone: "z".repeat(64), ..good.clone() },
         NodeRecord { vtep: "0.0.0.0".parse().unwrap(), ..good.clone() },
         NodeRecord { vtep: "ff02::1".parse().unwrap(), ..good.clone() },
         NodeRecord { address: "127.0.0.1:0".parse().unwrap(), ..good.clone() },

@@ -178,6 +178,8 @@ mod tests {
             readiness,
             hostname: hostname.to_owned(),
             name: String::new(),
+            hints: None,
+            names_only: false,
         }
     }
 

@@ -5,10 +5,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use ovl_dataplane::device::Device;
 use ovl_dataplane::diff::diff;
+use ovl_dataplane::nft::{Skeleton, Table};
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::id::NetworkId;
@@ -29,6 +31,8 @@ pub(super) struct Delivery {
     resolved: BTreeSet<NetworkId>,
     /// The addresses that were last sent. The tables are sent while there are any.
     sent: BTreeMap<NetworkId, Addresses>,
+    /// Whether the tables are also sent for programs of the host itself: while the cluster has Services.
+    for_host: bool,
     /// Networks that may have changed since.
     changed: BTreeSet<NetworkId>,
     /// Networks that the kernel could not set up: what was sent for them is not there.
@@ -84,18 +88,21 @@ impl Delivery {
         known.map(|network| resolver::on_bridge(network, &self.cluster_dns)).unwrap_or_default()
     }
 
-    fn part(&self, addresses: Addresses) -> Dataplane {
-        let mut part = Dataplane::default();
-        if !addresses.is_empty() {
-            part.tables = resolver::tables(&self.cluster_dns);
-            part.addresses = addresses;
+    fn part(&self, addresses: Addresses, for_host: bool) -> Dataplane {
+        Dataplane { tables: self.tables(!addresses.is_empty(), for_host), addresses, ..Dataplane::default() }
+    }
+
+    fn tables(&self, for_endpoints: bool, for_host: bool) -> BTreeMap<Table, Arc<Skeleton>> {
+        match for_endpoints || for_host {
+            true => resolver::tables(&self.cluster_dns, for_endpoints),
+            false => BTreeMap::new(),
         }
-        part
     }
 
     /// Returns the desired data plane.
     pub(super) fn desired(&self, cluster: &Cluster<'_>) -> Dataplane {
-        self.part(self.resolved.iter().flat_map(|network| self.wanted(*network, cluster)).collect())
+        let all = self.resolved.iter().flat_map(|network| self.wanted(*network, cluster)).collect();
+        self.part(all, cluster.view.has_services())
     }
 
     /// Returns what was last sent. `None` while a refused network has not been sent again.
@@ -104,13 +111,14 @@ impl Delivery {
     }
 
     fn all_sent(&self) -> Dataplane {
-        self.part(self.sent.values().flatten().copied().collect())
+        self.part(self.sent.values().flatten().copied().collect(), self.for_host)
     }
 
     /// Returns the desired data plane and records it as sent.
     pub(super) fn resync(&mut self, cluster: &Cluster<'_>) -> Dataplane {
         self.changed.clear();
         self.refused.clear();
+        self.for_host = cluster.view.has_services();
         let all = self.resolved.iter().map(|network| (*network, self.wanted(*network, cluster)));
         self.sent = all.filter(|(_, addresses)| !addresses.is_empty()).collect();
         self.all_sent()
@@ -119,11 +127,13 @@ impl Delivery {
     /// Returns the operations for the networks that changed. The tables come before the first address.
     pub(super) fn plan(&mut self, cluster: &Cluster<'_>) -> Vec<Op> {
         let changed = std::mem::take(&mut self.changed);
-        if changed.is_empty() {
+        let for_host = cluster.view.has_services();
+        if changed.is_empty() && for_host == self.for_host {
             return Vec::new();
         }
         let (mut was, mut is) = (Dataplane::default(), Dataplane::default());
-        let had_tables = !self.sent.is_empty();
+        was.tables = self.tables(!self.sent.is_empty(), self.for_host);
+        self.for_host = for_host;
         for network in changed {
             self.refused.remove(&network);
             let before = self.sent.remove(&network).unwrap_or_default();
@@ -137,10 +147,7 @@ impl Delivery {
                 self.sent.insert(network, now);
             }
         }
-        if had_tables == self.sent.is_empty() {
-            let tables = resolver::tables(&self.cluster_dns);
-            if had_tables { was.tables = tables } else { is.tables = tables }
-        }
+        is.tables = self.tables(!self.sent.is_empty(), for_host);
         diff(&was, &is, true)
     }
 

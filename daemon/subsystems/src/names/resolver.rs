@@ -28,6 +28,11 @@ pub const PORT: u16 = 7953;
 /// by a Docker Engine.
 pub const PORT_DIRECT: u16 = 7954;
 
+/// The loopback port for queries of programs of the host itself to the cluster DNS.
+pub const PORT_HOST: u16 = 7955;
+/// The loopback port for queries of programs of the host itself to [`ADDRESS_V4`] and [`ADDRESS_V6`].
+pub const PORT_HOST_DIRECT: u16 = 7956;
+
 /// Addresses of this host that its endpoints may send queries to, whatever else of the host is closed to them.
 pub const HOST_ADDRESSES: [IpAddr; 4] =
     [IpAddr::V4(ADDRESS_V4), IpAddr::V4(CLUSTER_V4), IpAddr::V6(ADDRESS_V6), IpAddr::V6(CLUSTER_V6)];
@@ -47,10 +52,11 @@ fn stand_in(address: IpAddr) -> IpAddr {
     if address.is_ipv4() { CLUSTER_V4.into() } else { CLUSTER_V6.into() }
 }
 
-/// Returns the tables of the resolver: one that rewrites queries and answers, and those that deliver queries past the
-/// firewalls of the host.
-pub(crate) fn tables(cluster: &[IpAddr]) -> BTreeMap<Table, Arc<Skeleton>> {
-    past_firewalls().chain([(Table::Resolver, Arc::new(rewriting(cluster)))]).collect()
+/// Returns the tables of the resolver: one that rewrites queries and answers, and if endpoints use the resolver, those that
+/// deliver their queries past the firewalls of the host.
+pub(crate) fn tables(cluster: &[IpAddr], for_endpoints: bool) -> BTreeMap<Table, Arc<Skeleton>> {
+    let delivering = past_firewalls().filter(|_| for_endpoints);
+    delivering.chain([(Table::Resolver, Arc::new(rewriting(cluster)))]).collect()
 }
 
 /// Returns the table that rewrites queries and answers.
@@ -95,8 +101,40 @@ fn rewriting(cluster: &[IpAddr]) -> Skeleton {
         hook: Some(format!("type filter hook {hook} priority raw - 5; policy accept;")),
         rules,
     };
-    let chains = vec![chain("queries", "prerouting", queries), chain("answers", "output", answers)];
+    let (own, own_answers) = of_host(cluster);
+    answers.extend(own_answers);
+    let own = Chain {
+        name: "host".to_owned(),
+        // A packet whose destination changes here gets another route.
+        hook: Some("type route hook output priority raw - 5; policy accept;".to_owned()),
+        rules: own,
+    };
+    let chains = vec![chain("queries", "prerouting", queries), chain("answers", "output", answers), own];
     Skeleton { chains, ..Skeleton::default() }
+}
+
+/// Returns the rules that rewrite the queries of programs of the host itself, and the answers to them. Pods with the host's
+/// network are such programs. They are led to loopback: only the host itself can send there, so whoever asks is not an
+/// endpoint.
+fn of_host(cluster: &[IpAddr]) -> (Vec<String>, Vec<String>) {
+    let cluster = cluster.iter().map(|address| (*address, PORT_HOST));
+    let own = [IpAddr::from(ADDRESS_V4), IpAddr::from(ADDRESS_V6)].map(|address| (address, PORT_HOST_DIRECT));
+    let (mut queries, mut answers) = (Vec::new(), Vec::new());
+    for (address, port) in cluster.chain(own) {
+        let (family, loopback): (&str, IpAddr) = match address {
+            IpAddr::V4(_) => ("ip", Ipv4Addr::LOCALHOST.into()),
+            IpAddr::V6(_) => ("ip6", Ipv6Addr::LOCALHOST.into()),
+        };
+        for proto in ["udp", "tcp"] {
+            queries.push(format!(
+                "{family} daddr {address} {proto} dport 53 {family} daddr set {loopback} {proto} dport set {port} notrack"
+            ));
+            answers.push(format!(
+                "{family} saddr {loopback} {proto} sport {port} {family} saddr set {address} {proto} sport set 53 notrack"
+            ));
+        }
+    }
+    (queries, answers)
 }
 
 /// Returns the tables that deliver queries to ovld by the loopback device.

@@ -146,9 +146,11 @@ pub(super) fn called<'a>(
     })
 }
 
-/// Returns the names of the endpoints with this address: at most one, unless hosts disagree.
+/// Returns the names of the endpoints with this address: at most one, unless hosts disagree. A pod of a container runtime has
+/// none on a network: in Kubernetes, an address has the names of Services alone, and nobody there knows the network's.
 fn names_of(view: &View, network: NetworkId, address: IpAddr) -> BTreeSet<String> {
     let there = view.all_with_address(network, address).filter(|placed| counts(view, network, placed));
+    let there = there.filter(|placed| placed.endpoint.pod.is_none());
     there.filter_map(|placed| own_names(view, &placed).next().map(canonical_name)).collect()
 }
 

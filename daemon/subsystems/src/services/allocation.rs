@@ -14,13 +14,9 @@ use ovl_cluster::digest::hash;
 use ovl_cluster::resources::Resources;
 use ovl_manifest::{Problem, Problems};
 use ovl_proto::resource::{
-    ClusterIp, IpFamily, IpFamilyPolicy, LoadBalancerIngress, NODE_PORTS, Name, Service, ServicePort,
-    ServiceType,
+    ClusterIp, IpFamily, IpFamilyPolicy, LoadBalancerIngress, Name, Service, ServicePort, ServiceType,
 };
 
-/// The number of node ports at the start of the range that are used last, so that users can choose them (as in
-/// Kubernetes).
-const MANUAL_NODE_PORTS: u16 = 86;
 /// The offset of the cluster DNS in a Service range.
 const DNS_OFFSET: u128 = 10;
 /// The number of addresses at the start of a range that are used last, so that users can choose them.
@@ -37,6 +33,69 @@ pub struct Ranges {
     pub load_balancers: Vec<IpNet>,
     /// Ranges of external IPs. If empty, Services can have none.
     pub external: Vec<IpNet>,
+    /// The ports of every host that Services can have.
+    pub node_ports: NodePortRange,
+}
+
+/// A range of node ports, written `30000-32767`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct NodePortRange {
+    first: u16,
+    last: u16,
+}
+
+impl Default for NodePortRange {
+    /// Returns the default of the Kubernetes API server.
+    fn default() -> Self {
+        Self { first: 30_000, last: 32_767 }
+    }
+}
+
+impl std::fmt::Display for NodePortRange {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}-{}", self.first, self.last)
+    }
+}
+
+/// A text is not a range of node ports.
+#[derive(Debug)]
+pub struct NodePortRangeError(String);
+
+impl std::fmt::Display for NodePortRangeError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "'{}' is not a range of ports: give the first and the last one, such as 30000-32767",
+            self.0
+        )
+    }
+}
+
+impl std::error::Error for NodePortRangeError {}
+
+impl std::str::FromStr for NodePortRange {
+    type Err = NodePortRangeError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let port = |text: &str| text.trim().parse::<u16>().ok().filter(|port| *port != 0);
+        let bounds = text.split_once('-').and_then(|(first, last)| Some((port(first)?, port(last)?)));
+        let bounds = bounds.filter(|(first, last)| first <= last);
+        bounds.map(|(first, last)| Self { first, last }).ok_or_else(|| NodePortRangeError(text.to_owned()))
+    }
+}
+
+impl NodePortRange {
+    /// Whether a port is in the range.
+    pub fn contains(self, port: u16) -> bool {
+        (self.first..=self.last).contains(&port)
+    }
+
+    /// Returns the first port that is used without need. Those before it are used last, so that users can choose them: as
+    /// in Kubernetes, a thirty-second of the range, at least 16 and at most 128 ports.
+    fn first_automatic(self) -> u16 {
+        let size = (self.last - self.first).saturating_add(1);
+        if size <= 16 { self.first } else { self.first + (size / 32).clamp(16, 128) }
+    }
 }
 
 impl Ranges {
@@ -48,6 +107,12 @@ impl Ranges {
     /// Returns all ranges.
     pub fn all(&self) -> impl Iterator<Item = IpNet> {
         self.services.iter().chain(&self.load_balancers).chain(&self.external).copied()
+    }
+
+    /// Whether another program gives a Service of type LoadBalancer its addresses: its class says so, or this cluster has no
+    /// pool. The addresses are in the status of the object then.
+    pub fn is_balanced_by_others(&self, service: &Service) -> bool {
+        self.load_balancers.is_empty() || service.spec.is_of_other_class()
     }
 
     fn of(&self, family: IpFamily) -> Option<IpNet> {
@@ -85,8 +150,12 @@ impl<'a> ServiceAllocator<'a> {
         let mut problems = Problems::default();
         let name = Name::new(&service.metadata.namespace, &service.metadata.name);
         let old = self.resources.services().get(&name);
+        let given = std::mem::take(&mut service.status.load_balancer.ingress);
         if let Some(old) = old {
-            carry_over(old, service, &mut problems);
+            carry_over(old, service, self.ranges.node_ports, &mut problems);
+        }
+        if self.ranges.is_balanced_by_others(service) {
+            service.status.load_balancer.ingress = given;
         }
         service.status.load_balancer.ingress.retain(|_| service.spec.kind == ServiceType::LoadBalancer);
         if service.spec.kind != ServiceType::ExternalName {
@@ -188,7 +257,10 @@ impl<'a> ServiceAllocator<'a> {
         for (n, port) in spec.ports.iter_mut().enumerate() {
             let path = format!("spec.ports[{n}].nodePort");
             match port.node_port {
-                Some(given) => self.want_free(Claim::NodePort(given), name, &path, problems),
+                Some(given) => {
+                    self.want_in_range(given, &path, problems);
+                    self.want_free(Claim::NodePort(given), name, &path, problems);
+                }
                 None if allocates => {
                     port.node_port = self.free_port(name, &port.name, &own);
                     own.extend(port.node_port);
@@ -201,6 +273,7 @@ impl<'a> ServiceAllocator<'a> {
         if !spec.wants_health_check() {
             spec.health_check_node_port = None;
         } else if let Some(given) = spec.health_check_node_port {
+            self.want_in_range(given, path, problems);
             self.want_free(Claim::NodePort(given), name, path, problems);
             problems.want(!own.contains(&given), path, "is a nodePort of the same Service");
         } else {
@@ -210,7 +283,7 @@ impl<'a> ServiceAllocator<'a> {
     }
 
     fn load_balancer(&mut self, service: &mut Service, name: &Name, problems: &mut Problems) {
-        if service.spec.kind != ServiceType::LoadBalancer {
+        if service.spec.kind != ServiceType::LoadBalancer || self.ranges.is_balanced_by_others(service) {
             return;
         }
         let wanted = service.spec.load_balancer_ip;
@@ -250,6 +323,11 @@ impl<'a> ServiceAllocator<'a> {
         problems.want(fits, "spec.loadBalancerIP", "is not of an address family in spec.ipFamilies");
         let ingress = ingress.into_iter().map(|ip| LoadBalancerIngress { ip });
         service.status.load_balancer.ingress = ingress.collect();
+    }
+
+    fn want_in_range(&self, port: u16, path: &str, problems: &mut Problems) {
+        let range = self.ranges.node_ports;
+        problems.want(range.contains(port), path, format!("{port} is not in the node_port_range {range}"));
     }
 
     fn want_free(&self, claim: Claim, name: &Name, path: &str, problems: &mut Problems) {
@@ -297,12 +375,13 @@ impl<'a> ServiceAllocator<'a> {
 
     /// Returns a free node port, beginning at an offset that follows from the name. `None` if all are in use.
     fn free_port(&self, name: &Name, port: &str, own: &BTreeSet<u16>) -> Option<u16> {
-        let first = NODE_PORTS.start() + MANUAL_NODE_PORTS;
-        let size = u128::from(NODE_PORTS.end() - first) + 1;
+        let range = self.ranges.node_ports;
+        let first = range.first_automatic();
+        let size = u128::from(range.last - first) + 1;
         let start = name_hash(&format!("{name} {port}")) % size;
         let upper = (0..size).filter_map(|n| u16::try_from((start + n) % size).ok()).map(|n| first + n);
         upper
-            .chain(*NODE_PORTS.start()..first)
+            .chain(range.first..first)
             .find(|port| !own.contains(port) && self.other(Claim::NodePort(*port), name).is_none())
     }
 }
@@ -320,7 +399,7 @@ pub fn waiting<'a>(
 
 /// Returns the address families of which a Service waits for an address of the pool; empty if it waits for none.
 pub fn families_waited_for(service: &Service, ranges: &Ranges) -> Vec<IpFamily> {
-    if service.spec.kind != ServiceType::LoadBalancer {
+    if service.spec.kind != ServiceType::LoadBalancer || ranges.is_balanced_by_others(service) {
         return Vec::new();
     }
     let has_pool =
@@ -330,8 +409,9 @@ pub fn families_waited_for(service: &Service, ranges: &Ranges) -> Vec<IpFamily> 
     service.lacking_families().filter(has_pool).filter(|family| Some(*family) != asked).collect()
 }
 
-/// Keeps allocated values of the current version where the manifest does not set them.
-fn carry_over(old: &Service, new: &mut Service, problems: &mut Problems) {
+/// Keeps allocated values of the current version where the manifest does not set them. Node ports outside of the range,
+/// which was another one then, are not kept.
+fn carry_over(old: &Service, new: &mut Service, node_ports: NodePortRange, problems: &mut Problems) {
     new.metadata.creation_timestamp = old.metadata.creation_timestamp;
     let reached = |service: &Service| service.spec.kind != ServiceType::ExternalName;
     if !reached(old) || !reached(new) {
@@ -362,10 +442,12 @@ fn carry_over(old: &Service, new: &mut Service, problems: &mut Problems) {
             other.protocol == port.protocol
                 && (other.port == port.port || !port.name.is_empty() && other.name == port.name)
         };
-        port.node_port = port.node_port.or(old.spec.ports.iter().find(same).and_then(|port| port.node_port));
+        let had = old.spec.ports.iter().find(same).and_then(|port| port.node_port);
+        port.node_port = port.node_port.or(had.filter(|port| node_ports.contains(*port)));
     }
     if new.spec.wants_health_check() {
-        new.spec.health_check_node_port = new.spec.health_check_node_port.or(old.spec.health_check_node_port);
+        let had = old.spec.health_check_node_port.filter(|port| node_ports.contains(*port));
+        new.spec.health_check_node_port = new.spec.health_check_node_port.or(had);
     }
     new.status = old.status.clone();
 }

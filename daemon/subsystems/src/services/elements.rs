@@ -65,8 +65,9 @@ pub struct Services {
     started: bool,
     /// Whether there are Services at all.
     any: bool,
-    /// Services with connections that are relayed to remote hosts.
-    relaying: BTreeSet<Name>,
+    /// Services with connections from outside that are forwarded to the underlay, with the address families (`true` for
+    /// IPv4).
+    forwarding: BTreeMap<Name, BTreeSet<bool>>,
     /// What Services name and this host does not translate.
     denied: BTreeMap<Name, Vec<Denial>>,
     denied_changed: bool,
@@ -116,13 +117,14 @@ impl Services {
     /// Returns the sysctls that the tables need, in the order in which they must be set.
     fn settings(&self) -> impl Iterator<Item = &'static str> {
         let liberal = self.tables.contains_key(&Table::Services).then_some(LIBERAL);
-        self.forwarding().into_iter().chain(liberal)
+        self.forwarding().chain(liberal)
     }
 
-    /// Returns the sysctl that relaying needs. `None` if nothing is relayed.
-    fn forwarding(&self) -> Option<&'static str> {
-        let ipv4 = self.context.vtep.filter(|_| !self.relaying.is_empty())?.is_ipv4();
-        Some(if ipv4 { "net.ipv4.ip_forward" } else { "net.ipv6.conf.all.forwarding" })
+    /// Returns the sysctls that connections need which are forwarded to the underlay.
+    fn forwarding(&self) -> impl Iterator<Item = &'static str> {
+        let families: BTreeSet<bool> = self.forwarding.values().flatten().copied().collect();
+        let sysctl = |ipv4| if ipv4 { "net.ipv4.ip_forward" } else { "net.ipv6.conf.all.forwarding" };
+        families.into_iter().map(sysctl)
     }
 
     /// Returns the operations that end UDP flows. They must follow the planned operations. Each is returned once.
@@ -250,16 +252,16 @@ impl Services {
 
     /// Updates the elements of one Service.
     fn service(&mut self, view: &View, backends: &Backends, name: &Name) -> Vec<Op> {
-        let service = view.resources.services().get(name);
+        let service = view.resources.services().get(name).filter(|service| service.is_translated());
         let resolved = service.map(|service| {
             let of = backends.of(name);
             resolve::resolve(&self.context, view.resources.claims(), (name, service), of, &mut self.slots)
         });
-        let Resolved { entries, counts, sticky, flows, relays } = resolved.unwrap_or_default();
-        if relays {
-            self.relaying.insert(name.clone());
+        let Resolved { entries, counts, sticky, flows, forwards } = resolved.unwrap_or_default();
+        if forwards.is_empty() {
+            self.forwarding.remove(name);
         } else {
-            self.relaying.remove(name);
+            self.forwarding.insert(name.clone(), forwards);
         }
         if service.is_none() {
             self.slots.forget(name);

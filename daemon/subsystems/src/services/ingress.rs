@@ -15,7 +15,7 @@ use ovl_proto::id::NodeId;
 use ovl_proto::record::PeerState;
 use ovl_proto::resource::{Name, Service, TrafficPolicy};
 
-use ovl_cluster::backends::{Backends, Target, targets};
+use ovl_cluster::backends::{Backends, Target, ready_targets, targets};
 use ovl_cluster::digest::hash;
 use ovl_cluster::view::{Node, View};
 use ovl_dataplane::device::Device;
@@ -34,7 +34,8 @@ const REPEATS: u8 = 3;
 pub struct Health {
     /// The port, on all addresses of the host.
     pub port: u16,
-    /// The number of backends on this host that accept connections.
+    /// The number of ready backends on this host. One that is shutting down does not count, although connections reach it
+    /// while no other is left: a load balancer should go to another host.
     pub local: usize,
 }
 
@@ -193,7 +194,9 @@ pub fn announcers(view: &View, address: IpAddr) -> impl Iterator<Item = &Node> {
 }
 
 fn is_balancer(service: &Service) -> bool {
-    service.load_balancer_addresses().next().is_some() || service.spec.health_check_node_port.is_some()
+    let is_any =
+        service.load_balancer_addresses().next().is_some() || service.spec.health_check_node_port.is_some();
+    is_any && service.is_translated()
 }
 
 fn service_ingress(
@@ -203,17 +206,19 @@ fn service_ingress(
     name: &Name,
     service: &Service,
 ) -> ServiceIngress {
-    let (v4, v6) = (behind(backends, name, service, true), behind(backends, name, service, false));
     let addresses = service.load_balancer_addresses();
-    let addresses = addresses.filter(|address| permits.load_balancer(*address).is_none());
+    let addresses = addresses.filter(|address| permits.is_announced(service, *address));
     let announced = addresses.filter(|address| is_ours(view, backends, *address)).collect();
-    let health = service.spec.health_check_node_port.map(|port| {
+    let health_port = service.spec.health_check_node_port;
+    let health_port = health_port.filter(|port| permits.health_check_port(*port).is_none());
+    let health = health_port.map(|port| {
         // A backend with several ports or with addresses of both families counts once.
-        let local = |behind: &BTreeSet<Target>| {
-            let here = behind.iter().filter(|target| target.host == Some(view.me));
+        let local = |ipv4| {
+            let ports = 0..service.spec.ports.len();
+            let here = ports.flat_map(|port| ready_targets(backends.of(name), port, ipv4, Some(view.me)));
             here.map(|target| target.address).collect::<BTreeSet<IpAddr>>().len()
         };
-        Health { port, local: local(&v4).max(local(&v6)) }
+        Health { port, local: local(true).max(local(false)) }
     });
     ServiceIngress { announced, health }
 }
@@ -235,7 +240,9 @@ fn is_ours(view: &View, backends: &Backends, address: IpAddr) -> bool {
 fn sharing(view: &View, address: IpAddr) -> Vec<(&Name, &Service)> {
     let names: BTreeSet<&Name> = view.resources.claims().balancers_at(address).collect();
     let services = names.into_iter().filter_map(|name| Some((name, view.resources.services().get(name)?)));
-    let has = |service: &Service| service.load_balancer_addresses().any(|other| other == address);
+    let has = |service: &Service| {
+        service.is_translated() && service.load_balancer_addresses().any(|other| other == address)
+    };
     let mut all: Vec<(&Name, &Service)> = services.filter(|(_, service)| has(service)).collect();
     all.sort_by_key(|(name, service)| (service.metadata.creation_timestamp, *name));
     all

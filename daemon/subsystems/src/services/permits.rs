@@ -12,7 +12,7 @@ use ovl_manifest::Problem;
 use ovl_proto::SEALED_VXLAN_PORT;
 use ovl_proto::resource::{Protocol, Service};
 
-use super::allocation::Ranges;
+use super::allocation::{NodePortRange, Ranges};
 
 /// What Services may take on one host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -31,12 +31,14 @@ pub enum Denial {
     ClusterIp(IpAddr),
     /// An external IP is outside the external ranges. The flag says whether any are configured.
     ExternalIp(IpAddr, bool),
-    /// An address of a LoadBalancer is outside the pool.
+    /// An address of a LoadBalancer is outside the pool and the external ranges.
     LoadBalancer(IpAddr),
     /// An external IP or an address of a LoadBalancer is the one of this host.
     Host(IpAddr, String),
     /// A node port is one at which ovl receives.
     NodePort(Protocol, u16),
+    /// A node port, or a health check port, is outside the range.
+    NodePortRange(u16, NodePortRange),
 }
 
 impl std::fmt::Display for Denial {
@@ -59,8 +61,9 @@ impl std::fmt::Display for Denial {
             ),
             Self::LoadBalancer(address) => write!(
                 f,
-                "LoadBalancer address {address} is outside the load_balancer_pool: configure the same pool on all hosts, \
-                 and apply the Service again"
+                "LoadBalancer address {address} is outside the load_balancer_pool and the external_ranges: configure the \
+                 same pool on all hosts, and apply the Service again, or if another program gave the address, add its \
+                 range to external_ranges in ovld.toml on all hosts"
             ),
             Self::Host(address, host) => {
                 write!(
@@ -71,6 +74,11 @@ impl std::fmt::Display for Denial {
             Self::NodePort(protocol, port) => write!(
                 f,
                 "node port {port}/{protocol} is a port of ovl: choose another one, or another port in ovld.toml"
+            ),
+            Self::NodePortRange(port, range) => write!(
+                f,
+                "node port {port} is outside the node_port_range {range}: choose another one, or configure the same \
+                 node_port_range on all hosts"
             ),
         }
     }
@@ -110,10 +118,22 @@ impl Permits {
 
     /// Returns why an address of a LoadBalancer is not translated. `None` if it is.
     pub fn load_balancer(&self, address: IpAddr) -> Option<Denial> {
-        match self.ranges.load_balancers.iter().any(|pool| pool.contains(&address)) {
+        let of_others = || self.ranges.external.iter().any(|range| range.contains(&address));
+        match self.is_in_pool(address) || of_others() {
             true => self.host(address),
             false => Some(Denial::LoadBalancer(address)),
         }
+    }
+
+    /// Whether hosts announce an address of a LoadBalancer. What another program gave is announced by that program.
+    pub fn is_announced(&self, service: &Service, address: IpAddr) -> bool {
+        !self.ranges.is_balanced_by_others(service)
+            && self.is_in_pool(address)
+            && self.load_balancer(address).is_none()
+    }
+
+    fn is_in_pool(&self, address: IpAddr) -> bool {
+        self.ranges.load_balancers.iter().any(|pool| pool.contains(&address))
     }
 
     fn host(&self, address: IpAddr) -> Option<Denial> {
@@ -122,7 +142,18 @@ impl Permits {
 
     /// Returns why a node port is not translated. `None` if it is.
     pub fn node_port(&self, protocol: Protocol, port: u16) -> Option<Denial> {
-        self.ports.contains(&(protocol, port)).then_some(Denial::NodePort(protocol, port))
+        let is_own = self.ports.contains(&(protocol, port));
+        is_own.then_some(Denial::NodePort(protocol, port)).or_else(|| self.outside_range(port))
+    }
+
+    /// Returns why health checks are not answered at a port. `None` if they are.
+    pub fn health_check_port(&self, port: u16) -> Option<Denial> {
+        self.node_port(Protocol::Tcp, port)
+    }
+
+    fn outside_range(&self, port: u16) -> Option<Denial> {
+        let range = self.ranges.node_ports;
+        (!range.contains(port)).then_some(Denial::NodePortRange(port, range))
     }
 
     /// Returns what a Service names and this host does not translate.
@@ -132,7 +163,8 @@ impl Permits {
         let balancer = service.load_balancer_addresses().filter_map(|address| self.load_balancer(address));
         let ports = service.spec.ports.iter();
         let ports = ports.filter_map(|port| self.node_port(port.protocol, port.node_port?));
-        cluster.chain(external).chain(balancer).chain(ports).collect()
+        let health = service.spec.health_check_node_port.and_then(|port| self.health_check_port(port));
+        cluster.chain(external).chain(balancer).chain(ports).chain(health).collect()
     }
 
     /// Checks the external IPs and node ports of a Service that is being applied. The rest is checked when it is
@@ -148,8 +180,12 @@ impl Permits {
         });
         let balancer = service
             .load_balancer_addresses()
+            // The addresses that another program gave are not the applicant's to correct, and the rest works without.
+            .filter(|_| !self.ranges.is_balanced_by_others(service))
             .filter_map(|address| Some(("spec.loadBalancerIP".to_owned(), self.load_balancer(address)?)));
-        let all = external.chain(ports).chain(balancer);
+        let health = service.spec.health_check_node_port.and_then(|port| self.health_check_port(port));
+        let health = health.map(|denial| ("spec.healthCheckNodePort".to_owned(), denial));
+        let all = external.chain(ports).chain(balancer).chain(health);
         all.map(|(field, denial)| Problem { field, reason: denial.to_string() }).collect()
     }
 }
@@ -178,6 +214,7 @@ mod tests {
             services: parse(&["10.96.0.0/16", "fd00:10:96::/112"]),
             load_balancers: parse(&["192.0.2.0/28"]),
             external: parse(&["198.51.100.0/24", "2001:db8::/64"]),
+            node_ports: "30000-32000".parse().unwrap(),
         };
         let hosts = [("198.51.100.7", "h2"), ("2001:db8::7", "h2"), ("192.0.2.7", "h3")];
         Permits {
@@ -205,6 +242,15 @@ mod tests {
         assert_eq!(Permits::default().external_ip(outside), Some(Denial::ExternalIp(outside, false)));
         assert_eq!(permits.load_balancer(ip("192.0.2.8")), None);
         assert_eq!(permits.load_balancer(outside), Some(Denial::LoadBalancer(outside)));
+        // What another program gave a LoadBalancer is held to the external ranges, and not announced.
+        assert_eq!(permits.load_balancer(ip("198.51.100.8")), None);
+        let mut service = Service::default();
+        assert!(permits.is_announced(&service, ip("192.0.2.8")));
+        assert!(!permits.is_announced(&service, ip("198.51.100.8")));
+        service.spec.load_balancer_class = Some("metallb.io/l2".to_owned());
+        assert!(!permits.is_announced(&service, ip("192.0.2.8")));
+        service.spec.load_balancer_class = Some(ovl_proto::resource::LOAD_BALANCER_CLASS.to_owned());
+        assert!(permits.is_announced(&service, ip("192.0.2.8")));
     }
 
     #[test]
@@ -219,5 +265,9 @@ mod tests {
         assert_eq!(permits.node_port(Protocol::Udp, 31000), denied);
         assert_eq!(permits.node_port(Protocol::Sctp, 31000), None);
         assert_eq!(permits.node_port(Protocol::Tcp, 31001), None);
+        let outside = |port| Some(Denial::NodePortRange(port, permits.ranges.node_ports));
+        assert_eq!(permits.node_port(Protocol::Tcp, 22), outside(22));
+        assert_eq!(permits.health_check_port(32001), outside(32001));
+        assert_eq!(permits.health_check_port(32000), None);
     }
 }

@@ -12,9 +12,10 @@ use ovl_proto::table::{Entry, Key};
 use ovl_subsystems::local::Local;
 use ovl_subsystems::names::Names;
 use ovl_subsystems::{Change, Outcome, Subsystem};
+use serde_json::json;
 
 use super::host::cluster;
-use super::world::{NET, endpoint, give, id, net, switched};
+use super::world::{NET, World, endpoint, give, id, net, switched};
 
 fn texts(ops: &[Op]) -> Vec<String> {
     ops.iter().map(ToString::to_string).collect()
@@ -60,6 +61,31 @@ fn the_first_network_brings_the_tables_and_the_last_one_takes_them() {
     assert_eq!(ops.iter().filter(|op| op.starts_with("nft delete table")).count(), 3, "{ops:?}");
     assert_eq!(ops.iter().filter(|op| op.starts_with("ip addr del")).count(), 2, "{ops:?}");
     assert_eq!(names.sent(), Some(Dataplane::default()));
+}
+
+/// Programs of the host ask the cluster DNS too, whether or not the host has a network.
+#[test]
+fn the_host_is_led_to_the_resolver_while_there_are_services() {
+    let mut world = World::new();
+    world.attach(1, 1, &[], true);
+    let (local, backends) = (Local::default(), Backends::default());
+    let mut names = Names::new("ovl.internal", "cluster.local", true, vec![[10, 96, 0, 10].into()]);
+    assert_eq!(names.plan(&cluster(&world.view, &local, &backends)), []);
+    world.service("web", json!({}));
+    let now = cluster(&world.view, &local, &backends);
+    assert_eq!(texts(&names.plan(&now)), ["nft -f - # table inet ovl-resolver"]);
+    assert_eq!(names.sent(), Some(names.desired(&now)));
+    let table = &names.sent().unwrap().tables[&Table::Resolver];
+    let chain = table.chains.iter().find(|chain| chain.name == "host").unwrap();
+    assert!(chain.hook.as_ref().unwrap().starts_with("type route hook output"), "{chain:?}");
+    let to_cluster = "ip daddr 10.96.0.10 udp dport 53 ip daddr set 127.0.0.1 udp dport set 7955 notrack";
+    assert!(chain.rules.contains(&to_cluster.to_owned()), "{chain:?}");
+    // Endpoints need the tables past firewalls too.
+    names.resolve(NET);
+    let ops = texts(&names.plan(&now));
+    assert!(ops.contains(&"nft -f - # table ip ovl-resolver".to_owned()), "{ops:?}");
+    assert!(!ops.contains(&"nft -f - # table inet ovl-resolver".to_owned()), "{ops:?}");
+    assert_eq!(names.sent(), Some(names.desired(&now)));
 }
 
 #[test]

@@ -229,6 +229,58 @@ fn an_address_is_announced_where_backends_can_be_reached() {
     }
 }
 
+/// As with kube-proxy, so that load balancers turn to other hosts while the last backends here shut down.
+#[test]
+fn draining_backends_are_not_healthy() {
+    let mut cluster = Cluster::new(Mode::L3);
+    cluster.service(
+        "web",
+        "192.0.2.1",
+        json!({ "externalTrafficPolicy": "Local", "healthCheckNodePort": 32000 }),
+    );
+    let health = |cluster: &mut Cluster, conditions: Value| {
+        let slice = json!({
+            "metadata": { "name": "web-1", "namespace": "default", "labels": { "kubernetes.io/service-name": "web" } },
+            "addressType": "IPv4",
+            "ports": [{ "port": 8080 }],
+            "endpoints": [{ "addresses": ["198.51.100.1"], "nodeName": "h1", "conditions": conditions }],
+        });
+        cluster.world.put(read(Kind::EndpointSlice, slice));
+        cluster.settle();
+        cluster.hosts[&id(1)].health().map(|(_, health)| health.local).collect::<Vec<_>>()
+    };
+    assert_eq!(health(&mut cluster, json!({ "ready": true })), [1]);
+    let draining = json!({ "ready": false, "serving": true, "terminating": true });
+    assert_eq!(health(&mut cluster, draining), [0]);
+    // Connections that arrive all the same reach it.
+    let targets = ovl_cluster::backends::targets(
+        cluster.world.backends.of(&Name::new("default", "web")),
+        0,
+        true,
+        Some(id(1)),
+    );
+    assert_eq!(targets.len(), 1);
+    assert_eq!(health(&mut cluster, json!({ "ready": false })), [0]);
+}
+
+#[test]
+fn services_of_other_proxies_are_not_announced() {
+    let mut cluster = Cluster::new(Mode::L3);
+    cluster.world.attach(1, 1, WEB, true);
+    let more = json!({ "externalTrafficPolicy": "Local", "healthCheckNodePort": 32000 });
+    cluster.service("web", "192.0.2.1", more);
+    cluster.settle();
+    assert_eq!(cluster.holders("192.0.2.1").len(), 1);
+    let key = ovl_proto::resource::ResourceKey { kind: Kind::Service, name: Name::new("default", "web") };
+    let mut service = cluster.world.view.resources.get(&key).unwrap();
+    service.meta_mut().labels =
+        [("service.kubernetes.io/service-proxy-name".to_owned(), "x".to_owned())].into();
+    cluster.world.put(service);
+    cluster.settle();
+    assert_eq!(cluster.holders("192.0.2.1"), [0; 0]);
+    assert!(cluster.hosts.values().all(|ingress| ingress.health().next().is_none()));
+}
+
 #[test]
 fn an_address_that_the_kernel_rejects_is_not_claimed() {
     let mut cluster = Cluster::new(Mode::L3);

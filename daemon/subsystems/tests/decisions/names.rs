@@ -297,8 +297,8 @@ fn the_name_of_a_pod_is_that_of_its_last_endpoint() {
     town.refresh();
     assert_eq!(town.host("db-0.blue.ovl.internal"), ["10.9.0.17"]);
     assert_eq!(town.host("db-0-1f.blue.ovl.internal"), ["10.9.0.17"]);
-    assert_eq!(town.reverse("10.9.0.17"), ["db-0"]);
-    assert!(town.reverse("10.9.0.9").is_empty());
+    // Kubernetes knows no name of the network, so the address has none.
+    assert!(town.reverse("10.9.0.17").is_empty() && town.reverse("10.9.0.9").is_empty());
     // Which one is meant follows the uid of the v1 Pod.
     for (uid, expected) in [("old", "10.9.0.9"), ("new", "10.9.0.17"), ("other", "10.9.0.17")] {
         let metadata = json!({ "name": "db-0", "namespace": "default", "uid": uid });
@@ -312,7 +312,35 @@ fn the_name_of_a_pod_is_that_of_its_last_endpoint() {
     town.write(2, vec![], vec![EndpointId([2; 5])]);
     town.refresh();
     assert_eq!(town.host("db-0.blue.ovl.internal"), ["10.9.0.9"]);
-    assert_eq!(town.reverse("10.9.0.9"), ["db-0"]);
+    assert!(town.reverse("10.9.0.9").is_empty());
+}
+
+/// Section 2.4.3 of the specification of Kubernetes' DNS, for whoever asks.
+#[test]
+fn an_address_behind_a_headless_service_has_the_name_that_it_gives() {
+    let mut town = Town::new();
+    town.write(1, vec![named(1, "own", "10.9.0.9/24")], vec![]);
+    let labelled = |pod| Endpoint {
+        pod,
+        labels: [("app".to_owned(), "db".to_owned())].into(),
+        ..named(2, "db-0", "10.9.0.17/24")
+    };
+    let service = json!({ "metadata": { "name": "db", "namespace": "default" },
+        "spec": { "clusterIPs": ["None"], "selector": { "app": "db" } } });
+    town.world.put(read(Kind::Service, service));
+    let of_runtime = Some(Box::new(pod_identity("db-0", "uid", 5)));
+    for pod in [None, of_runtime] {
+        town.write(2, vec![labelled(pod)], vec![]);
+        town.refresh();
+        for client in [Client::Host, Client::Endpoint(ip("10.9.0.9"))] {
+            let zone = town.names.zone();
+            let Resolution::Found(_, records) = zone.find(client, &Name::reverse_of(ip("10.9.0.17"))) else {
+                panic!("{client:?}")
+            };
+            let names: Vec<String> = records.names.iter().map(|kept| kept.name().to_string()).collect();
+            assert_eq!(names, ["10-9-0-17.db.default.svc.cluster.local"], "{client:?}");
+        }
+    }
 }
 
 #[test]

@@ -310,6 +310,48 @@ fn connections_from_outside_are_relayed_to_switched_endpoints_of_remote_hosts() 
     assert!(host.of("relayed4").is_empty());
 }
 
+#[test]
+fn connections_to_backends_that_are_no_endpoints_are_masqueraded() {
+    let mut host = Host::new();
+    let ports = json!([{ "port": 80, "targetPort": 8080, "nodePort": 30080 }]);
+    host.world.attach(1, 1, WEB, true);
+    host.service("web", web(json!({ "type": "NodePort", "ports": ports })));
+    host.world.view.networks.get_mut(&NET).unwrap().network.mode = Mode::L3;
+    let sent = host.plan(true);
+    assert!(host.of("elsewhere4").is_empty() && !sent.iter().any(|op| op.contains("ip_forward")), "{sent:?}");
+    let slice = json!({
+        "metadata": { "name": "web-1", "namespace": "default", "labels": { "kubernetes.io/service-name": "web" } },
+        "addressType": "IPv4",
+        "endpoints": [{ "addresses": ["192.0.2.9"] }, { "addresses": ["10.9.0.77"] }],
+        "ports": [{ "port": 5432 }],
+    });
+    host.world.put(read(Kind::EndpointSlice, slice));
+    let sent = host.plan(false);
+    host.assert_sent();
+    assert_eq!(host.of("elsewhere4"), ["192.0.2.9 . tcp . 5432"]);
+    assert!(sent.contains(&"sysctl -w net.ipv4.ip_forward=1".to_owned()), "{sent:?}");
+}
+
+#[test]
+fn services_of_other_proxies_are_not_translated() {
+    let mut host = Host::new();
+    host.world.attach(1, 1, WEB, true);
+    host.service("other", web(json!({ "clusterIPs": ["10.96.0.20"] })));
+    let labelled = |host: &mut Host, label: &str| {
+        let manifest = json!({
+            "metadata": { "name": "web", "namespace": "default", "labels": { label: "" } }, "spec": web(json!({})),
+        });
+        host.world.put(read(Kind::Service, manifest));
+        host.plan(true);
+        host.assert_sent();
+        host.of("inside4").len()
+    };
+    assert_eq!(labelled(&mut host, "app"), 2);
+    assert_eq!(labelled(&mut host, "service.kubernetes.io/service-proxy-name"), 1);
+    assert_eq!(labelled(&mut host, "app"), 2);
+    assert_eq!(labelled(&mut host, "service.kubernetes.io/headless"), 1);
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Attach(u8, u8, bool),

@@ -9,7 +9,7 @@ use ovl_cluster::view::View;
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::id::EndpointId;
 use ovl_subsystems::local::{Isolation, Local, Underlay};
-use ovl_subsystems::services::allocation::Ranges;
+use ovl_subsystems::services::allocation::{NodePortRange, Ranges};
 use ovl_subsystems::{Cluster, Settings, Subsystems, desired as desired_of};
 
 pub(crate) fn settings() -> Settings {
@@ -31,6 +31,7 @@ pub(crate) fn ranges() -> Ranges {
         services: parse("10.64.0.0/10"),
         load_balancers: parse("192.0.2.0/24"),
         external: parse("192.0.2.0/24"),
+        node_ports: NodePortRange::default(),
     }
 }
 

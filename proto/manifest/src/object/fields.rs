@@ -23,7 +23,6 @@ const NO_PORTS: &str =
     "ovl publishes ports only for `attach --publish`, `sandbox create --publish` and container runtimes";
 const NO_GARBAGE: &str = "ovl does not delete an object with its owner";
 const NO_FINALIZERS: &str = "ovl deletes an object at once";
-const NO_PREFERENCE: &str = "ovl prefers no backend over another one";
 
 /// Fields of the metadata of all kinds.
 const METADATA: &[(&str, Treatment)] = &[
@@ -36,20 +35,11 @@ const METADATA: &[(&str, Treatment)] = &[
 
 const NAMESPACE: &[(&str, Treatment)] = &[("spec", Treatment::Ignored(NO_FINALIZERS))];
 
-const SERVICE: &[(&str, Treatment)] = &[
-    (
-        "spec.loadBalancerClass",
-        Treatment::Effective(
-            "is not supported: ovl gives every LoadBalancer an address of its own pool, whatever its class",
-        ),
-    ),
-    ("spec.loadBalancerSourceRanges", Treatment::Protective(SOURCE_RANGES)),
-    ("spec.trafficDistribution", Treatment::Ignored(NO_PREFERENCE)),
-];
+const SERVICE: &[(&str, Treatment)] =
+    &[("spec.loadBalancerSourceRanges", Treatment::Protective(SOURCE_RANGES))];
 
 const SLICE: &[(&str, Treatment)] = &[
     ("endpoints[].deprecatedTopology", Treatment::Informative),
-    ("endpoints[].hints", Treatment::Ignored(NO_PREFERENCE)),
     ("endpoints[].targetRef", Treatment::Informative),
     ("endpoints[].zone", Treatment::Informative),
 ];

@@ -1,28 +1,31 @@
 //! The syntax of names in Kubernetes.
+//!
+//! The API server bounds a label that stands alone by 63 characters, but the labels of a subdomain name only by the whole
+//! name's 253. So a valid name of a Pod, a slice or a policy need not be a valid name in DNS.
 
 pub(crate) const LABEL: &str =
     "not a DNS label: at most 63 lower-case letters, digits and '-', a letter or digit first and last";
-pub(crate) const SERVICE_NAME: &str = "not a Service name: at most 63 lower-case letters, digits and '-', a letter first, a letter or digit last";
-pub(crate) const SUBDOMAIN: &str = "not a DNS name: at most 253 characters, DNS labels separated by dots";
+pub(crate) const SUBDOMAIN: &str = "not a subdomain name: at most 253 lower-case letters, digits, '-' and '.', each part between dots begins \
+     and ends with a letter or digit";
 pub(crate) const LABEL_KEY: &str = "not a label key: at most 63 letters, digits, '-', '_' and '.', a letter or \
-     digit first and last, optionally after a DNS name and a '/'";
+     digit first and last, optionally after a subdomain name and a '/'";
 pub(crate) const LABEL_VALUE: &str =
     "not a label value: at most 63 letters, digits, '-', '_' and '.', a letter or digit first and last";
 pub(crate) const PORT_NAME: &str = "not a port name: at most 15 lower-case letters, digits and '-', at least one letter, no '-' first, last or twice in a row";
 
 /// Whether a name is a DNS-1123 label.
 pub(crate) fn is_label(name: &str) -> bool {
-    name.len() <= 63 && is_framed(name, |c| c.is_ascii_lowercase() || c.is_ascii_digit(), |c| c == '-')
+    name.len() <= 63 && is_part(name)
 }
 
-/// Whether a name is a DNS-1035 label.
-pub(crate) fn is_service_name(name: &str) -> bool {
-    is_label(name) && name.starts_with(|c: char| c.is_ascii_lowercase())
-}
-
-/// Whether a name is a DNS-1123 subdomain.
+/// Whether a name is a DNS-1123 subdomain as the API server checks it: its parts may be longer than labels of DNS.
 pub(crate) fn is_subdomain(name: &str) -> bool {
-    name.len() <= 253 && name.split('.').all(is_label)
+    name.len() <= 253 && name.split('.').all(is_part)
+}
+
+/// Whether a text has the characters of a DNS-1123 label, whatever its length.
+fn is_part(text: &str) -> bool {
+    is_framed(text, |c| c.is_ascii_lowercase() || c.is_ascii_digit(), |c| c == '-')
 }
 
 pub(crate) fn is_label_key(key: &str) -> bool {

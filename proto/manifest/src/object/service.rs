@@ -5,13 +5,13 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ovl_proto::resource::{
-    ClusterIp, IntOrString, IpFamily, IpFamilyPolicy, NODE_PORTS, Service, ServiceSpec, ServiceType,
-    SessionAffinity, TrafficPolicy,
+    ClusterIp, IntOrString, IpFamily, IpFamilyPolicy, Service, ServiceSpec, ServiceType, SessionAffinity,
+    TrafficPolicy,
 };
 
 use crate::problem::{Problem, Problems};
 
-use super::names::{LABEL, SUBDOMAIN, is_label, is_subdomain};
+use super::names::{LABEL, LABEL_KEY, SUBDOMAIN, is_label, is_label_key, is_subdomain};
 use super::{USABLE, check_labels, check_number, check_port, is_usable};
 
 /// The maximum number of ports of a Service.
@@ -98,7 +98,7 @@ fn check_ports(service: &Service, problems: &mut Problems) {
             let path = format!("{path}.nodePort");
             let exposed = matches!(spec.kind, ServiceType::NodePort | ServiceType::LoadBalancer);
             problems.want(exposed, &path, "requires type NodePort or LoadBalancer");
-            check_node_port(&path, node_port, problems);
+            check_number(&path, node_port, problems);
             problems.want(node_ports.insert((port.protocol, node_port)), &path, "is a duplicate");
         }
     }
@@ -109,17 +109,8 @@ fn check_ports(service: &Service, problems: &mut Problems) {
             path,
             "requires type LoadBalancer and externalTrafficPolicy Local",
         );
-        check_node_port(path, port, problems);
+        check_number(path, port, problems);
     }
-}
-
-fn check_node_port(path: &str, port: u16, problems: &mut Problems) {
-    let range = NODE_PORTS;
-    problems.want(
-        range.contains(&port),
-        path,
-        format!("{port} is not between {} and {}", range.start(), range.end()),
-    );
 }
 
 fn check_addresses(spec: &ServiceSpec, problems: &mut Problems) {
@@ -169,6 +160,12 @@ fn check_addresses(spec: &ServiceSpec, problems: &mut Problems) {
     let balanced = spec.kind == ServiceType::LoadBalancer;
     let reason = "requires type LoadBalancer";
     problems.want(balanced || spec.load_balancer_ip.is_none(), "spec.loadBalancerIP", reason);
+    problems.want(balanced || spec.load_balancer_class.is_none(), "spec.loadBalancerClass", reason);
+    problems.want(
+        spec.load_balancer_class.as_ref().is_none_or(|class| is_label_key(class)),
+        "spec.loadBalancerClass",
+        LABEL_KEY,
+    );
     problems.want(
         balanced || spec.allocate_load_balancer_node_ports.is_none(),
         "spec.allocateLoadBalancerNodePorts",

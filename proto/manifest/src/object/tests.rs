@@ -151,6 +151,36 @@ fn server_fields_of_another_cluster_are_ignored() {
     assert_eq!(accepted(dumped), accepted(service()));
 }
 
+/// What MetalLB or a cloud gave, as `kubectl get -o yaml` prints it.
+#[test]
+fn addresses_that_another_program_gave_a_load_balancer_are_kept() {
+    let mut balanced = service();
+    set(&mut balanced, "spec.type", json!("LoadBalancer"));
+    set(&mut balanced, "spec.loadBalancerClass", json!("metallb.io/l2"));
+    let ingress = json!([
+        { "ip": "203.0.113.7", "ipMode": "VIP", "ports": [{ "port": 80, "protocol": "TCP" }] },
+        { "ip": "2001:db8::7" },
+        { "ip": "203.0.113.8", "ipMode": "Proxy" },
+        { "hostname": "lb.example.org" },
+        { "ip": "none" },
+    ]);
+    set(&mut balanced, "status", json!({ "loadBalancer": { "ingress": ingress }, "conditions": [] }));
+    let addresses = |manifest: Value| {
+        let Resource::Service(found) = accepted(manifest) else { panic!() };
+        found.load_balancer_addresses().map(|address| address.to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(addresses(balanced.clone()), ["203.0.113.7", "2001:db8::7"]);
+    set(&mut balanced, "spec.loadBalancerClass", json!("not a class"));
+    assert_eq!(
+        read(balanced.clone(), None, Validation::Strict).unwrap_err()[0].field,
+        "spec.loadBalancerClass"
+    );
+    let spec = balanced["spec"].as_object_mut().unwrap();
+    spec.remove("loadBalancerClass");
+    spec.insert("type".to_owned(), json!("NodePort"));
+    assert_eq!(addresses(balanced), [""; 0]);
+}
+
 #[test]
 fn the_uid_of_a_pod_is_kept() {
     let uid = |manifest: Value| accepted(manifest).meta().uid.clone();
@@ -225,6 +255,46 @@ fn values_that_the_api_server_takes_for_absent_are_absent() {
     let mut twice = policy();
     set(&mut twice, "spec.policyTypes", json!(["Ingress", "Ingress"]));
     assert_eq!(accepted(twice), accepted(policy()));
+}
+
+/// What the API server lets in must not be refused: a pod without labels is not isolated, and a policy that is not there
+/// forbids nothing.
+#[test]
+fn names_and_sizes_that_the_api_server_accepts_are_accepted() {
+    let (label, subdomain) = ("x".repeat(95), format!("{}.{}", "a".repeat(126), "b".repeat(126)));
+    for mut manifest in [pod(), policy(), slice()] {
+        for name in [&label, &subdomain] {
+            set(&mut manifest, "metadata.name", json!(name));
+            assert_eq!(accepted(manifest.clone()).meta().name, *name);
+        }
+        set(&mut manifest, "metadata.name", json!(format!("{subdomain}b")));
+        assert_eq!(read(manifest, None, Validation::Strict).unwrap_err()[0].field, "metadata.name");
+    }
+    let mut digit = service();
+    set(&mut digit, "metadata.name", json!("1st"));
+    set(&mut digit, "spec.type", json!("NodePort"));
+    set(&mut digit, "spec.ports.0.nodePort", json!(20_000));
+    set(&mut digit, "metadata.annotations", json!({ "a": "x".repeat(200 << 10) }));
+    set(&mut digit, "metadata.labels", (0..100).map(|n| (format!("l{n}"), json!("x"))).collect());
+    assert_eq!(accepted(digit).name(), ovl_proto::resource::Name::new("shop", "1st"));
+    let mut external = service();
+    set(
+        &mut external,
+        "spec",
+        json!({ "type": "ExternalName", "externalName": format!("{label}.example.org") }),
+    );
+    accepted(external);
+    let ports = |key: &str, count: usize| -> Value {
+        (1..=count).map(|n| json!({ "name": format!("p{n}"), key: n })).collect()
+    };
+    let mut wide = slice();
+    set(&mut wide, "ports", ports("port", 20_000));
+    accepted(wide.clone());
+    set(&mut wide, "ports", ports("port", 20_001));
+    assert_eq!(read(wide, None, Validation::Strict).unwrap_err()[0].reason, "exceed the limit of 20000");
+    let mut many = pod();
+    set(&mut many, "spec.containers", json!([{ "name": "a", "ports": ports("containerPort", 200) }]));
+    accepted(many);
 }
 
 #[test]
@@ -377,9 +447,9 @@ fn every_invalid_field_is_named_with_the_reason() {
         ("kind", json!(null), "kind", "is missing"),
         ("apiVersion", json!(7), "apiVersion", "is not a string"),
         ("metadata.name", json!(null), "metadata.name", "is missing"),
-        ("metadata.name", json!("Web"), "metadata.name", "not a Service name"),
-        ("metadata.name", json!("1web"), "metadata.name", "not a Service name"),
-        ("metadata.name", json!(long), "metadata.name", "not a Service name"),
+        ("metadata.name", json!("Web"), "metadata.name", "not a DNS label"),
+        ("metadata.name", json!("-web"), "metadata.name", "not a DNS label"),
+        ("metadata.name", json!(long), "metadata.name", "not a DNS label"),
         ("metadata.namespace", json!("a.b"), "metadata.namespace", "not a DNS label"),
         ("metadata.labels.a b", json!("x"), "metadata.labels.a b", "not a label key"),
         ("metadata.labels.a", json!("x y"), "metadata.labels.a", "not a label value"),
@@ -390,7 +460,7 @@ fn every_invalid_field_is_named_with_the_reason() {
             "metadata.annotations.a",
             json!("x".repeat(MAX_ANNOTATIONS)),
             "metadata.annotations",
-            "larger than 128 KiB",
+            "larger than 256 KiB",
         ),
         ("metadata.finalisers", json!(["x"]), "metadata.finalisers", "is not a known field"),
         ("spec.selector", json!({ "app": "x y" }), "spec.selector.app", "not a label value"),
@@ -454,12 +524,12 @@ fn every_invalid_field_is_named_with_the_reason() {
         ("spec.ipFamilyPolicy", json!("DualStack"), "spec.ipFamilyPolicy", "unknown variant"),
         ("spec.externalIPs", json!(["224.0.0.1"]), "spec.externalIPs[0]", "not the address of one host"),
         ("spec.externalIPs", json!(["x"]), "spec.externalIPs[0]", "invalid IP address"),
-        ("spec", json!({ "type": "ExternalName" }), "spec.externalName", "not a DNS name"),
+        ("spec", json!({ "type": "ExternalName" }), "spec.externalName", "not a subdomain name"),
         (
             "spec",
             json!({ "type": "ExternalName", "externalName": "a b" }),
             "spec.externalName",
-            "not a DNS name",
+            "not a subdomain name",
         ),
         (
             "spec",
@@ -514,7 +584,7 @@ fn every_invalid_field_is_named_with_the_reason() {
         ),
         ("spec", json!("none"), "spec", "invalid type: string"),
         ("more", json!(1), "more", "is not a known field"),
-        ("spec.loadBalancerClass", json!("a/b"), "spec.loadBalancerClass", "whatever its class"),
+        ("spec.loadBalancerClass", json!("a/b"), "spec.loadBalancerClass", "requires type LoadBalancer"),
     ];
     wrong(service(), &service_rows);
     let mut balanced = service();
@@ -526,11 +596,11 @@ fn every_invalid_field_is_named_with_the_reason() {
         &[
             (
                 "spec.healthCheckNodePort",
-                json!(80),
+                json!(65_536),
                 "spec.healthCheckNodePort",
-                "not between 30000 and 32767",
+                "invalid value: integer `65536`",
             ),
-            ("spec.ports.0.nodePort", json!(80), "spec.ports[0].nodePort", "not between 30000 and 32767"),
+            ("spec.ports.0.nodePort", json!(-1), "spec.ports[0].nodePort", "invalid value: integer `-1`"),
             (
                 "spec.ports",
                 json!([{ "name": "a", "port": 1, "nodePort": 30_001 }, { "name": "b", "port": 2, "nodePort": 30_001 }]),
@@ -555,7 +625,7 @@ fn every_invalid_field_is_named_with_the_reason() {
     wrong(
         policy(),
         &[
-            ("metadata.name", json!("a_b"), "metadata.name", "not a DNS name"),
+            ("metadata.name", json!("a_b"), "metadata.name", "not a subdomain name"),
             (
                 "spec.podSelector.matchLabels.app",
                 json!("x y"),
@@ -677,7 +747,7 @@ fn every_invalid_field_is_named_with_the_reason() {
     wrong(
         pod(),
         &[
-            ("metadata.name", json!("A"), "metadata.name", "not a DNS name"),
+            ("metadata.name", json!("A"), "metadata.name", "not a subdomain name"),
             ("spec.hostname", json!("a.b"), "spec.hostname", "not a DNS label"),
             ("spec.subdomain", json!("a_b"), "spec.subdomain", "not a DNS label"),
             ("spec.containers.0.name", json!(""), "spec.containers[0].name", "not a DNS label"),
@@ -754,6 +824,18 @@ fn every_invalid_field_is_named_with_the_reason() {
             ),
             ("endpoints.0.addresses", json!(["a"]), "endpoints[0].addresses[0]", "invalid IP address"),
             ("endpoints.0.hostname", json!("A"), "endpoints[0].hostname", "not a DNS label"),
+            (
+                "endpoints.0.hints",
+                json!({ "forZones": [{ "name": "a b" }] }),
+                "endpoints[0].hints.forZones",
+                "not a label value",
+            ),
+            (
+                "endpoints.0.hints",
+                json!({ "forNodes": vec![json!({ "name": "h1" }); 9] }),
+                "endpoints[0].hints.forNodes",
+                "exceed the limit of 8",
+            ),
             ("endpoints.0.conditions.ready", json!("true"), "endpoints[0].conditions.ready", "invalid type"),
             (
                 "endpoints.0.conditions.dead",
@@ -911,9 +993,13 @@ fn validation_decides_about_unknown_fields() {
     set(&mut manifest, "spec.hostname", json!("A"));
     assert!(read(manifest, None, Validation::Ignore).is_err());
     // A field that would change what ovl does is at least a warning.
-    let mut classed = service();
-    set(&mut classed, "spec.loadBalancerClass", json!("example.org/other"));
-    assert_eq!(read(classed, None, Validation::Ignore).unwrap().warnings.len(), 1);
+    let mut with_sidecar = pod();
+    set(
+        &mut with_sidecar,
+        "spec.initContainers",
+        json!([{ "name": "s", "restartPolicy": "Always", "ports": [{ "name": "a", "containerPort": 1 }] }]),
+    );
+    assert_eq!(read(with_sidecar, None, Validation::Ignore).unwrap().warnings.len(), 1);
 }
 
 /// The fields of an ordinary Pod, as `kubectl get -o yaml` prints it.
@@ -969,13 +1055,12 @@ fn fields_that_do_not_change_what_ovl_does_are_ignored() {
         ("metadata.ownerReferences", json!([{ "kind": "Service", "name": "web" }])),
         ("endpoints.0.targetRef", json!({ "kind": "Pod", "name": "web-1" })),
         ("endpoints.0.zone", json!("a")),
-        ("endpoints.0.hints", json!({ "forZones": [{ "name": "a" }] })),
     ] {
         set(&mut full, path, value);
     }
     let found = read(full, None, Validation::Strict).unwrap();
     let fields: Vec<&str> = found.ignored.iter().map(|it| it.field.as_str()).collect();
-    assert_eq!(fields, ["endpoints[0].hints", "metadata.ownerReferences"]);
+    assert_eq!(fields, ["metadata.ownerReferences"]);
 
     let mut full = namespace();
     set(&mut full, "spec.finalizers", json!(["kubernetes"]));

@@ -22,6 +22,7 @@ fn fields(kind: Kind) -> &'static [(&'static [&'static str], Zero)] {
             (&["spec", "sessionAffinity"], Zero::Text),
             (&["spec", "externalTrafficPolicy"], Zero::Text),
             (&["spec", "loadBalancerIP"], Zero::Text),
+            (&["spec", "loadBalancerClass"], Zero::Text),
             (&["spec", "healthCheckNodePort"], Zero::Number),
             (&["spec", "ports", "[]", "protocol"], Zero::Text),
             (&["spec", "ports", "[]", "nodePort"], Zero::Number),

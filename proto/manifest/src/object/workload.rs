@@ -8,17 +8,20 @@ use ovl_proto::resource::{
 
 use crate::problem::Problems;
 
-use super::names::{LABEL, PORT_NAME, is_label, is_port_name};
+use super::names::{LABEL, LABEL_VALUE, PORT_NAME, is_label, is_label_value, is_port_name, is_subdomain};
 use super::{USABLE, check_number, is_usable};
 
-/// The maximum number of containers of a pod.
-const MAX_CONTAINERS: usize = 100;
-/// The maximum number of ports of a container or a slice.
-const MAX_PORTS: usize = 100;
+/// The maximum number of containers of a pod. Kubernetes has no limit of its own.
+const MAX_CONTAINERS: usize = 1000;
+/// The maximum number of ports of a slice, as in Kubernetes, and of all containers of a pod, for which Kubernetes has no limit.
+const MAX_PORTS: usize = 20_000;
 /// The maximum number of endpoints of a slice, as in Kubernetes.
 const MAX_SLICE_ENDPOINTS: usize = 1000;
 /// The maximum number of addresses of a slice's endpoint, as in Kubernetes.
 const MAX_SLICE_ADDRESSES: usize = 100;
+
+/// The maximum number of hints of a slice's endpoint of each kind, as in Kubernetes.
+const MAX_HINTS: usize = 8;
 
 /// The annotation of a mirror Pod, with the uid of the static pod that it stands for. Container runtimes name that one.
 const MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
@@ -49,11 +52,20 @@ pub(super) fn check_pod(pod: &Pod, problems: &mut Problems) {
     for (field, name) in [("spec.hostname", &spec.hostname), ("spec.subdomain", &spec.subdomain)] {
         problems.want(name.is_empty() || is_label(name), field, LABEL);
     }
-    problems.want(spec.containers.len() <= MAX_CONTAINERS, "spec.containers", "exceed the limit of 100");
+    problems.want(
+        spec.containers.len() <= MAX_CONTAINERS,
+        "spec.containers",
+        format!("exceed the limit of {MAX_CONTAINERS}"),
+    );
+    let ports: usize = spec.containers.iter().map(|container| container.ports.len()).sum();
+    problems.want(
+        ports <= MAX_PORTS,
+        "spec.containers",
+        format!("have more than {MAX_PORTS} ports in total"),
+    );
     for (n, container) in spec.containers.iter().enumerate() {
         let path = format!("spec.containers[{n}]");
         problems.want(is_label(&container.name), format!("{path}.name"), LABEL);
-        problems.want(container.ports.len() <= MAX_PORTS, format!("{path}.ports"), "exceed the limit of 100");
         let mut names = BTreeSet::new();
         for (n, port) in container.ports.iter().enumerate() {
             let path = format!("{path}.ports[{n}]");
@@ -87,6 +99,11 @@ pub(super) fn check_pod(pod: &Pod, problems: &mut Problems) {
     }
 }
 
+/// Whether a text names a zone, which is the value of a label, or a host.
+fn is_hint(text: &str) -> bool {
+    !text.is_empty() && (is_label_value(text) || is_subdomain(text))
+}
+
 pub(super) fn check_slice(slice: &EndpointSlice, problems: &mut Problems) {
     let ipv4 = slice.address_type == AddressType::IPv4;
     problems.want(
@@ -111,8 +128,19 @@ pub(super) fn check_slice(slice: &EndpointSlice, problems: &mut Problems) {
             format!("{path}.hostname"),
             LABEL,
         );
+        let hints = endpoint
+            .hints
+            .iter()
+            .flat_map(|hints| [("forZones", &hints.for_zones), ("forNodes", &hints.for_nodes)]);
+        for (field, targets) in hints {
+            let path = format!("{path}.hints.{field}");
+            problems.want(targets.len() <= MAX_HINTS, &path, format!("exceed the limit of {MAX_HINTS}"));
+            for target in targets {
+                problems.want(is_hint(&target.name), &path, LABEL_VALUE);
+            }
+        }
     }
-    problems.want(slice.ports.len() <= MAX_PORTS, "ports", "exceed the limit of 100");
+    problems.want(slice.ports.len() <= MAX_PORTS, "ports", format!("exceed the limit of {MAX_PORTS}"));
     let mut names = BTreeSet::new();
     for (n, port) in slice.ports.iter().enumerate() {
         let path = format!("ports[{n}]");

@@ -14,6 +14,7 @@ fn ranges() -> Ranges {
         services: vec!["10.96.0.0/16".parse().unwrap(), "fd00:10:96::/112".parse().unwrap()],
         load_balancers: vec!["192.0.2.0/29".parse().unwrap()],
         external: Vec::new(),
+        node_ports: NodePortRange::default(),
     }
 }
 
@@ -53,6 +54,82 @@ fn one(kind: &str) -> Value {
 }
 
 #[test]
+fn node_ports_are_of_the_configured_range() {
+    let none = Resources::default();
+    let ranges = Ranges { node_ports: "20000-20031".parse().unwrap(), ..ranges() };
+    let ported = |port| {
+        let mut service =
+            service("web", json!({ "type": "NodePort", "ports": [{ "port": 80, "nodePort": port }] }));
+        let allocated = allocate(&none, &mut service, &ranges);
+        allocated.map(|()| service.spec.ports[0].node_port).map_err(|problems| problems[0].reason.clone())
+    };
+    assert_eq!(ported(json!(20_031)), Ok(Some(20_031)));
+    // Ports at the start of the range are left to those who ask for them.
+    assert!(matches!(ported(json!(null)), Ok(Some(20_016..=20_031))));
+    assert_eq!(ported(json!(30_000)), Err("30000 is not in the node_port_range 20000-20031".to_owned()));
+    assert!(ported(json!(22)).is_err());
+    // A port of an earlier range is replaced.
+    let mut before = Resources::default();
+    put(&mut before, allocated(&none, service("web", one("NodePort"))));
+    let mut again = service("web", one("NodePort"));
+    allocate(&before, &mut again, &ranges).unwrap();
+    assert!(ranges.node_ports.contains(again.spec.ports[0].node_port.unwrap()));
+}
+
+#[test]
+fn a_load_balancer_of_another_program_has_the_addresses_that_it_gave() {
+    let given = |class: Option<&str>, address: &str| {
+        let mut service = service("web", one("LoadBalancer"));
+        service.spec.load_balancer_class = class.map(str::to_owned);
+        let ingress = LoadBalancerIngress { ip: address.parse().unwrap() };
+        service.status.load_balancer.ingress = vec![ingress];
+        service
+    };
+    let addresses = |service: &Service| -> Vec<String> {
+        service.load_balancer_addresses().map(|address| address.to_string()).collect()
+    };
+    let mut resources = Resources::default();
+    let other = allocated(&resources, given(Some("metallb.io/l2"), "203.0.113.7"));
+    assert_eq!(addresses(&other), ["203.0.113.7"]);
+    put(&mut resources, other);
+    // It follows the program, also if that takes it away.
+    assert_eq!(
+        addresses(&allocated(&resources, given(Some("metallb.io/l2"), "203.0.113.8"))),
+        ["203.0.113.8"]
+    );
+    let mut none = given(Some("metallb.io/l2"), "203.0.113.7");
+    none.status.load_balancer.ingress.clear();
+    let none = allocated(&resources, none);
+    assert_eq!(addresses(&none), [""; 0]);
+    assert!(
+        families_waited_for(&none, &ranges()).is_empty() && waiting(&resources, &ranges()).next().is_none()
+    );
+    // What is in the status of a Service of this cluster's own pool was another cluster's.
+    for class in [None, Some(ovl_proto::resource::LOAD_BALANCER_CLASS)] {
+        let own = allocated(&Resources::default(), given(class, "203.0.113.7"));
+        assert!(addresses(&own)[0].starts_with("192.0.2."), "{class:?}");
+    }
+    // Without a pool, whatever has an address got it from another program.
+    let mut bare = given(None, "203.0.113.7");
+    allocate(&Resources::default(), &mut bare, &Ranges { load_balancers: Vec::new(), ..ranges() }).unwrap();
+    assert_eq!(addresses(&bare), ["203.0.113.7"]);
+}
+
+#[test]
+fn a_range_of_node_ports_is_read_strictly() {
+    let range = |text: &str| text.parse::<NodePortRange>().map(|range| range.to_string()).ok();
+    assert_eq!(range("20000-20031").as_deref(), Some("20000-20031"));
+    assert_eq!(range("80-80").as_deref(), Some("80-80"));
+    for wrong in ["", "20000", "0-10", "10-9", "1-70000", "a-b", "-", "1-2-3"] {
+        assert_eq!(range(wrong), None, "{wrong}");
+    }
+    // As with the API server: min(max(16, size / 32), 128), and none of a small range.
+    for (text, first) in [("30000-32767", 30_086), ("100-115", 100), ("100-116", 116), ("1-65535", 129)] {
+        assert_eq!(text.parse::<NodePortRange>().unwrap().first_automatic(), first, "{text}");
+    }
+}
+
+#[test]
 fn a_service_gets_the_addresses_and_ports_of_its_type() {
     let none = Resources::default();
     let plain = allocated(&none, service("web", one("ClusterIP")));
@@ -65,7 +142,7 @@ fn a_service_gets_the_addresses_and_ports_of_its_type() {
     assert_ne!(allocated(&none, service("other", one("ClusterIP"))).spec.cluster_ips, plain.spec.cluster_ips);
 
     let node = allocated(&none, service("web", one("NodePort")));
-    assert!(NODE_PORTS.contains(&node.spec.ports[0].node_port.unwrap()));
+    assert!(ranges().node_ports.contains(node.spec.ports[0].node_port.unwrap()));
     let balanced = allocated(&none, service("web", one("LoadBalancer")));
     assert_eq!(balanced.status.load_balancer.ingress.len(), 1);
     assert!(balanced.spec.ports[0].node_port.is_some() && balanced.spec.health_check_node_port.is_none());
@@ -111,6 +188,7 @@ fn families_follow_the_policy_and_the_given_addresses() {
         services: vec!["10.96.0.0/16".parse().unwrap()],
         load_balancers: Vec::new(),
         external: Vec::new(),
+        ..Ranges::default()
     };
     let try_v4 = |spec| {
         let mut service = service("web", spec);

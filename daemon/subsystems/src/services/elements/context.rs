@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use ovl_cluster::backends::Target;
+use ovl_cluster::backends::{Position, Target};
 use ovl_cluster::view::View;
 use ovl_dataplane::nft::Set;
 use ovl_proto::id::NodeId;
@@ -24,10 +24,15 @@ pub(super) type At = (Option<IpAddr>, u8, u16);
 pub(super) struct NetworkContext {
     /// The local host.
     pub(super) me: Option<NodeId>,
+    /// The name and the zone of the local host.
+    name: String,
+    zone: String,
     /// The underlay address of the local host.
     pub(super) vtep: Option<IpAddr>,
     /// Prefixes of switched networks. Their endpoints on remote hosts cannot answer outside clients through this host.
     switched: Vec<IpNet>,
+    /// Prefixes of all networks.
+    networks: Vec<IpNet>,
     /// Prefixes of encrypted switched networks. Their packets must not cross the underlay unencrypted.
     encrypted: Vec<IpNet>,
     /// What Services may take.
@@ -49,17 +54,30 @@ impl NetworkContext {
         let hosts = others.filter(|node| view.counts(node)).map(|node| (node.record.id, node.record.vtep));
         Self {
             me: Some(view.me),
+            name: view.own().map(|own| own.record.name.clone()).unwrap_or_default(),
+            zone: view.own().map(|own| own.record.zone.clone()).unwrap_or_default(),
             permits: Permits::of(view, ranges),
             vtep: view.own().map(|own| own.record.vtep),
             hosts: hosts.collect(),
+            networks: prefixes(view.networks.values().map(|state| &state.network).collect()),
             encrypted: prefixes(encrypted),
             switched: prefixes(switched),
         }
     }
 
+    /// Returns where the clients are whose connections this host translates.
+    pub(super) fn position(&self) -> Position<'_> {
+        Position { zone: &self.zone, host: &self.name }
+    }
+
     /// Whether an address is on a switched network.
     pub(super) fn is_switched(&self, address: IpAddr) -> bool {
         self.switched.iter().any(|prefix| prefix.contains(&address))
+    }
+
+    /// Whether an address is on no network: of a host, such as that of a pod with `hostNetwork`, or outside of the cluster.
+    pub(super) fn is_elsewhere(&self, address: IpAddr) -> bool {
+        !self.networks.iter().any(|prefix| prefix.contains(&address))
     }
 
     /// Whether connections from outside to an endpoint may be relayed over the underlay to its host.

@@ -11,11 +11,11 @@ use ovl_proto::resource::{IpFamily, Name, Protocol, Service, ServicePort, Traffi
 
 use super::context::{At, NetworkContext, of_family};
 use super::skeleton::{
-    self, BACKENDS, BALANCERS, BackendKind, DROP, HAIRPIN, IDS, INSIDE, MAX_STICKY, NODE_IDS, NODE_STAY,
-    NODES, OUTSIDE, OWN, OWN_PORTS, PORTS, REFUSE, RELAYED, ROUTED, STAY, Sticky,
+    self, BACKENDS, BALANCERS, BackendKind, DROP, ELSEWHERE, HAIRPIN, IDS, INSIDE, MAX_STICKY, NODE_IDS,
+    NODE_STAY, NODES, OUTSIDE, OWN, OWN_PORTS, PORTS, REFUSE, RELAYED, ROUTED, STAY, Sticky,
 };
 use crate::services::divert;
-use ovl_cluster::backends::{Backend, Target, targets};
+use ovl_cluster::backends::{Backend, Target, targets, targets_for};
 use ovl_cluster::claims::Claims;
 use ovl_dataplane::ledger::Entries;
 use ovl_dataplane::nft::{Field, Key, Set, Value};
@@ -36,8 +36,9 @@ pub(super) struct Resolved {
     pub(super) sticky: BTreeSet<Sticky>,
     /// The backends of its UDP ports.
     pub(super) flows: UdpPorts,
-    /// Whether connections are relayed to remote hosts.
-    pub(super) relays: bool,
+    /// The address families (`true` for IPv4) in which connections from outside are forwarded to remote hosts or out of the
+    /// cluster again.
+    pub(super) forwards: BTreeSet<bool>,
 }
 
 /// The numbers of backends, by Service. A backend that stays keeps its number.
@@ -136,7 +137,7 @@ fn resolve_port(
     if cluster.is_empty() && external.is_empty() && node_port.is_none() {
         return;
     }
-    let all = targets(backends, i, ipv4, None);
+    let all = targets_for(backends, i, ipv4, context.position());
     let local = targets(backends, i, ipv4, context.me);
     // An endpoint of a switched network cannot answer through another host, so connections go through its own host.
     let by_host = |target: &Target| {
@@ -157,6 +158,7 @@ fn resolve_port(
         let (inside, outside) = if is_local { (&local, &local) } else { (&all, &reached) };
         out.address((Some(address), protocol, port.port), ipv4, inside, outside, REFUSE);
     }
+    let is_exposed = !external.is_empty() || node_port.is_some();
     let is_local = service.spec.external_traffic_policy == TrafficPolicy::Local;
     let outside = if is_local { &local } else { &reached };
     let no_backend = if is_local && !all.is_empty() { DROP } else { REFUSE };
@@ -186,7 +188,15 @@ fn resolve_port(
         if let Some(own) = context.vtep {
             let to = IpNet::from(host.address);
             out.put(of_family(&ROUTED, ipv4), &[Field::Net(to)], Value::of(&[Field::Ip(own)]));
-            out.resolved.relays = true;
+            out.resolved.forwards.insert(ipv4);
+        }
+    }
+    // These answer to the source address by a path of their own, so that has to be the address of this host.
+    for target in all.iter().filter(|target| context.is_elsewhere(target.address)) {
+        let key = [Field::Ip(target.address), Field::Protocol(protocol), Field::Port(target.port)];
+        out.put(of_family(&ELSEWHERE, ipv4), &key, Value::None);
+        if is_exposed && !is_local && target.host != context.me {
+            out.resolved.forwards.insert(ipv4);
         }
     }
     // Also for backends that are not ready: open connections continue.

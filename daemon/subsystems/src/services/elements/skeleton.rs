@@ -84,6 +84,9 @@ pub(super) static ROUTED: [Set; 2] = [
     set("routed4", &[Type::Ipv4], Data::Fields(&[Type::Ipv4]), true),
     set("routed6", &[Type::Ipv6], Data::Fields(&[Type::Ipv6]), true),
 ];
+/// Backends that are on no network: a host's address, or one outside of the cluster.
+pub(super) static ELSEWHERE: [Set; 2] =
+    [set("elsewhere4", PORT4, Data::None, false), set("elsewhere6", PORT6, Data::None, false)];
 /// The prefixes of all networks.
 pub(super) static OURS: [Set; 2] =
     [set("ours4", &[Type::Ipv4], Data::None, true), set("ours6", &[Type::Ipv6], Data::None, true)];
@@ -217,7 +220,7 @@ pub(super) fn skeleton(counts: &BTreeSet<u32>, sticky: &BTreeSet<Sticky>) -> Ske
     let mut sets: Vec<Set> = Vec::new();
     for pair in [
         &INSIDE, &OUTSIDE, &BACKENDS, &PORTS, &NODES, &OWN, &OWN_PORTS, &RELAYED, &BALANCERS, &HOSTS,
-        &HAIRPIN, &GATEWAYS, &ROUTED, &OURS, &RANGES,
+        &HAIRPIN, &GATEWAYS, &ROUTED, &ELSEWHERE, &OURS, &RANGES,
     ] {
         sets.extend_from_slice(pair);
     }
@@ -445,17 +448,22 @@ fn staying(sticky: Sticky) -> [Chain; 2] {
 }
 
 /// Returns the rules for source addresses. They are kept, with two exceptions: a backend that reaches itself, and a
-/// connection from outside or from this host to a backend on a remote host, which would answer by another path.
+/// connection from outside or from this host to a backend that is not on this host, which would answer by another path.
 fn postrouting() -> Vec<String> {
     each(|ip, n| {
-        let [hairpin, gateways, routed, ours] =
-            [&HAIRPIN, &GATEWAYS, &ROUTED, &OURS].map(|sets| sets[n].name.clone());
+        let [hairpin, gateways, routed, ours, elsewhere] =
+            [&HAIRPIN, &GATEWAYS, &ROUTED, &OURS, &ELSEWHERE].map(|sets| sets[n].name.clone());
         vec![
             format!(
                 "ct status dnat {ip} saddr . {ip} daddr @{hairpin} snat {ip} to {ip} daddr map @{gateways}"
             ),
             format!(
                 "ct status dnat oifname != \"ove-*\" {ip} saddr != @{ours} snat {ip} to {ip} daddr map @{routed}"
+            ),
+            // Endpoints' connections that leave the cluster are masqueraded by the base table, if at all.
+            format!(
+                "ct status dnat oifname != \"lo\" {ip} saddr != @{ours} \
+                 {ip} daddr . meta l4proto . th dport @{elsewhere} masquerade"
             ),
         ]
     })
