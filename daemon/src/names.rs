@@ -14,7 +14,7 @@ use ovl_dns::{
     ResolvConfWatcher, Share, Transport, UnusedLine, Upstreams, Zone,
 };
 use ovl_subsystems::names::resolver::{
-    ADDRESS_V4, ADDRESS_V6, CLUSTER_V4, CLUSTER_V6, HOST_ADDRESSES, PORT, PORT_DIRECT,
+    ADDRESS_V4, ADDRESS_V6, CLUSTER_V4, CLUSTER_V6, HOST_ADDRESSES, PORT, PORT_DIRECT, PORT_FROM_LOCALHOST,
 };
 use ovl_subsystems::names::{Ambiguous, Bearer, ambiguous, cluster_names};
 
@@ -84,7 +84,14 @@ impl Resolver {
     pub(crate) fn start(config: &Config, serves: bool, zone: Zone) -> (Self, Option<String>) {
         let (v4, v6) = (IpAddr::from(ADDRESS_V4), IpAddr::from(ADDRESS_V6));
         let (cluster4, cluster6) = (IpAddr::from(CLUSTER_V4), IpAddr::from(CLUSTER_V6));
-        let endpoints = [(v4, PORT), (v6, PORT), (v4, PORT_DIRECT), (cluster4, PORT), (cluster6, PORT)];
+        let endpoints = [
+            (v4, PORT),
+            (v6, PORT),
+            (v4, PORT_DIRECT),
+            (v4, PORT_FROM_LOCALHOST),
+            (cluster4, PORT),
+            (cluster6, PORT),
+        ];
         let endpoints =
             endpoints.map(|(address, port)| (SocketAddr::new(address, port), ListenRole::Endpoints));
         let host = config.dns_listen.iter().map(|address| (*address, ListenRole::Host));
