@@ -15,8 +15,8 @@ use ovl_dns::{
 };
 use ovl_metrics::Durations;
 use ovl_subsystems::names::resolver::{
-    ADDRESS_V4, ADDRESS_V6, CLUSTER_V4, CLUSTER_V6, HOST_ADDRESSES, PORT, PORT_DIRECT, PORT_HOST,
-    PORT_HOST_DIRECT,
+    ADDRESS_V4, ADDRESS_V6, CLUSTER_V4, CLUSTER_V6, HOST_ADDRESSES, PORT, PORT_DIRECT, PORT_FROM_LOCALHOST,
+    PORT_HOST, PORT_HOST_DIRECT,
 };
 use ovl_subsystems::names::{Ambiguous, Bearer, ambiguous, cluster_names};
 
@@ -85,7 +85,14 @@ impl Resolver {
     pub(crate) fn start(config: &Config, serves: bool, zone: Zone) -> (Self, Option<String>) {
         let (v4, v6) = (IpAddr::from(ADDRESS_V4), IpAddr::from(ADDRESS_V6));
         let (cluster4, cluster6) = (IpAddr::from(CLUSTER_V4), IpAddr::from(CLUSTER_V6));
-        let endpoints = [(v4, PORT), (v6, PORT), (v4, PORT_DIRECT), (cluster4, PORT), (cluster6, PORT)];
+        let endpoints = [
+            (v4, PORT),
+            (v6, PORT),
+            (v4, PORT_DIRECT),
+            (v4, PORT_FROM_LOCALHOST),
+            (cluster4, PORT),
+            (cluster6, PORT),
+        ];
         let endpoints =
             endpoints.map(|(address, port)| (SocketAddr::new(address, port), ListenRole::Endpoints));
         let loopback = [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)];

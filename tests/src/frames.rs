@@ -23,6 +23,8 @@ pub const EVERYONE: Bytes = [0xff; 6];
 const ALL_NODES: Bytes = [0x33, 0x33, 0, 0, 0, 1];
 /// Number of ICMPv6.
 pub const ICMPV6: u8 = 58;
+/// Number of TCP.
+const TCP: u8 = 6;
 /// Number of UDP.
 const UDP: u8 = 17;
 
@@ -76,16 +78,47 @@ pub fn ipv4(
     ports: (u16, u16),
     text: &str,
 ) -> Vec<u8> {
-    let body = udp(ports, text);
+    packet4((to, from), (source, destination), UDP, &udp(ports, text))
+}
+
+/// A frame with a TCP segment over IPv4 that opens a connection, with the arguments of [`ipv4`].
+pub fn syn(
+    (to, from): (Bytes, Bytes),
+    (source, destination): (Ipv4Addr, Ipv4Addr),
+    ports: (u16, u16),
+) -> Vec<u8> {
+    let mut segment = [ports.0.to_be_bytes(), ports.1.to_be_bytes()].concat();
+    segment.extend([0, 0, 0, 1, 0, 0, 0, 0, 0x50, 2, 0xff, 0xff, 0, 0, 0, 0]);
+    let pseudo = [&source.octets()[..], &destination.octets(), &[0, TCP, 0, 20]].concat();
+    let sum = checksum(&[&pseudo[..], &segment].concat());
+    segment[16..18].copy_from_slice(&sum);
+    packet4((to, from), (source, destination), TCP, &segment)
+}
+
+/// A frame with an IPv4 packet.
+fn packet4(
+    (to, from): (Bytes, Bytes),
+    (source, destination): (Ipv4Addr, Ipv4Addr),
+    protocol: u8,
+    body: &[u8],
+) -> Vec<u8> {
     let mut header = vec![0x45, 0];
     header.extend(u16::try_from(20 + body.len()).unwrap().to_be_bytes());
-    header.extend([0, 1, 0, 0, 64, UDP, 0, 0]);
+    header.extend([0, 1, 0, 0, 64, protocol, 0, 0]);
     header.extend(source.octets());
     header.extend(destination.octets());
-    let sum: u32 = header.chunks(2).map(|two| u32::from(u16::from_be_bytes([two[0], two[1]]))).sum();
-    let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
-    header[10..12].copy_from_slice(&sum.to_be_bytes());
-    ethernet(to, from, 0x0800, &[header, body].concat())
+    let sum = checksum(&header);
+    header[10..12].copy_from_slice(&sum);
+    ethernet(to, from, 0x0800, &[&header[..], body].concat())
+}
+
+/// The checksum of bytes of an even number (RFC 1071).
+fn checksum(bytes: &[u8]) -> [u8; 2] {
+    let mut sum: u32 = bytes.chunks(2).map(|two| u32::from(u16::from_be_bytes([two[0], two[1]]))).sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    (!sum as u16).to_be_bytes()
 }
 
 /// A frame with an IPv6 packet to all nodes, with a hop limit of 255.
@@ -115,15 +148,11 @@ pub fn unsolicited_advertisement(address: Ipv6Addr, at: Bytes) -> Vec<u8> {
     message.extend(address.octets());
     message.extend([2, 1]);
     message.extend(at);
-    let mut sum = u32::from(ICMPV6) + u32::try_from(message.len()).unwrap();
     let all_nodes = Ipv6Addr::from_bits(0xff02 << 112 | 1).octets();
-    for two in [&address.octets()[..], &all_nodes, &message].concat().chunks(2) {
-        sum += u32::from(u16::from_be_bytes([two[0], two[1]]));
-    }
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    message[2..4].copy_from_slice(&(!sum as u16).to_be_bytes());
+    let length = u16::try_from(message.len()).unwrap().to_be_bytes();
+    let pseudo = [&address.octets()[..], &all_nodes, &length, &[0, ICMPV6]].concat();
+    let sum = checksum(&[&pseudo[..], &message].concat());
+    message[2..4].copy_from_slice(&sum);
     message
 }
 

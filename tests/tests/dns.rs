@@ -3,11 +3,14 @@
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
 use std::io::{Read as _, Write as _};
-use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use netns_lab::{Host, LabConfig, Netns, uninterrupted, wait_until};
+use ovl_tests::frames::{FrameSocket, ipv4, mac, syn};
+use ovl_tests::inject::{PORT, listener, receive};
+use ovl_tests::ports::create_bridge_network;
 use ovl_tests::resolver::{dig, status};
 use ovl_tests::routed::create_routed_network;
 use ovl_tests::{
@@ -286,6 +289,75 @@ fn neighbours_cannot_reach_loopback_listeners() {
         anyhow::Ok(())
     })
     .unwrap();
+}
+
+#[test]
+fn clients_that_are_bound_to_127_0_0_1_get_answers_on_every_network() {
+    let lab = start_lab(2).unwrap();
+    let [h1, h2] = lab.hosts() else { panic!() };
+    create_network(&lab, "blue", &["--subnet", "10.70.0.0/24", "--subnet", "fd70::/64"]).unwrap();
+    create_network(&lab, "red", &["--subnet", "10.71.0.0/24", "--encrypted"]).unwrap();
+    create_network(&lab, "inner", &["--subnet", "10.72.0.0/24", "--internal"]).unwrap();
+    create_routed_network(&lab, "pods", &["--subnet", "10.73.0.0/16", "--subnet", "fd73::/48"]).unwrap();
+    create_bridge_network(h1, "own", &["--subnet", "10.74.0.0/24"]).unwrap();
+    for network in ["blue", "red", "inner", "pods", "own"] {
+        let web = attach(if network == "own" { h1 } else { h2 }, network, network, &[]).unwrap();
+        // The second one has its queries on the same port of the host.
+        let asking = ["a", "b"].map(|name| attach(h1, &format!("{name}-{network}"), network, &[]).unwrap());
+        wait_name(&asking[0].workload, network, &web.addresses()[..1]).unwrap();
+        for asker in &asking {
+            for source in ["127.0.0.1", "0.0.0.0"] {
+                for how in ["+notcp", "+tcp"] {
+                    let query = [network, how, "-b", source];
+                    let found = dig(&asker.workload, AT, &query).unwrap();
+                    assert_eq!(found, web.addresses()[..1], "{query:?}");
+                }
+            }
+        }
+    }
+    // With another interface first, and after that is detached.
+    let both = attach(h1, "both", "pods", &[]).unwrap();
+    let also = attach_workload(both.workload.clone(), "blue", &[]).unwrap();
+    let query = ["blue.blue", "-b", "127.0.0.1"];
+    let found = dig(&also.workload, AT, &query).unwrap();
+    h1.ctl_ok(&["detach", &both.name, "--network", "pods"]).unwrap();
+    assert_eq!(dig(&also.workload, AT, &query).unwrap(), found);
+    assert_eq!(found.len(), 1);
+    wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+#[test]
+fn forged_answers_of_the_resolver_do_not_reach_loopback() {
+    let lab = start_lab(1).unwrap();
+    create_network(&lab, "blue", &["--subnet", "10.70.0.0/24"]).unwrap();
+    let host = &lab.hosts()[0];
+    let [victim, other] = ["victim", "other"].map(|name| attach(host, name, "blue", &[]).unwrap());
+    let streams = victim.workload.run(|| TcpListener::bind("127.0.0.1:8080")).unwrap().unwrap();
+    let local = listener(&victim, "127.0.0.1", Duration::from_millis(300));
+    let open = listener(&victim, &victim.address(), SOON);
+    let macs = (mac(&victim.mac()), mac(&other.mac()));
+    let from_resolver = (Ipv4Addr::new(127, 0, 0, 11), Ipv4Addr::LOCALHOST);
+    let own = (other.address().parse().unwrap(), victim.address().parse().unwrap());
+    let socket = FrameSocket::open(&other.workload, "eth0").unwrap();
+    let forge = || {
+        socket.send(&syn(macs, from_resolver, (53, 8080)))?;
+        socket.send(&ipv4(macs, from_resolver, (53, PORT), "forged"))?;
+        socket.send(&ipv4(macs, own, (53, PORT), "own"))
+    };
+    forge().unwrap();
+    assert_eq!(receive(&open).as_deref(), Some("own"));
+    assert_eq!(receive(&local), None);
+    // Counter-check: they were real attempts. ovld soon restores the source checks. Even without them, nobody can open a
+    // connection.
+    wait_until(SOON, "a forged datagram to arrive without the source checks", || {
+        host.exec(["nft", "delete", "table", "bridge", "ovl-guard"])?;
+        forge()?;
+        ensure!(receive(&local).as_deref() == Some("forged"));
+        Ok(())
+    })
+    .unwrap();
+    let opening = victim.workload.exec_ok(["ss", "-Htn", "state", "syn-recv"]).unwrap();
+    assert_eq!(opening, "", "{streams:?}");
 }
 
 #[test]

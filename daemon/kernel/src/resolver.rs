@@ -1,9 +1,9 @@
 //! Adds the routes to the host's resolver in a workload's namespace.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::IpNet;
-use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use netlink_packet_core::{DefaultNla, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{AfSpecInet, AfSpecUnspec, LinkAttribute};
 use netlink_packet_route::route::{
@@ -131,13 +131,18 @@ const NEW_RULE: u16 = message_type(libc::NFT_MSG_NEWRULE);
 /// table ip ovl-dns {
 ///     chain prerouting {
 ///         type filter hook prerouting priority raw; policy accept;
-///         iif != "lo" ip daddr 127.0.0.0/8 drop
+///         ip daddr != 127.0.0.0/8 accept
+///         iif "lo" accept
+///         ip saddr 127.0.0.11 ip daddr 127.0.0.1 udp sport 53 accept
+///         ip saddr 127.0.0.11 ip daddr 127.0.0.1 tcp sport 53 tcp flags & (syn | ack) != syn accept
+///         drop
 ///     }
 /// }
 /// ```
 ///
-/// in the namespace of the calling thread, unless the table exists. It does not run `nft`, because a process would take
-/// longer than the rest of an attach.
+/// in the namespace of the calling thread, unless the table exists. What is accepted last are answers of the resolver to
+/// clients that are bound to 127.0.0.1. It does not run `nft`, because a process would take longer than the rest of an
+/// attach.
 fn protect_loopback() -> Result<()> {
     const HOOK: u32 = libc::NF_INET_PRE_ROUTING as u32;
     const RAW: i32 = libc::NF_IP_PRI_RAW;
@@ -162,11 +167,14 @@ fn protect_loopback() -> Result<()> {
         message.put_text(7, "filter");
     });
     batch.push_built(NEW_CHAIN, NLM_F_CREATE, chain.bytes());
-    let rule = about(&|message| {
-        message.put_text(2, "prerouting");
-        message.nest(4, expressions);
-    });
-    batch.push_built(NEW_RULE, NLM_F_CREATE, rule.bytes());
+    for write in [elsewhere, within, udp_answer, tcp_answer, drop_rest] {
+        let rule = about(&|message| {
+            message.put_text(2, "prerouting");
+            message.nest(4, |list| write(&mut Rule(list)));
+        });
+        // Behind the rules before it.
+        batch.push_built(NEW_RULE, NLM_F_CREATE | NLM_F_APPEND, rule.bytes());
+    }
     batch.close_transaction(BATCH_END, &header);
     let (results, _) = Netlink::open(NETLINK_NETFILTER)?.execute(batch)?;
     match results.into_iter().find_map(std::result::Result::err) {
@@ -178,45 +186,113 @@ fn protect_loopback() -> Result<()> {
     }
 }
 
-/// Writes the expressions of the rule.
-fn expressions(list: &mut Attributes) {
+/// The expressions of a rule.
+struct Rule<'a>(&'a mut Attributes);
+
+impl Rule<'_> {
     const REGISTER: [u8; 4] = (libc::NFT_REG_1 as u32).to_be_bytes();
-    const IIF: u32 = libc::NFT_META_IIF as u32;
-    const EQUAL: u32 = libc::NFT_CMP_EQ as u32;
-    const OTHER: u32 = libc::NFT_CMP_NEQ as u32;
-    const NETWORK_HEADER: u32 = libc::NFT_PAYLOAD_NETWORK_HEADER as u32;
-    /// The offset of the destination in an IPv4 header. Its first byte identifies 127.0.0.0/8.
-    const DESTINATION: u32 = 16;
-    const VERDICT_REGISTER: u32 = libc::NFT_REG_VERDICT as u32;
-    const DROP: u32 = libc::NF_DROP as u32;
-    let mut expression = |name: &str, fields: &dyn Fn(&mut Attributes)| {
-        list.nest(1, |element| {
+
+    fn add(&mut self, name: &str, fields: impl FnOnce(&mut Attributes)) {
+        self.0.nest(1, |element| {
             element.put_text(1, name);
             element.nest(2, fields);
         });
-    };
-    let compare = |operator: u32, value: &[u8]| {
-        let value = value.to_vec();
-        move |data: &mut Attributes| {
-            data.put(1, &REGISTER);
-            data.put(2, &operator.to_be_bytes());
-            data.nest(3, |data| data.put(1, &value));
-        }
-    };
-    expression("meta", &|data| {
-        data.put(1, &REGISTER);
-        data.put(2, &IIF.to_be_bytes());
-    });
-    expression("cmp", &compare(OTHER, &super::sys::LOOPBACK.to_ne_bytes()));
-    expression("payload", &|data| {
-        data.put(1, &REGISTER);
-        data.put(2, &NETWORK_HEADER.to_be_bytes());
-        data.put(3, &DESTINATION.to_be_bytes());
-        data.put(4, &1u32.to_be_bytes());
-    });
-    expression("cmp", &compare(EQUAL, &[127]));
-    expression("immediate", &|data| {
-        data.put(1, &VERDICT_REGISTER.to_be_bytes());
-        data.nest(2, |data| data.nest(2, |verdict| verdict.put(1, &DROP.to_be_bytes())));
-    });
+    }
+
+    /// Loads a property of the packet.
+    fn meta(&mut self, key: libc::c_int) {
+        self.add("meta", |data| {
+            data.put(1, &Self::REGISTER);
+            data.put(2, &(key as u32).to_be_bytes());
+        });
+    }
+
+    /// Loads `length` bytes of a header.
+    fn payload(&mut self, header: libc::c_int, offset: u32, length: u32) {
+        self.add("payload", |data| {
+            data.put(1, &Self::REGISTER);
+            data.put(2, &(header as u32).to_be_bytes());
+            data.put(3, &offset.to_be_bytes());
+            data.put(4, &length.to_be_bytes());
+        });
+    }
+
+    /// Keeps these bits of the byte that was loaded.
+    fn mask(&mut self, bits: u8) {
+        self.add("bitwise", |data| {
+            data.put(1, &Self::REGISTER);
+            data.put(2, &Self::REGISTER);
+            data.put(3, &1u32.to_be_bytes());
+            data.nest(4, |mask| mask.put(1, &[bits]));
+            data.nest(5, |xor| xor.put(1, &[0]));
+        });
+    }
+
+    /// Ends the rule unless what was loaded compares so with a value.
+    fn compare(&mut self, operator: libc::c_int, value: &[u8]) {
+        self.add("cmp", |data| {
+            data.put(1, &Self::REGISTER);
+            data.put(2, &(operator as u32).to_be_bytes());
+            data.nest(3, |data| data.put(1, value));
+        });
+    }
+
+    fn verdict(&mut self, verdict: libc::c_int) {
+        self.add("immediate", |data| {
+            data.put(1, &(libc::NFT_REG_VERDICT as u32).to_be_bytes());
+            data.nest(2, |data| data.nest(2, |code| code.put(1, &(verdict as u32).to_be_bytes())));
+        });
+    }
+
+    /// Matches a packet from port 53 of the resolver at 127.0.0.11 to 127.0.0.1.
+    fn answer(&mut self, protocol: libc::c_int) {
+        let addresses = [LOOPBACK.octets(), Ipv4Addr::LOCALHOST.octets()].concat();
+        self.payload(libc::NFT_PAYLOAD_NETWORK_HEADER, SOURCE, 8);
+        self.compare(libc::NFT_CMP_EQ, &addresses);
+        self.meta(libc::NFT_META_L4PROTO);
+        self.compare(libc::NFT_CMP_EQ, &[protocol as u8]);
+        self.payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2);
+        self.compare(libc::NFT_CMP_EQ, &53u16.to_be_bytes());
+    }
+}
+
+/// The offset of the source address in an IPv4 header.
+const SOURCE: u32 = 12;
+/// The offset of the destination address in an IPv4 header. Its first byte identifies 127.0.0.0/8.
+const DESTINATION: u32 = 16;
+/// The offset of the flags in a TCP header (RFC 9293, section 3.1), and two of them.
+const TCP_FLAGS: u32 = 13;
+const SYN: u8 = 0x02;
+const ACK: u8 = 0x10;
+
+/// Accepts packets to other addresses than loopback's: almost all of them.
+fn elsewhere(rule: &mut Rule<'_>) {
+    rule.payload(libc::NFT_PAYLOAD_NETWORK_HEADER, DESTINATION, 1);
+    rule.compare(libc::NFT_CMP_NEQ, &[127]);
+    rule.verdict(libc::NF_ACCEPT);
+}
+
+/// Accepts packets that stay within the namespace.
+fn within(rule: &mut Rule<'_>) {
+    rule.meta(libc::NFT_META_IIF);
+    rule.compare(libc::NFT_CMP_EQ, &super::sys::LOOPBACK.to_ne_bytes());
+    rule.verdict(libc::NF_ACCEPT);
+}
+
+fn udp_answer(rule: &mut Rule<'_>) {
+    rule.answer(libc::IPPROTO_UDP);
+    rule.verdict(libc::NF_ACCEPT);
+}
+
+/// Accepts answers over TCP. A packet that would open a connection to the namespace is none.
+fn tcp_answer(rule: &mut Rule<'_>) {
+    rule.answer(libc::IPPROTO_TCP);
+    rule.payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, TCP_FLAGS, 1);
+    rule.mask(SYN | ACK);
+    rule.compare(libc::NFT_CMP_NEQ, &[SYN]);
+    rule.verdict(libc::NF_ACCEPT);
+}
+
+fn drop_rest(rule: &mut Rule<'_>) {
+    rule.verdict(libc::NF_DROP);
 }

@@ -2,6 +2,8 @@
 //!
 //! The module owns no state. Begin to read at [`endpoint_part`].
 
+use std::net::Ipv4Addr;
+
 use ipnet::IpNet;
 use ovl_cluster::addresses;
 use ovl_cluster::view::View;
@@ -42,6 +44,10 @@ pub(crate) fn endpoint_part(
     dataplane
         .links
         .insert(device, Link::Endpoint { mtu, master: None, up: true, tuned: false, hairpin: false });
+    if endpoint.addresses.iter().any(|net| net.addr().is_ipv4()) {
+        // Answers to queries that a client sends from 127.0.0.1 leave by the interface with that destination.
+        dataplane.neighbours.insert((device, Ipv4Addr::LOCALHOST.into()), endpoint.mac);
+    }
     for net in &endpoint.addresses {
         let address = net.addr();
         dataplane.neighbours.insert((device, address), endpoint.mac);

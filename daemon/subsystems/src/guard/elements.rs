@@ -48,11 +48,27 @@ pub(super) static PACKET_RANGES4: Set = ranges(Table::Guard, "allowed4", &[Type:
 /// See [`PACKET_RANGES4`].
 pub(super) static PACKET_RANGES6: Set = ranges(Table::Guard, "allowed6", &[Type::Device, Type::Ipv6]);
 
+const fn source_of(table: Table) -> Set {
+    let shape = Shape { key: &[Type::Device], data: Data::Fields(&[Type::Ipv4]), ranges: false };
+    Set::new(table, "sources4", shape)
+}
+
+/// The IPv4 address of the endpoint behind a bridge port, from which it queries the resolver if it does so from 127.0.0.1.
+pub(super) static FRAME_SOURCES4: Set = source_of(Table::GuardFrames);
+/// The same for the interface of a routed endpoint.
+pub(super) static PACKET_SOURCES4: Set = source_of(Table::Guard);
+
 /// Returns the elements of an endpoint on a network of this mode.
 pub(super) fn of(mode: Mode, endpoint: &Endpoint) -> Entries {
     let name = Device::endpoint(endpoint.id).to_string();
     let device = Field::Device(&name);
     let mut entries = Entries::new();
+    let source = endpoint.addresses.iter().map(IpNet::addr).find(IpAddr::is_ipv4);
+    let sources = match mode {
+        Mode::L2 => &FRAME_SOURCES4,
+        Mode::L3 => &PACKET_SOURCES4,
+    };
+    entries.extend(source.map(|at| ((sources.clone(), Key::of(&[device])), Value::of(&[Field::Ip(at)]))));
     let mut add = |set: &Set, key: &[Field<'_>]| {
         entries.insert((set.clone(), Key::of(key)), Value::None);
     };

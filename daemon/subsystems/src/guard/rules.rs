@@ -2,18 +2,22 @@
 //!
 //! The module owns no state. Begin to read at [`frames`].
 
+use std::net::Ipv4Addr;
 use std::sync::{Arc, LazyLock};
 
 use ovl_dataplane::multicast::{JOINED, OPEN};
 use ovl_dataplane::nft::{Chain, Object, Set, Skeleton};
+use ovl_dataplane::resolver::{LOOPBACK, PORT_FROM_LOCALHOST};
 use ovl_proto::PROBE_ETHERTYPE as PROBES;
 
 use super::REFUSED;
 use super::elements::{
-    FRAME_RANGES4, FRAME_RANGES6, FRAMES4, FRAMES6, MACS, OWN4, OWN6, PACKET_RANGES4, PACKET_RANGES6,
-    PACKETS4, PACKETS6,
+    FRAME_RANGES4, FRAME_RANGES6, FRAME_SOURCES4, FRAMES4, FRAMES6, MACS, OWN4, OWN6, PACKET_RANGES4,
+    PACKET_RANGES6, PACKET_SOURCES4, PACKETS4, PACKETS6,
 };
 
+/// The source address of a client that is bound to it.
+const LOCALHOST: Ipv4Addr = Ipv4Addr::LOCALHOST;
 /// The numbers of router advertisements and redirects (RFC 4861, sections 4.2 and 4.5).
 const FROM_ROUTERS: &str = "{ 134, 137 }";
 /// The numbers of all messages of neighbour discovery (RFC 4861, section 4).
@@ -56,6 +60,9 @@ const COUNTED: &str = "type ifname; size 65535; flags dynamic,timeout; timeout 1
 /// * **Multicast to other hosts** leaves if one of them has joined a group with its MAC address, or follows none. Groups that
 ///   are never followed always leave ([`ovl_proto::table::is_followed`]), and so does what is not for a group by its IP
 ///   address.
+/// * **Queries from 127.0.0.1** to the resolver get the endpoint's own source address, and a port on the host whose answers go
+///   back to 127.0.0.1: see [`from_localhost`]. So namespaces accept answers to that address, and nobody but their host may
+///   send there: frames from other hosts to 127.0.0.0/8 are dropped.
 /// * **The host's own frames.** Its ARP and neighbour discovery messages stay on this host. Every host has the gateway's
 ///   addresses and MAC address, so it would answer requests of other hosts' endpoints for them, and no answer to its own
 ///   requests would find back to it.
@@ -67,7 +74,7 @@ pub(super) fn frames() -> Arc<Skeleton> {
         let own4 = format!("iifname . ether saddr . ip saddr @{own4} accept");
         let own6 = format!("iifname . ether saddr . @nh,64,128 @{own6} accept");
         let prerouting = vec![
-            "iifname != \"ove-*\" accept".to_owned(),
+            "iifname != \"ove-*\" goto from-others".to_owned(),
             format!("meta l4proto 6 {own4}"),
             format!("udp sport != 67 {own4}"),
             format!("meta protocol ip6 meta l4proto 6 {own6}"),
@@ -79,10 +86,15 @@ pub(super) fn frames() -> Arc<Skeleton> {
             ),
         ];
         let output = vec![
-            "oifname != \"ovx-*\" accept".to_owned(),
+            "oifname != \"ovx-*\" goto to-endpoint".to_owned(),
             "ether type arp drop".to_owned(),
             format!("ether type ip6 meta l4proto 58 @th,0,8 {NEIGHBOUR_DISCOVERY} drop"),
         ];
+        let to_endpoint = ["udp", "tcp"].map(|proto| {
+            format!(
+                "ip saddr {LOOPBACK} {proto} sport {PORT_FROM_LOCALHOST} ip daddr set {LOCALHOST} {proto} sport set 53"
+            )
+        });
         let [joined, open] = [&JOINED, &OPEN].map(|set| &*set.name);
         let postrouting = vec![
             "ether daddr & 01:00:00:00:00:00 == 00:00:00:00:00:00 accept".to_owned(),
@@ -114,6 +126,7 @@ pub(super) fn frames() -> Arc<Skeleton> {
             format!("meta l4proto {IGMP} @th,0,8 {IGMP_QUERY:#x} goto refuse"),
             format!("iifname . ip saddr @{addresses4} accept"),
             format!("iifname . ip saddr @{allowed4} accept"),
+            format!("ip saddr {LOCALHOST} ip daddr {LOOPBACK} goto from-localhost"),
             refuse(),
         ];
         let check_ip6 = vec![
@@ -143,8 +156,22 @@ pub(super) fn frames() -> Arc<Skeleton> {
             refuse(),
         ];
         skeleton(
-            &[&MACS, &OWN4, &OWN6, &FRAMES4, &FRAMES6, &FRAME_RANGES4, &FRAME_RANGES6, &JOINED, &OPEN],
+            &[
+                &MACS,
+                &OWN4,
+                &OWN6,
+                &FRAMES4,
+                &FRAMES6,
+                &FRAME_RANGES4,
+                &FRAME_RANGES6,
+                &FRAME_SOURCES4,
+                &JOINED,
+                &OPEN,
+            ],
             vec![
+                chain("from-localhost", None, from_localhost(&FRAME_SOURCES4)),
+                chain("to-endpoint", None, to_endpoint.into()),
+                chain("from-others", None, vec!["iifname \"ovx-*\" ip daddr 127.0.0.0/8 drop".to_owned()]),
                 chain("check-arp", None, check_arp),
                 chain("check-ip", None, check_ip),
                 chain("check-ip6", None, check_ip6),
@@ -162,7 +189,8 @@ pub(super) fn frames() -> Arc<Skeleton> {
 
 /// Returns the table of packets from routed endpoints, without elements.
 ///
-/// Link-local and unspecified IPv6 sources pass for ICMPv6 alone: neighbour discovery with the host.
+/// Link-local and unspecified IPv6 sources pass for ICMPv6 alone: neighbour discovery with the host. The chain comes before
+/// those of the resolver, which take queries out of the way of all others.
 pub(super) fn packets() -> Arc<Skeleton> {
     static SKELETON: LazyLock<Arc<Skeleton>> = LazyLock::new(|| {
         let [addresses4, addresses6] = [&PACKETS4, &PACKETS6].map(|set| &*set.name);
@@ -171,6 +199,7 @@ pub(super) fn packets() -> Arc<Skeleton> {
             "iifname != \"ove-*\" accept".to_owned(),
             format!("iifname . ip saddr @{addresses4} accept"),
             format!("iifname . ip saddr @{allowed4} accept"),
+            format!("ip saddr {LOCALHOST} ip daddr {LOOPBACK} goto from-localhost"),
             format!("meta l4proto 58 @th,0,8 {FROM_ROUTERS} goto refuse"),
             format!("iifname . ip6 saddr @{addresses6} accept"),
             format!("iifname . ip6 saddr @{allowed6} accept"),
@@ -178,11 +207,27 @@ pub(super) fn packets() -> Arc<Skeleton> {
             "goto refuse".to_owned(),
         ];
         skeleton(
-            &[&PACKETS4, &PACKETS6, &PACKET_RANGES4, &PACKET_RANGES6],
-            vec![chain("prerouting", Some("prerouting priority raw"), prerouting)],
+            &[&PACKETS4, &PACKETS6, &PACKET_RANGES4, &PACKET_RANGES6, &PACKET_SOURCES4],
+            vec![
+                chain("from-localhost", None, from_localhost(&PACKET_SOURCES4)),
+                chain("prerouting", Some("prerouting priority raw - 10"), prerouting),
+            ],
         )
     });
     Arc::clone(&SKELETON)
+}
+
+/// Returns the rules for packets from 127.0.0.1 to 127.0.0.11 that come out of the namespace of an endpoint: a client there
+/// has bound its socket to 127.0.0.1. Queries get the address of the endpoint in the map `sources` as their source, which
+/// tells the resolver who asks, and the port [`PORT_FROM_LOCALHOST`]. Everything else is refused.
+fn from_localhost(sources: &Set) -> Vec<String> {
+    let query = |proto: &str| {
+        format!(
+            "{proto} dport 53 ip saddr set iifname map @{} {proto} dport set {PORT_FROM_LOCALHOST} accept",
+            sources.name
+        )
+    };
+    vec![query("udp"), query("tcp"), "goto refuse".to_owned()]
 }
 
 fn skeleton(sets: &[&Set], mut chains: Vec<Chain>) -> Arc<Skeleton> {

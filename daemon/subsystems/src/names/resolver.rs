@@ -5,6 +5,10 @@
 //! to ovld's address and port, and the source of each answer to 127.0.0.11 port 53, without connection tracking. An
 //! endpoint without an IPv4 address has no route to 127.0.0.11 and queries [`ADDRESS_V6`].
 //!
+//! A query from 127.0.0.1 has been given the endpoint's source address and the port [`PORT_FROM_LOCALHOST`] by the source
+//! checks. Its answer goes to 127.0.0.1: on a routed network from here, by a neighbour of that address on the endpoint's
+//! interface; on a switched one the answer has to find its bridge port first, and is rewritten there.
+//!
 //! The module owns no state. Begin to read at `tables`.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,7 +20,7 @@ use ovl_proto::object::Network;
 
 use ovl_dataplane::device::Device;
 use ovl_dataplane::nft::{Chain, Skeleton, Table};
-pub use ovl_dataplane::resolver::{ADDRESS_V4, ADDRESS_V6, LOOPBACK};
+pub use ovl_dataplane::resolver::{ADDRESS_V4, ADDRESS_V6, LOOPBACK, PORT_FROM_LOCALHOST};
 
 /// The address on the host to which queries to the cluster DNS are rewritten, as [`ADDRESS_V4`] is for 127.0.0.11.
 pub const CLUSTER_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 79, 10);
@@ -65,6 +69,7 @@ pub(crate) fn tables(cluster: &[IpAddr], for_endpoints: bool) -> BTreeMap<Table,
 /// matches no rule again.
 fn rewriting(cluster: &[IpAddr]) -> Skeleton {
     let (v4, v6, lo) = (ADDRESS_V4, ADDRESS_V6, LOOPBACK);
+    let (local, localhost) = (PORT_FROM_LOCALHOST, Ipv4Addr::LOCALHOST);
     let drop_others = "iifname != \"ovb-*\" iifname != \"ove-*\" iifname != \"lo\" counter drop";
     let mut queries =
         vec![format!("ip daddr {{ {lo}, {v4} }} {drop_others}"), format!("ip6 daddr {v6} {drop_others}")];
@@ -74,12 +79,20 @@ fn rewriting(cluster: &[IpAddr]) -> Skeleton {
             format!(
                 "ip daddr {lo} iifname != \"lo\" {proto} dport 53 ip daddr set {v4} {proto} dport set {PORT} notrack"
             ),
+            format!(
+                "ip daddr {lo} iifname {{ \"ovb-*\", \"ove-*\" }} {proto} dport {local} ip daddr set {v4} notrack"
+            ),
             format!("ip daddr {v4} {proto} dport 53 {proto} dport set {PORT_DIRECT} notrack"),
             format!("ip6 daddr {v6} {proto} dport 53 {proto} dport set {PORT} notrack"),
         ]);
         answers.extend([
             format!(
                 "ip saddr {v4} {proto} sport {PORT} oifname != \"lo\" ip saddr set {lo} {proto} sport set 53 notrack"
+            ),
+            format!("ip saddr {v4} {proto} sport {local} oifname \"ovb-*\" ip saddr set {lo} notrack"),
+            format!(
+                "ip saddr {v4} {proto} sport {local} oifname \"ove-*\" ip saddr set {lo} ip daddr set {localhost} \
+                 {proto} sport set 53 notrack"
             ),
             format!("ip saddr {v4} {proto} sport {PORT_DIRECT} oifname != \"lo\" {proto} sport set 53 notrack"),
             format!("ip6 saddr {v6} {proto} sport {PORT} oifname != \"lo\" {proto} sport set 53 notrack"),
@@ -152,7 +165,7 @@ fn past_firewalls() -> impl Iterator<Item = (Table, Arc<Skeleton>)> {
         let family = table.family();
         let rule = format!(
             "iifname {{ \"ovb-*\", \"ove-*\" }} {family} daddr {{ {own}, {cluster} }} meta l4proto {{ tcp, udp }} \
-             th dport {{ {PORT}, {PORT_DIRECT} }} dup to {loopback} device \"lo\" drop"
+             th dport {{ {PORT}, {PORT_DIRECT}, {PORT_FROM_LOCALHOST} }} dup to {loopback} device \"lo\" drop"
         );
         // After the chain that rewrites addresses and ports.
         let hook = "type filter hook prerouting priority raw - 4; policy accept;".to_owned();

@@ -6,7 +6,7 @@
 //! address. The module owns no state: its caller keeps [`TouchedEndpoints`] and the data plane that was last sent.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::IpNet;
 use ovl_cluster::addresses;
@@ -124,7 +124,8 @@ fn on_devices(
         let device = Device::endpoint(*id);
         was.links.extend(applied.links.get(&device).map(|link| (device, *link)));
         was.addresses.extend(applied.addresses.iter().filter(|(on, _)| *on == device));
-        for address in &touched.addresses {
+        let localhost = IpAddr::from(Ipv4Addr::LOCALHOST);
+        for address in touched.addresses.iter().chain([&localhost]) {
             let key = (device, *address);
             was.neighbours.extend(applied.neighbours.get(&key).map(|mac| (key, *mac)));
             let to = IpNet::from(*address);
