@@ -204,6 +204,8 @@ pub struct NodeRecord {
     pub probe_kinds: u8,
     /// The TCP port of its metrics at the IP address of [`Self::address`]; 0 if other hosts cannot read them there.
     pub metrics_port: u16,
+    /// Whether its `ovl-kube` reaches a Kubernetes API server, so that it can mirror that server's objects.
+    pub mirrors: bool,
     /// Fields that this release does not know.
     pub unknown: Unknown,
 }
@@ -213,7 +215,7 @@ fields! {
         1 id, 2 public_key, 3 name, 4 generation, 5 revision, 6 cluster, 7 address, 8 version, 9 wire, 10 vtep,
         11 vxlan_port, 12 link_mtu, 13 tunnel optional, 14 keys, 15 presence, 16 probes optional,
         17 not_built optional, 18 probe_kinds optional, 19 metrics_port optional,
-        ..unknown
+        21 mirrors optional, ..unknown
     }
 }
 
@@ -375,6 +377,7 @@ mod tests {
             not_built: vec![NetworkId([7; 5]); MAX_NOT_BUILT],
             probe_kinds: u8::MAX,
             metrics_port: u16::MAX,
+            mirrors: true,
             unknown: Unknown::default(),
         };
         let signed =

@@ -65,6 +65,7 @@ impl Liar {
             not_built: Vec::new(),
             probe_kinds: 0,
             metrics_port: 0,
+            mirrors: false,
             unknown: Unknown::default(),
         })?;
         let config = StreamsConfig {

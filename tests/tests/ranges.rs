@@ -119,6 +119,7 @@ fn write_unchecked(lab: &Lab, writer: &Host, to: &[&Host], networks: Vec<Network
         not_built: Vec::new(),
         probe_kinds: 0,
         metrics_port: 0,
+        mirrors: false,
         unknown: Unknown::default(),
     })?;
     writer.run(|| -> Result<()> {

@@ -427,6 +427,7 @@ pub(crate) fn sample_record(identity: &Identity) -> NodeRecord {
         not_built: Vec::new(),
         probe_kinds: 0,
         metrics_port: 0,
+        mirrors: false,
         unknown: ovl_proto::wire::fields::Unknown::default(),
     }
 }

@@ -133,6 +133,7 @@ impl Node {
             allowed_macs: request.allowed_macs.clone(),
             groups: super::multicast::at_attach(&self.state.borrow(), network),
             pod: self.identify(&request, local.cni.as_ref()),
+            described: None,
             unknown: Unknown::default().played(),
         };
         let gateways = gateways(network, &endpoint);

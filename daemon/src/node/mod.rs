@@ -275,6 +275,7 @@ impl Node {
                 .metrics_listen
                 .as_ref()
                 .map_or(0, |listen| listen.port_at(config.advertise.ip())),
+            mirrors: false,
             unknown: Unknown::default().played(),
         };
         let signed = identity.sign_record(&record)?;

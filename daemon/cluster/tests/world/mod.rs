@@ -52,6 +52,7 @@ pub(crate) fn node(n: u8) -> Node {
             not_built: Vec::new(),
             probe_kinds: 0,
             metrics_port: 0,
+            mirrors: false,
             unknown: Unknown::default(),
         },
         state: PeerState::Alive,
@@ -133,6 +134,7 @@ pub(crate) fn endpoint(n: u8, address: &str) -> Entry {
         allowed: vec![],
         allowed_macs: vec![],
         groups: None,
+        described: None,
         pod: None,
         unknown: Unknown::default(),
     })

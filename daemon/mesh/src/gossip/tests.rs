@@ -44,6 +44,7 @@ fn record_at(identity: &Identity, address: SocketAddr, generation: u64) -> NodeR
         not_built: Vec::new(),
         probe_kinds: 0,
         metrics_port: 0,
+        mirrors: false,
         unknown: Unknown::default(),
     }
 }
