@@ -121,12 +121,16 @@ pub(crate) enum Code {
     NeighbourTable,
     /// Metrics are not served, because their address cannot be listened at.
     WebAddress,
+    /// An object of the Kubernetes API server is not in force as it is there.
+    NotMirrored,
+    /// The Kubernetes API server is not reached.
+    ApiUnreachable,
 }
 
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    const ALL: [Self; 56] = [
+    const ALL: [Self; 58] = [
         Self::Address,
         Self::StateFile,
         Self::DamagedFile,
@@ -183,11 +187,13 @@ impl Code {
         Self::SourceValidation,
         Self::NeighbourTable,
         Self::WebAddress,
+        Self::NotMirrored,
+        Self::ApiUnreachable,
     ];
 
     /// Returns the code as users see it, such as `OVL-E011`. The tens digit names the area: 1 this host, 2
     /// members, 3 cluster key (34 to 36, 38 and 39: paths, 37: members again), 4 networks, 5 encryption, 6 published ports and Services, 7 names, 8 settings
-    /// of the host.
+    /// of the host, 9 Kubernetes.
     pub(crate) const fn as_str(self) -> &'static str {
         match self {
             Self::Address => "OVL-E010",
@@ -246,6 +252,8 @@ impl Code {
             Self::SourceValidation => "OVL-E080",
             Self::NeighbourTable => "OVL-E081",
             Self::WebAddress => "OVL-E082",
+            Self::NotMirrored => "OVL-E090",
+            Self::ApiUnreachable => "OVL-E091",
         }
     }
 
@@ -286,7 +294,8 @@ impl Code {
             | Self::HealthPort
             | Self::Firewall
             | Self::ResolverDown
-            | Self::SourceValidation => Severity::Error,
+            | Self::SourceValidation
+            | Self::NotMirrored => Severity::Error,
             Self::DamagedFile
             | Self::HostName
             | Self::UnknownHosts
@@ -307,7 +316,8 @@ impl Code {
             | Self::ResolvConf
             | Self::AmbiguousName
             | Self::NeighbourTable
-            | Self::WebAddress => Severity::Warning,
+            | Self::WebAddress
+            | Self::ApiUnreachable => Severity::Warning,
         }
     }
 

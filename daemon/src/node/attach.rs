@@ -136,6 +136,12 @@ impl Node {
             described: None,
             unknown: Unknown::default().played(),
         };
+        let endpoint = {
+            // The labels are known before the pod can be reached.
+            let state = self.state.borrow();
+            let described = state.kubernetes.described(&endpoint).flatten().cloned().map(Box::new);
+            Endpoint { described, ..endpoint }
+        };
         let gateways = gateways(network, &endpoint);
         // Held until the endpoint is in the table or the attach has failed.
         let _policed = self.police_attach(&endpoint);
@@ -249,6 +255,8 @@ impl Node {
             subsystems.into_iter().for_each(|subsystem| subsystem.attached(&endpoint, &wants));
         }
         self.write_table(vec![Entry::Endpoint(endpoint)], Vec::new());
+        // The API server may have spoken of the pod meanwhile.
+        self.describe_endpoints(Some(id));
         self.event("endpoint", &name, "attached");
         self.own_info(id)
     }
