@@ -9,13 +9,14 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use ovl_control::{
-    Document, Event, Failure, FailureKind, MAX_REQUEST, MAX_STAGED, MAX_STAGED_BYTES, Reply, Request,
+    Document, Event, Failure, FailureKind, MAX_REQUEST, MAX_STAGED, MAX_STAGED_BYTES, MirrorOffer, Reply,
+    Request,
 };
 use serde_json::{Map, Value};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Semaphore;
 use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{Semaphore, watch};
 
 use crate::events::Events;
 
@@ -25,11 +26,17 @@ const MAX_CLIENTS: usize = 256;
 /// What answers the requests of clients.
 pub(crate) trait Answers: 'static {
     /// Answers a request, with the documents that were staged for it. The socket itself handles [`Request::Events`]
-    /// that follow and [`Request::Stage`].
+    /// that follow, [`Request::MirrorTurn`] and [`Request::Stage`].
     async fn answer(self: &Rc<Self>, request: Request, staged: Vec<Document>) -> Reply;
 
     /// Returns the recent events.
     fn events(&self) -> &Events;
+
+    /// Begins a connection of `ovl-kube`. Returns its number, and whether it is this host's turn to mirror.
+    fn begin_mirror(self: &Rc<Self>, offer: MirrorOffer) -> (u64, watch::Receiver<bool>);
+
+    /// Ends a connection of `ovl-kube`.
+    fn end_mirror(&self, connection: u64);
 }
 
 /// Creates the socket, accessible to root and its group only. A socket that is left over belongs to no
@@ -95,6 +102,16 @@ async fn client(node: &Rc<impl Answers>, stream: UnixStream) -> std::io::Result<
                     result = follow(node, &mut write) => result,
                     _ = tokio::io::copy(&mut read, &mut ignored) => Ok(()),
                 };
+            }
+            Ok(Request::MirrorTurn(offer)) => {
+                let (connection, turn) = node.begin_mirror(offer);
+                let mut ignored = tokio::io::sink();
+                let result = tokio::select! {
+                    result = tell_turn(turn, &mut write) => result,
+                    _ = tokio::io::copy(&mut read, &mut ignored) => Ok(()),
+                };
+                node.end_mirror(connection);
+                return result;
             }
             Ok(Request::Stage { documents }) => {
                 let reply = staged.add(documents, length);
@@ -162,6 +179,20 @@ async fn follow(
             Err(RecvError::Closed) => return Ok(()),
         };
         send(write, &Reply::Events(events)).await?;
+    }
+}
+
+/// Tells whether it is this host's turn to mirror, now and whenever that changes.
+async fn tell_turn(
+    mut turn: watch::Receiver<bool>,
+    write: &mut (impl tokio::io::AsyncWrite + Unpin),
+) -> std::io::Result<()> {
+    loop {
+        let acts = *turn.borrow_and_update();
+        send(write, &Reply::MirrorTurn { acts }).await?;
+        if turn.changed().await.is_err() {
+            return Ok(());
+        }
     }
 }
 

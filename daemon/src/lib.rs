@@ -20,6 +20,7 @@ mod firewall;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod health;
+mod kubernetes;
 mod limits;
 mod log;
 mod metrics;

@@ -67,6 +67,15 @@ pub(crate) enum Rejected {
         /// How far its stamp is ahead of the present, in milliseconds.
         by_ms: u64,
     },
+    /// It was mirrored from an API server, of which this host knows a later state of it. What this host has is to be written
+    /// again, with a stamp after this one.
+    #[error("{key} is an earlier state of a mirrored object")]
+    Earlier {
+        /// The object.
+        key: ObjectKey,
+        /// Its stamp.
+        stamp: Stamp,
+    },
     /// It is invalid, or there is no room.
     #[error("{0}")]
     Invalid(String),
@@ -225,6 +234,12 @@ impl ObjectStore {
             what: name_of(&object),
             by_ms: error.by_ms,
         })?;
+        if let (Some(ours), Body::Resource(theirs)) = (ours, &object.body)
+            && let (Some(ours), Some(theirs)) = (&ours.source, &theirs.meta().source)
+            && theirs.is_before(ours)
+        {
+            return Err(Rejected::Earlier { key: object.key(), stamp: object.stamp });
+        }
         let changed = self.objects.replace(signed, object, resources);
         changed.map(Some).map_err(|full| Rejected::Invalid(full.to_string()))
     }
@@ -437,6 +452,46 @@ mod tests {
         let changed =
             store.receive(vec![signed.clone()], AT, &mut resources, |error| why = Some(error.to_string()));
         (changed.is_some(), why)
+    }
+
+    /// A write of a mirrored namespace, stamped this many milliseconds after the others.
+    fn mirrored(writer: &mut Writer, later_ms: u64, version: u64, deleted: bool) -> SignedObject {
+        use ovl_proto::resource::{Meta, Namespace, Source};
+        let source = Source { cluster: "c".to_owned(), version };
+        let metadata = Meta { name: "shop".to_owned(), source: Some(Box::new(source)), ..Meta::default() };
+        let namespace = Namespace { metadata, unknown: Default::default() };
+        let stamp = writer.clock.tick(AT.wall_ms + later_ms, Stamp::default(), writer.identity.id());
+        let object = Object { stamp, deleted, body: Body::Resource(Resource::Namespace(namespace)) };
+        let body = wire::encode_body(&object).unwrap();
+        SignedObject {
+            signature: writer.identity.sign(Domain::Object, &body),
+            writer_key: *writer.identity.public_key(),
+            body,
+        }
+    }
+
+    #[test]
+    fn later_version_of_a_mirrored_object_stays_whenever_it_was_written() {
+        let (mut one, mut other) = (Writer::new(), Writer::new());
+        let mut store = ObjectStore::new(Clock::default());
+        let later = mirrored(&mut one, 0, 7, false);
+        assert_eq!(receive(&mut store, &later), (true, None));
+        // A mirror that is behind writes after it.
+        let mut refusals = Vec::new();
+        for (version, deleted) in [(6, false), (5, true)] {
+            let behind = mirrored(&mut other, 100 * version, version, deleted);
+            let mut resources = Resources::default();
+            let changed = store.receive(vec![behind.clone()], AT, &mut resources, |why| refusals.push(why));
+            assert_eq!(changed, None);
+            let object = behind.object().unwrap();
+            assert_eq!(refusals.pop(), Some(Rejected::Earlier { key: object.key(), stamp: object.stamp }));
+        }
+        assert_eq!(store.signed().next(), Some(&later));
+        // The next state is taken, and what was deleted does not come back.
+        let deletion = mirrored(&mut other, 1000, 8, true);
+        assert_eq!(receive(&mut store, &deletion), (true, None));
+        let (taken, why) = receive(&mut store, &mirrored(&mut one, 2000, 7, false));
+        assert!(!taken && why.unwrap().contains("earlier state"));
     }
 
     #[test]

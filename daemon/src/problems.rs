@@ -127,12 +127,16 @@ pub(crate) enum Code {
     Descriptors,
     /// The file system of the state directory is nearly full.
     DiskSpace,
+    /// An object of the Kubernetes API server is not in force as it is there.
+    NotMirrored,
+    /// The Kubernetes API server is not reached.
+    ApiUnreachable,
 }
 
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    const ALL: [Self; 59] = [
+    const ALL: [Self; 61] = [
         Self::Address,
         Self::StateFile,
         Self::DamagedFile,
@@ -192,11 +196,13 @@ impl Code {
         Self::ConnectionTable,
         Self::Descriptors,
         Self::DiskSpace,
+        Self::NotMirrored,
+        Self::ApiUnreachable,
     ];
 
     /// Returns the code as users see it, such as `OVL-E011`. The tens digit names the area: 1 this host, 2
     /// members, 3 cluster key (34 to 36, 38 and 39: paths, 37: members again), 4 networks, 5 encryption, 6 published ports and Services, 7 names, 8 settings
-    /// of the host.
+    /// of the host, 9 Kubernetes.
     pub(crate) const fn as_str(self) -> &'static str {
         match self {
             Self::Address => "OVL-E010",
@@ -258,6 +264,8 @@ impl Code {
             Self::ConnectionTable => "OVL-E083",
             Self::Descriptors => "OVL-E084",
             Self::DiskSpace => "OVL-E085",
+            Self::NotMirrored => "OVL-E090",
+            Self::ApiUnreachable => "OVL-E091",
         }
     }
 
@@ -298,7 +306,8 @@ impl Code {
             | Self::HealthPort
             | Self::Firewall
             | Self::ResolverDown
-            | Self::SourceValidation => Severity::Error,
+            | Self::SourceValidation
+            | Self::NotMirrored => Severity::Error,
             Self::DamagedFile
             | Self::HostName
             | Self::UnknownHosts
@@ -322,7 +331,8 @@ impl Code {
             | Self::WebAddress
             | Self::ConnectionTable
             | Self::Descriptors
-            | Self::DiskSpace => Severity::Warning,
+            | Self::DiskSpace
+            | Self::ApiUnreachable => Severity::Warning,
         }
     }
 

@@ -215,6 +215,8 @@ pub struct NodeRecord {
     pub metrics_port: u16,
     /// The zone that it is in, as its configuration says; empty: none. At most [`MAX_ZONE`] bytes.
     pub zone: String,
+    /// Whether its `ovl-kube` reaches a Kubernetes API server, so that it can mirror that server's objects.
+    pub mirrors: bool,
     /// Fields that this release does not know.
     pub unknown: Unknown,
 }
@@ -224,6 +226,7 @@ fields! {
         1 id, 2 public_key, 3 name, 4 generation, 5 revision, 6 cluster, 7 address, 8 version, 9 wire, 10 vtep,
         11 vxlan_port, 12 link_mtu, 13 tunnel optional, 14 keys, 15 presence, 16 probes optional,
         17 not_built optional, 18 probe_kinds optional, 19 metrics_port optional, 20 zone optional,
+        21 mirrors optional,
         ..unknown
     }
 }
@@ -387,6 +390,7 @@ mod tests {
             probe_kinds: u8::MAX,
             metrics_port: u16::MAX,
             zone: "z".repeat(MAX_ZONE),
+            mirrors: true,
             unknown: Unknown::default(),
         };
         let signed =

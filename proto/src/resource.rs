@@ -13,6 +13,7 @@ mod policy;
 mod port;
 mod service;
 mod slice;
+mod source;
 
 use std::collections::BTreeMap;
 
@@ -26,6 +27,7 @@ pub use self::policy::*;
 pub use self::port::*;
 pub use self::service::*;
 pub use self::slice::*;
+pub use self::source::*;
 use crate::clock::{Stamp, timestamp};
 use crate::fields;
 use crate::wire::fields::Unknown;
@@ -202,6 +204,10 @@ pub struct Meta {
     /// The unique id that the Kubernetes API server gave the object. Only kept of Pods, whose runtimes name it. May be
     /// empty.
     pub uid: String,
+    /// Where the object was mirrored from. `None`: it is ovl's own. No manifest has it. Boxed, because most objects of a
+    /// cluster without Kubernetes have none.
+    #[serde(skip)]
+    pub source: Option<Box<Source>>,
     /// Fields that this release does not know.
     #[serde(skip)]
     pub unknown: Unknown,
@@ -210,7 +216,7 @@ pub struct Meta {
 fields! {
     json Meta {
         1 name optional, 2 namespace optional, 3 labels optional, 4 annotations optional,
-        5 creation_timestamp optional, 6 uid optional, ..unknown
+        5 creation_timestamp optional, 6 uid optional, 7 source optional, ..unknown
     }
 }
 

@@ -12,7 +12,7 @@ use crate::fields;
 use crate::id::{EndpointId, Mac, NetworkId, NodeId};
 use crate::publish::Published;
 use crate::record::Signature;
-use crate::resource::{Labels, Name};
+use crate::resource::{Labels, Name, Pod};
 use crate::wire::fields::{Unknown, deserialize_numbered, serialize_numbered};
 use crate::wire::{self, Bytes, WireError};
 
@@ -74,6 +74,9 @@ pub struct Endpoint {
     /// The multicast groups that it has joined and that its host follows ([`is_followed`]), in ascending order, at most
     /// [`Self::MAX_GROUPS`]. `None` if its host does not follow them: it then gets the packets of all groups.
     pub groups: Option<Vec<IpAddr>>,
+    /// What the Kubernetes API server of this host's node says of the pod: its labels, named ports, phase and readiness.
+    /// `None`: nothing is known from there, and a v1 Pod of the cluster may describe it. Boxed, as [`Self::pod`].
+    pub described: Option<Box<Pod>>,
     /// Fields that this release does not know.
     pub unknown: Unknown,
 }
@@ -82,7 +85,7 @@ fields! {
     Endpoint {
         1 id, 2 name, 3 namespace, 4 network, 5 mac, 6 addresses, 7 aliases optional, 8 labels optional, 9 ready,
         10 publish optional, 11 allowed optional, 12 allowed_macs optional, 13 pod optional, 14 groups optional,
-        ..unknown
+        15 described optional, ..unknown
     }
 }
 

@@ -6,6 +6,7 @@ pub mod cni;
 mod flow;
 pub mod frames;
 pub mod inject;
+pub mod kubernetes;
 pub mod policy;
 pub mod ports;
 pub mod resolver;

@@ -66,6 +66,7 @@ impl Liar {
             probe_kinds: 0,
             metrics_port: 0,
             zone: String::new(),
+            mirrors: false,
             unknown: Unknown::default(),
         })?;
         let config = StreamsConfig {

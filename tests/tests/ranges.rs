@@ -120,6 +120,7 @@ fn write_unchecked(lab: &Lab, writer: &Host, to: &[&Host], networks: Vec<Network
         probe_kinds: 0,
         metrics_port: 0,
         zone: String::new(),
+        mirrors: false,
         unknown: Unknown::default(),
     })?;
     writer.run(|| -> Result<()> {

@@ -12,7 +12,7 @@ use ovl_proto::resource::{
 };
 
 use crate::resources::named_port;
-use crate::selectables::{Selectable, SelectableChange, Selectables, label_key, take};
+use crate::selectables::{Selectable, SelectableChange, SelectableId, Selectables, label_key, take};
 use crate::view::View;
 
 /// Whether a backend accepts connections.
@@ -220,8 +220,7 @@ impl Backends {
     }
 
     fn touch_service(&mut self, view: &View, name: &Name) {
-        let selector = view.resources.services().get(name).map(|service| &service.spec.selector);
-        let selector = selector.filter(|selector| !selector.is_empty());
+        let selector = view.resources.services().get(name).and_then(selector_of);
         if self.listed.get(name).map(|(_, listed)| listed) != selector {
             if let Some((label, _)) = self.listed.remove(name) {
                 take(&mut self.selectors, &label, name);
@@ -291,11 +290,14 @@ impl Backends {
 
     fn backends(&self, view: &View, name: &Name, service: &Service) -> Vec<Backend> {
         // As in Kubernetes, a finished pod is no backend, even of a Service that publishes addresses that are not ready.
-        let is_finished = |selectable: &Selectable| pod_of(view, selectable).is_some_and(Pod::is_finished);
-        let selected = self.selectables.with_labels(&name.namespace, &service.spec.selector);
-        let selected = selected.filter(|(_, selectable)| !is_finished(selectable));
+        let is_finished = |id: &SelectableId, selectable: &Selectable| {
+            pod_of(view, id, selectable).is_some_and(Pod::is_finished)
+        };
+        let selected = selector_of(service);
+        let selected = selected.map(|selector| self.selectables.with_labels(&name.namespace, selector));
+        let selected = selected.into_iter().flatten().filter(|(id, selectable)| !is_finished(id, selectable));
         let mut backends: Vec<Backend> =
-            selected.map(|(_, selectable)| backend_of_selectable(view, service, selectable)).collect();
+            selected.map(|(id, selectable)| backend_of_selectable(view, service, id, selectable)).collect();
         for slice in self.slices.get(name).into_iter().flatten() {
             if let Some(slice) = view.resources.slices().get(slice) {
                 let ports = ports_of_slice(service, slice);
@@ -313,13 +315,31 @@ impl Backends {
     }
 }
 
-/// Returns the v1 Pod that describes a selectable.
-fn pod_of<'a>(view: &'a View, selectable: &Selectable) -> Option<&'a Pod> {
-    view.resources.pods().get(&*selectable.name).filter(|_| selectable.has_pod)
+/// Returns the selector by which a Service chooses backends. `None` if it has none, or if it is mirrored: the controllers
+/// of its API server evaluate the selector, and their EndpointSlices are mirrored beside it.
+fn selector_of(service: &Service) -> Option<&Labels> {
+    let selector = &service.spec.selector;
+    (!selector.is_empty() && service.metadata.source.is_none()).then_some(selector)
 }
 
-fn backend_of_selectable(view: &View, service: &Service, selectable: &Selectable) -> Backend {
-    let pod = pod_of(view, selectable);
+/// Returns the v1 Pod that describes a selectable.
+fn pod_of<'a>(view: &'a View, id: &SelectableId, selectable: &Selectable) -> Option<&'a Pod> {
+    let described = match id {
+        SelectableId::Endpoint(host, id) => {
+            view.nodes.get(host).and_then(|node| node.table.endpoint(*id)?.described.as_deref())
+        }
+        SelectableId::Pod(_) => None,
+    };
+    described.or_else(|| view.resources.pods().get(&*selectable.name)).filter(|_| selectable.has_pod)
+}
+
+fn backend_of_selectable(
+    view: &View,
+    service: &Service,
+    id: &SelectableId,
+    selectable: &Selectable,
+) -> Backend {
+    let pod = pod_of(view, id, selectable);
     let port = |port: &ServicePort| match &port.target_port {
         None => Some(port.port),
         Some(IntOrString::Int(number)) => Some(*number),

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use ovl_proto::clock::Stamp;
 use ovl_proto::id::{NetworkId, NodeId};
 use ovl_proto::object::{Body, Network, Object, ObjectKey, SignedObject};
-use ovl_proto::resource::ResourceKey;
+use ovl_proto::resource::{ResourceKey, Source};
 use ovl_proto::wire;
 
 use crate::digest::{Digest, Hash, hash, part_of};
@@ -31,6 +31,8 @@ pub struct Stored {
     pub network: Option<Network>,
     /// What this release does not know of the object, which therefore has no effect here. `None` if it is understood.
     pub opaque: Option<String>,
+    /// Where it was mirrored from; of a tombstone, where the object was deleted. `None`: it is ovl's own.
+    pub source: Option<Box<Source>>,
     hash: Hash,
 }
 
@@ -95,6 +97,15 @@ impl Objects {
         all.into_iter()
             .flatten()
             .filter_map(|(key, stored)| Some((key, stored.stamp.node, stored.opaque.as_deref()?)))
+    }
+
+    /// Returns the Kubernetes objects that were mirrored and not deleted since, each with where it is from.
+    pub fn mirrored(&self) -> impl Iterator<Item = (&ResourceKey, &Source)> {
+        let living = self.all.iter().filter(|(_, stored)| !stored.deleted);
+        living.filter_map(|(key, stored)| match key {
+            ObjectKey::Resource(key) => Some((key, stored.source.as_deref()?)),
+            ObjectKey::Network(_) | ObjectKey::Unknown { .. } => None,
+        })
     }
 
     /// Returns the object of a network, also if it is a tombstone.
@@ -191,6 +202,10 @@ impl Objects {
         // A key and stamp that cannot be encoded were never received or sent.
         let hash = hash(&wire::encode_body(&(&key, object.stamp)).unwrap_or_default());
         let Object { stamp, deleted, body } = object;
+        let source = match &body {
+            Body::Resource(resource) => resource.meta().source.clone(),
+            Body::Network(_) | Body::Opaque { .. } => None,
+        };
         let (network, opaque, changed) = match body {
             Body::Network(network) => (Some(network), None, Vec::new()),
             Body::Resource(resource) if deleted => (None, None, resources.remove(&resource.key())),
@@ -203,7 +218,8 @@ impl Objects {
         };
         self.digest.insert(hash);
         self.opaque += usize::from(opaque.is_some());
-        if let Some(old) = self.all.insert(key, Stored { signed, stamp, deleted, network, opaque, hash }) {
+        let stored = Stored { signed, stamp, deleted, network, opaque, source, hash };
+        if let Some(old) = self.all.insert(key, stored) {
             self.digest.remove(&old.hash);
             self.opaque -= usize::from(old.opaque.is_some());
         }

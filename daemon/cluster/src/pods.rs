@@ -1,5 +1,8 @@
 //! Which endpoint is meant by a pod's name, and what the v1 Pod adds to it: labels, named ports and readiness.
 //!
+//! A v1 Pod is a cluster object, or what the endpoint's own host knows of it from a Kubernetes API server
+//! ([`Endpoint::described`]), which comes first.
+//!
 //! A pod can come again under its name while its old sandbox is still known: it was forced off a lost host, or the old
 //! sandbox is not detached yet. Then one endpoint of each network stands for the pod: one with the uid that the v1 Pod
 //! has, if it has one; else the one that was attached last. The others have their own labels only.
@@ -50,8 +53,9 @@ impl View {
 
     /// Returns the v1 Pod that describes an endpoint of a host. `None` if there is none, or if another endpoint or
     /// another pod of the same name is meant.
-    pub fn pod_of(&self, host: NodeId, endpoint: &Endpoint) -> Option<&Pod> {
-        let pod = self.resources.pods().get(&endpoint.pod_name())?;
+    pub fn pod_of<'a>(&'a self, host: NodeId, endpoint: &'a Endpoint) -> Option<&'a Pod> {
+        let pod = endpoint.described.as_deref();
+        let pod = pod.or_else(|| self.resources.pods().get(&endpoint.pod_name()))?;
         let uid = endpoint.pod.as_ref().map_or("", |identity| &identity.uid);
         (is_same(&pod.metadata.uid, uid) && self.is_named_as_pod(host, endpoint)).then_some(pod)
     }

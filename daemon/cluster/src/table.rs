@@ -510,6 +510,7 @@ mod tests {
                 allowed: vec![],
                 allowed_macs: vec![],
                 groups: None,
+                described: None,
                 pod: None,
                 unknown: Unknown::default(),
             })
@@ -551,6 +552,7 @@ mod tests {
                 allowed: vec![],
                 allowed_macs: vec![],
                 groups: None,
+                described: None,
                 pod: None,
                 unknown: Unknown::default(),
             })

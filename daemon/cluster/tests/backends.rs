@@ -10,11 +10,12 @@ use ovl_cluster::selectables::SelectableId;
 use ovl_cluster::view::View;
 use ovl_proto::id::{EndpointId, NodeId};
 use ovl_proto::record::PeerState;
-use ovl_proto::resource::{Kind, Name, Resource, ResourceKey};
+use ovl_proto::resource::{Kind, Name, Resource, ResourceKey, Source};
+use ovl_proto::table::{Endpoint, Entry};
 use proptest::prelude::*;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use self::world::{NET, WEB, World, id, pod_identity, read};
+use self::world::{NET, WEB, World, give, id, pod_identity, read};
 
 fn names(all: &[&str]) -> BTreeSet<Name> {
     all.iter().map(|name| Name::new("default", *name)).collect()
@@ -426,6 +427,84 @@ fn of_the_endpoints_of_a_pod_that_with_the_uid_is_meant() {
     // A runtime that says no uid.
     world.attach_pod(3, 3, pod_identity("db-0", "", 4));
     assert_eq!(web_of(&mut world), [(id(3), true)]);
+}
+
+#[test]
+fn a_pod_is_what_its_own_host_says_of_it() {
+    let mut world = World::new();
+    world.service("web", json!({ "app": "web" }));
+    world.attach_pod(1, 1, pod_identity("db-0", "u", 5));
+    assert_eq!(web_of(&mut world), []);
+    let describe = |world: &mut World, labels: Value, status: &str| {
+        let pod = read(
+            Kind::Pod,
+            json!({
+                "metadata": { "name": "db-0", "namespace": "default", "labels": labels, "uid": "u" },
+                "spec": { "containers": [{ "ports": [{ "name": "web", "containerPort": 8080 }] }] },
+                "status": { "conditions": [{ "type": "Ready", "status": status }] },
+            }),
+        );
+        let Resource::Pod(pod) = pod else { panic!() };
+        let known = world.view.nodes[&id(1)].table.endpoint(EndpointId([1; 5])).unwrap().clone();
+        let described = Endpoint { described: Some(Box::new(pod)), ..known };
+        give(&mut world.view, 1, vec![Entry::Endpoint(described)]);
+        world.backends.touch_endpoint(&world.view, id(1), EndpointId([1; 5]));
+    };
+    describe(&mut world, json!({ "app": "web" }), "True");
+    assert_eq!(web_of(&mut world), [(id(1), true)]);
+    assert_eq!(world.of("web")[0].readiness, Readiness::Ready);
+    // A v1 Pod among the cluster's objects does not contradict it.
+    world.put(read(
+        Kind::Pod,
+        json!({ "metadata": { "name": "db-0", "namespace": "default", "labels": { "app": "x" } } }),
+    ));
+    assert_eq!(web_of(&mut world), [(id(1), true)]);
+    describe(&mut world, json!({ "app": "web" }), "False");
+    world.settle();
+    assert_eq!(world.of("web")[0].readiness, Readiness::NotReady);
+    describe(&mut world, json!({ "app": "other" }), "True");
+    assert_eq!(web_of(&mut world), []);
+    // A later sandbox of the name is the pod now.
+    describe(&mut world, json!({ "app": "web" }), "True");
+    world.attach_pod(2, 2, pod_identity("db-0", "v", 6));
+    assert_eq!(web_of(&mut world), []);
+}
+
+#[test]
+fn of_a_mirrored_service_the_slices_count_and_not_the_selector() {
+    let mut world = World::new();
+    world.attach(1, 1, WEB, true);
+    let service = |mirrored: bool| {
+        let spec = json!({ "selector": { "app": "web" }, "ports": [{ "name": "http", "port": 80 }] });
+        let metadata = json!({ "name": "web", "namespace": "default" });
+        let mut service = read(Kind::Service, json!({ "metadata": metadata, "spec": spec }));
+        let source = Source { cluster: "c".to_owned(), version: 1 };
+        service.meta_mut().source = mirrored.then(|| Box::new(source));
+        service
+    };
+    world.put(service(false));
+    world.settle();
+    assert_eq!(world.names("web"), ["w1"]);
+    world.put(service(true));
+    world.settle();
+    assert!(world.of("web").is_empty());
+    world.put(read(
+        Kind::EndpointSlice,
+        json!({
+            "metadata": { "name": "s", "namespace": "default", "labels": { "kubernetes.io/service-name": "web" } },
+            "addressType": "IPv4",
+            "ports": [{ "name": "http", "port": 9000 }],
+            "endpoints": [{ "addresses": ["192.0.2.1"] }],
+        }),
+    ));
+    world.settle();
+    assert_eq!(world.of("web")[0].ports, [Some(9000)]);
+    // A changed endpoint does not wake it.
+    world.attach(1, 2, WEB, true);
+    assert!(!world.settle().services.contains(&Name::new("default", "web")));
+    world.put(service(false));
+    world.settle();
+    assert_eq!(world.of("web").len(), 3);
 }
 
 /// One event of a random test.

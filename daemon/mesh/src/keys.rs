@@ -443,6 +443,7 @@ pub(crate) fn sample_record(identity: &Identity) -> NodeRecord {
         probe_kinds: 0,
         metrics_port: 0,
         zone: String::new(),
+        mirrors: false,
         unknown: ovl_proto::wire::fields::Unknown::default(),
     }
 }

@@ -29,9 +29,13 @@ use super::state::State;
 use super::{Failed, Node};
 
 /// How many documents are read or objects are written before other tasks may run.
-const AT_A_TIME: usize = 250;
+pub(super) const AT_A_TIME: usize = 250;
 /// How many problems, and how many warnings, are reported at most.
 const MOST_PROBLEMS: usize = 200;
+
+/// Why a mirrored object is not changed.
+const MIRRORED: &str = "is mirrored from the Kubernetes API server, which would undo the change: change it there, for \
+                        example with kubectl, and it changes here at once";
 
 /// Objects to write; `true` marks a tombstone.
 type Writes = Vec<(Body, bool)>;
@@ -169,6 +173,9 @@ impl Node {
             }
             warnings.truncate(MOST_PROBLEMS);
         }
+        if problems.is_empty() {
+            problems = self.mirrored(&read);
+        }
         if problems.is_empty() && apply.create {
             problems = self.existing(&read);
         }
@@ -185,6 +192,19 @@ impl Node {
         }
         let (ignored, foreign) = (ignored.into_list(), foreign.0);
         Ok(Reply::Applied(Box::new(AppliedAll { objects, warnings, ignored, foreign })))
+    }
+
+    /// Returns a problem for each object that is mirrored from a Kubernetes API server.
+    fn mirrored(&self, read: &[(Place, Resource)]) -> Vec<ManifestProblem> {
+        let state = self.state.borrow();
+        let is_mirrored = |resource: &Resource| {
+            state.view.resources.meta(&resource.key()).is_some_and(|it| it.source.is_some())
+        };
+        read.iter()
+            .filter(|(_, resource)| is_mirrored(resource))
+            .map(|(place, _)| place.problem(Problem { field: String::new(), reason: MIRRORED.to_owned() }))
+            .take(MOST_PROBLEMS)
+            .collect()
     }
 
     /// Returns a problem for each object that exists already.
@@ -308,7 +328,7 @@ impl Node {
     }
 
     /// Writes objects in batches. Returns once they are on this host's disk and were sent to all live peers.
-    async fn write_resources(&self, mut writes: Writes) -> Result<(), Failed> {
+    pub(super) async fn write_resources(&self, mut writes: Writes) -> Result<(), Failed> {
         if writes.is_empty() {
             return Ok(());
         }
@@ -361,7 +381,11 @@ impl Node {
         {
             let state = self.state.borrow();
             for key in keys {
-                let found = state.view.resources.get(&key).is_some();
+                let meta = state.view.resources.meta(&key);
+                if meta.is_some_and(|meta| meta.source.is_some()) {
+                    return Err(Failed::conflict(format!("{key} {MIRRORED}. Nothing was deleted")));
+                }
+                let found = meta.is_some();
                 let ResourceKey { kind, name } = key;
                 if found {
                     writes.push((Body::Resource(tombstone(kind, &name)), true));
@@ -437,7 +461,7 @@ fn is_asked_for(query: &ResourceQuery, name: &Name) -> bool {
 }
 
 /// Returns the object to write as a tombstone: only the name of a deleted object is kept.
-fn tombstone(kind: Kind, name: &Name) -> Resource {
+pub(super) fn tombstone(kind: Kind, name: &Name) -> Resource {
     let metadata = Meta { name: name.name.clone(), namespace: name.namespace.clone(), ..Meta::default() };
     match kind {
         Kind::Namespace => Resource::Namespace(Namespace { metadata, unknown: Unknown::default() }),
@@ -505,6 +529,7 @@ fn info(state: &State, kind: Kind, name: Name) -> Result<ResourceInfo, Failed> {
         manifest: resource.to_manifest().map_err(|error| Failed::internal(error.to_string()))?,
         endpoints,
         selects,
+        source: resource.meta().source.as_deref().map(Into::into),
     })
 }
 

@@ -133,7 +133,14 @@ impl Node {
             allowed_macs: request.allowed_macs.clone(),
             groups: super::multicast::at_attach(&self.state.borrow(), network),
             pod: self.identify(&request, local.cni.as_ref()),
+            described: None,
             unknown: Unknown::default().played(),
+        };
+        let endpoint = {
+            // The labels are known before the pod can be reached.
+            let state = self.state.borrow();
+            let described = state.kubernetes.described(&endpoint).flatten().cloned().map(Box::new);
+            Endpoint { described, ..endpoint }
         };
         let gateways = gateways(network, &endpoint);
         // Held until the endpoint is in the table or the attach has failed.
@@ -248,6 +255,8 @@ impl Node {
             subsystems.into_iter().for_each(|subsystem| subsystem.attached(&endpoint, &wants));
         }
         self.write_table(vec![Entry::Endpoint(endpoint)], Vec::new());
+        // The API server may have spoken of the pod meanwhile.
+        self.describe_endpoints(Some(id));
         self.event("endpoint", &name, "attached");
         self.own_info(id)
     }

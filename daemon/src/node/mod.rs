@@ -16,6 +16,7 @@ mod guard;
 mod ingress;
 mod inside;
 mod keys;
+mod kubernetes;
 mod lifecycle;
 mod limits;
 mod metrics;
@@ -85,6 +86,7 @@ use crate::exchange::Exchanges;
 use crate::failed::Failed;
 use crate::firewall::Firewalls;
 use crate::health::HealthAnswers;
+use crate::kubernetes::Kubernetes;
 use crate::metrics::Measured;
 use crate::multicast::Multicast;
 use crate::names::Resolver;
@@ -276,6 +278,7 @@ impl Node {
                 .as_ref()
                 .map_or(0, |listen| listen.port_at(config.advertise.ip())),
             zone: config.zone.clone(),
+            mirrors: false,
             unknown: Unknown::default().played(),
         };
         let signed = identity.sign_record(&record)?;
@@ -592,6 +595,7 @@ fn first_state(
         refused_objects: RefusedObjects::default(),
         last_wall: None,
         bridges: Bridges::new(saved.bridges.iter().cloned()),
+        kubernetes: Kubernetes::default(),
         workloads: Workloads::default(),
         subsystems: Subsystems::new(Settings {
             generation: u32::from_le_bytes(random(&**environment)),

@@ -69,6 +69,7 @@ impl Node {
     /// answer.
     pub(super) fn take_objects(&self, from: NodeId, objects: Vec<SignedObject>) {
         let is_end = objects.is_empty();
+        let mut earlier: Vec<WantedObject> = Vec::new();
         let (is_new, want) = {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
@@ -82,6 +83,7 @@ impl Node {
                 Rejected::Future { what, by_ms, .. } if known => {
                     refusals.note(from, RefusedObject { what, by_ms, at: now });
                 }
+                Rejected::Earlier { key, stamp } => earlier.push((key, stamp)),
                 why => tracing::warn!(%from, error = %why, "refused an object"),
             };
             let changed = state.objects.receive(objects, moment, &mut state.view.resources, refused);
@@ -95,6 +97,7 @@ impl Node {
         if is_new {
             self.settle_objects();
         }
+        self.write_again(&earlier);
         self.want_objects(from, want);
     }
 
@@ -111,7 +114,7 @@ impl Node {
     /// Writes objects again that a peer asks for and will refuse, because they were stamped while the clock of their writer
     /// was ahead: with the smallest stamps that are later than what the peer has.
     fn stamp_again(&self, peer: NodeId, wanted: &[WantedObject]) {
-        let all = {
+        let refused = {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             let clocks = self.clocks(state);
@@ -120,11 +123,31 @@ impl Node {
             if refused.is_empty() {
                 return;
             }
+            let name = state.view.name_of(peer);
+            self.event(
+                "objects",
+                &name,
+                &format!("{} stamped again: their stamps were in the future", refused.len()),
+            );
+            refused
+        };
+        self.write_again(&refused);
+    }
+
+    /// Writes stored objects again, each with a stamp after one that another host has of it.
+    fn write_again(&self, objects: &[WantedObject]) {
+        if objects.is_empty() {
+            return;
+        }
+        let all = {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            let clocks = self.clocks(state);
             let me = state.view.me;
             let (mut written, mut all) = (Vec::new(), Vec::new());
-            for (key, has) in refused {
-                let stamp = state.objects.stamp(&clocks, Some(&key), me).max(has.next(me));
-                let Some(object) = state.objects.to_stamp_again(&key, stamp) else { continue };
+            for (key, has) in objects {
+                let stamp = state.objects.stamp(&clocks, Some(key), me).max(has.next(me));
+                let Some(object) = state.objects.to_stamp_again(key, stamp) else { continue };
                 match self.sign_object(&object) {
                     Ok(signed) => {
                         all.push(signed.clone());
@@ -133,12 +156,6 @@ impl Node {
                     Err(Failed(failure)) => tracing::error!(%key, error = failure.message, "cannot sign"),
                 }
             }
-            let name = state.view.name_of(peer);
-            self.event(
-                "objects",
-                &name,
-                &format!("{} stamped again: their stamps were in the future", all.len()),
-            );
             match state.objects.write(written, &mut state.view.resources) {
                 Ok(changed) => self.objects_changed(state, &changed),
                 Err(full) => {
@@ -283,7 +300,8 @@ impl Node {
             let mut promised = ReservedClaims::default();
             let mut allocator = ServiceAllocator::new(resources, &self.config.ranges, &mut promised);
             let mended = lacking.into_iter().filter_map(|name| {
-                let before = resources.services().get(name)?;
+                // What a mirrored Service has is for its API server to decide.
+                let before = resources.services().get(name).filter(|it| it.metadata.source.is_none())?;
                 let mut service = before.clone();
                 allocator.allocate(&mut service).ok()?;
                 (service != *before).then(|| (Body::Resource(Resource::Service(Box::new(service))), false))

@@ -454,6 +454,7 @@ impl Node {
             self.work.notify_one();
             self.keys.notify_one();
         }
+        self.take_mirror_turn(state);
     }
 
     /// Gives gossip and streams the addresses of all members and of all hosts that have proved to be at their address, so

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use ovl_cluster::addresses as ipam;
 use ovl_control::{
-    DaemonState, Document, FdbRow, PeerInfo, PeerState, Problem, ReconcileStatus, Reply, Request, RouteRow,
-    Status, SubnetUse,
+    DaemonState, Document, FdbRow, MirrorOffer, PeerInfo, PeerState, Problem, ReconcileStatus, Reply,
+    Request, RouteRow, Status, SubnetUse,
 };
 use ovl_dataplane::device::Device;
 use ovl_dataplane::state::{Dataplane, Hop};
@@ -16,6 +16,7 @@ use ovl_proto::id::{Mac, NetworkId, NodeId};
 use ovl_proto::object::{Driver, Subnet};
 use ovl_proto::table::Entry;
 use ovl_subsystems::encryption::tunnel::peers as sealed_to;
+use tokio::sync::watch;
 
 use super::peers::{UNREACHABLE, millis};
 use super::ready::READY_WITHIN;
@@ -38,6 +39,14 @@ impl Answers for Node {
 
     fn events(&self) -> &Events {
         &self.events
+    }
+
+    fn begin_mirror(self: &Rc<Self>, offer: MirrorOffer) -> (u64, watch::Receiver<bool>) {
+        Node::begin_mirror(self, offer)
+    }
+
+    fn end_mirror(&self, connection: u64) {
+        Node::end_mirror(self, connection);
     }
 }
 
@@ -151,6 +160,10 @@ impl Node {
             Request::Delete { keys, namespace, dry_run } => {
                 self.delete(staged, keys, namespace.as_deref(), dry_run).await?
             }
+            // The socket itself handles it.
+            Request::MirrorTurn(_) => Reply::Done,
+            Request::Mirror(request) => self.mirror(staged, &request).await?,
+            Request::NodePods(request) => self.node_pods(staged, &request),
             Request::Get(query) => Reply::Resources(self.resources(&query)?),
             Request::Backends(query) => Reply::Backends(self.service_backends(&query)),
         })

@@ -30,6 +30,7 @@ use crate::endpoints::{FullName, LocalEndpoints};
 use crate::engines::Engines;
 use crate::environment::Environment;
 use crate::exchange::Exchanges;
+use crate::kubernetes::Kubernetes;
 use crate::multicast::Multicast;
 use crate::networks::Bridges;
 use crate::objects::ObjectStore;
@@ -109,6 +110,8 @@ pub(crate) struct State {
     pub last_wall: Option<(u64, u64)>,
     /// Bridge networks of this host.
     pub bridges: Bridges,
+    /// What is known from a Kubernetes API server.
+    pub kubernetes: Kubernetes,
     /// Index of the endpoints that labels select and of the backends of each Service.
     pub workloads: Workloads,
     /// Subsystems, which contribute to the desired data plane.

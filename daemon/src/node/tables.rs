@@ -11,6 +11,7 @@ use ovl_files::{Durability, replace};
 use ovl_mesh::keys;
 use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
 use ovl_proto::record::{Domain, Signature};
+use ovl_proto::resource::{Name, Pod, Resource};
 use ovl_proto::sync::Message;
 use ovl_proto::table::{Endpoint, Entry, Head, Key, PodIdentity, Update};
 use ovl_proto::wire;
@@ -29,6 +30,8 @@ const MAX_ADDRESSES: usize = 16;
 /// The smallest path MTU in bytes that a table may have, as the link MTU of a record: every IPv4 host accepts datagrams
 /// of this size.
 const MIN_PATH_MTU: u16 = 576;
+/// Maximum size of what a host says of an endpoint's pod, in bytes.
+pub(super) const MAX_DESCRIBED: usize = 64 << 10;
 /// Time in milliseconds after which an unanswered pull is repeated.
 const PULL_AGAIN_MS: u64 = 1_000;
 
@@ -346,7 +349,26 @@ fn check_entry(entry: &Entry) -> Result<(), String> {
     if let Some(PodIdentity { name, uid, .. }) = endpoint.pod.as_deref() {
         super::attach::check_pod(name, uid)?;
     }
+    if let Some(pod) = endpoint.described.as_deref() {
+        check_described(endpoint, pod)?;
+    }
     super::attach::check_sizes(&endpoint.aliases, &endpoint.labels)
+}
+
+/// Checks what a host says of the pod of its endpoint.
+fn check_described(endpoint: &Endpoint, pod: &Pod) -> Result<(), String> {
+    let named = Name::new(&pod.metadata.namespace, &pod.metadata.name);
+    if named != endpoint.pod_name() {
+        return Err(format!("endpoint {} is described by Pod {named}", endpoint.name));
+    }
+    let size = wire::encode_body(pod).map_or(usize::MAX, |bytes| bytes.len());
+    if size > MAX_DESCRIBED {
+        return Err(format!("endpoint {} is described in {size} bytes", endpoint.name));
+    }
+    ovl_manifest::object::check(&Resource::Pod(pod.clone())).map_err(|problems| {
+        let first = problems.first().map(|it| format!("{} {}", it.field, it.reason)).unwrap_or_default();
+        format!("endpoint {}: {first}", endpoint.name)
+    })
 }
 
 /// Whether an address can be that of an endpoint or a LoadBalancer.

@@ -2,7 +2,7 @@
 //!
 //! The client writes one [`Request`] as a line of JSON and reads one [`Reply`] as a line of JSON. Then it may write
 //! the next request. The replies to [`Request::Events`] are [`Reply::Events`] lines until the client closes the
-//! connection. A request line has at most [`MAX_REQUEST`] bytes.
+//! connection, and those to [`Request::MirrorTurn`] are [`Reply::MirrorTurn`] lines. A request line has at most [`MAX_REQUEST`] bytes.
 //!
 //! `ovlctl -o json` prints the types of this crate. Field names are stable, see `docs/cli.md`.
 
@@ -11,6 +11,7 @@ mod cni;
 mod docker;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+mod kubernetes;
 mod reply;
 mod request;
 mod resources;
@@ -21,6 +22,7 @@ pub use ovl_proto::record::PeerState;
 pub use client::{Client, ClientError};
 pub use cni::{CNI_VERSIONS, CniDeleted};
 pub use docker::DockerDeleted;
+pub use kubernetes::*;
 pub use reply::*;
 pub use request::*;
 pub use resources::*;

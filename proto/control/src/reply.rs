@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::kubernetes::Mirrored;
 use crate::resources::{AppliedAll, ManifestProblem, ResourceInfo, ServiceBackends};
 use ovl_proto::id::{ClusterKeyId, Mac, NetworkId, NodeId, TunnelKey};
 use ovl_proto::object::{Backend, Driver, Mode};
@@ -74,6 +75,13 @@ pub enum Reply {
     Applied(Box<AppliedAll>),
     /// Nothing was written, because of these problems.
     Refused(Vec<ManifestProblem>),
+    /// Whether this host is to mirror the objects of its Kubernetes API server.
+    MirrorTurn {
+        /// Whether it is.
+        acts: bool,
+    },
+    /// What was done with objects of an API server.
+    Mirrored(Box<Mirrored>),
     /// Kubernetes objects.
     Resources(Vec<ResourceInfo>),
     /// Services with their backends.

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::kubernetes::{Mirror, MirrorOffer, NodePods};
 use crate::resources::{Apply, Document, ResourceQuery};
 use ovl_proto::bandwidth::Bandwidth;
 use ovl_proto::id::{Mac, NodeId};
@@ -211,6 +212,14 @@ pub enum Request {
         #[serde(default)]
         dry_run: bool,
     },
+    /// Says that `ovl-kube` runs, for as long as the connection lasts. Whenever it changes whether this host is to mirror
+    /// the API server's objects, and at first: [`crate::Reply::MirrorTurn`].
+    MirrorTurn(MirrorOffer),
+    /// Takes over objects of a Kubernetes API server, each by itself: [`crate::Reply::Mirrored`]. Refused on a host whose
+    /// turn it is not.
+    Mirror(Mirror),
+    /// Takes over what the API server says of the pods of this host: [`crate::Reply::Mirrored`].
+    NodePods(NodePods),
     /// Lists objects by namespace and name: [`crate::Reply::Resources`].
     Get(ResourceQuery),
     /// Lists Services with their backends, by namespace and name: [`crate::Reply::Backends`]. The kind of the query

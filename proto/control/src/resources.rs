@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::kubernetes::SourceInfo;
 use ovl_proto::resource::{Kind, Protocol, Validation};
 
 /// The maximum number of documents that a client may stage on one connection.
@@ -192,6 +193,9 @@ pub struct ResourceInfo {
     pub endpoints: Vec<PodEndpoint>,
     /// The pods that a NetworkPolicy selects, as `NAMESPACE/NAME`.
     pub selects: Vec<String>,
+    /// The Kubernetes API server that the object is mirrored from. `None`: it is ovl's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<SourceInfo>,
 }
 
 /// An endpoint of a Pod.

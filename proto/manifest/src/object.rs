@@ -11,8 +11,8 @@ mod unset;
 mod workload;
 
 use ovl_proto::resource::{
-    DEFAULT_NAMESPACE, IntOrString, IpBlock, Kind, Meta, Name, PolicyType, Resource, ResourceKey, USER_MAPS,
-    Validation,
+    DEFAULT_NAMESPACE, IntOrString, IpBlock, Kind, Meta, Name, PolicyType, Resource, ResourceKey, Source,
+    USER_MAPS, Validation,
 };
 use serde_json::{Map, Value, json};
 
@@ -440,6 +440,11 @@ fn check_meta(kind: Kind, meta: &Meta, problems: &mut Problems) {
     let uid = &meta.uid;
     problems.want(uid.is_empty() || kind == Kind::Pod, "metadata.uid", "is kept of Pods only");
     problems.want(uid.is_empty() || is_subdomain(uid), "metadata.uid", names::SUBDOMAIN);
+    if let Some(source) = &meta.source {
+        let is_named = (1..=Source::MAX_CLUSTER).contains(&source.cluster.len())
+            && source.cluster.bytes().all(|byte| byte.is_ascii_graphic());
+        problems.want(is_named, "metadata", "has a source that is none");
+    }
     check_labels("metadata.labels", &meta.labels, problems);
     problems.want(
         meta.annotations.keys().all(|key| is_label_key(key)),

@@ -52,6 +52,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("ovlctl", &["ovl-proto", "ovl-control", "ovl-manifest"]),
     ("ovl-cni", &["ovl-proto", "ovl-control"]),
     ("ovl-docker", &["ovl-proto", "ovl-control", "ovl-runtimes"]),
+    ("ovl-kube", &["ovl-proto", "ovl-control"]),
     ("netns-lab", &[]),
     ("netns-lab-bench", &["netns-lab"]),
     ("ovl-tests", &["netns-lab"]),
@@ -65,6 +66,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
 const MAY_NOT_REACH: &[(&str, &[&str])] = &[
     ("ovl-cni", &["saphyr-parser", "ovl-consensus"]),
     ("ovl-docker", &["saphyr-parser", "ovl-consensus"]),
+    ("ovl-kube", &["saphyr-parser", "ovl-consensus"]),
+    // What speaks to an API server is in a program of its own.
+    ("ovld", &["kube", "k8s-openapi"]),
+    ("ovlctl", &["kube", "k8s-openapi"]),
     ("ovl-kernel", &["ovl-cluster", "ovl-subsystems", "ovld"]),
     ("ovl-dataplane", &["ovl-cluster"]),
 ];

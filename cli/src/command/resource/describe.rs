@@ -15,6 +15,11 @@ pub(super) fn object(object: &ResourceInfo, behind: Option<&ServiceBackends>) ->
         pairs.push(("Namespace:", object.namespace.clone()));
     }
     pairs.push(("Created:", timestamp(object.created_ms)));
+    if let Some(source) = &object.source {
+        let source =
+            format!("Kubernetes API server, version {} of cluster {}", source.version, source.cluster);
+        pairs.push(("Source:", source));
+    }
     pairs.push(("Labels:", labels(object.manifest.pointer("/metadata/labels"))));
     pairs.push(("Annotations:", labels(object.manifest.pointer("/metadata/annotations"))));
     if object.manifest.pointer("/spec/podSelector").is_some() {

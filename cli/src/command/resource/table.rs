@@ -62,6 +62,8 @@ fn of_kind(kind: Kind, objects: &[ResourceInfo], show: Show) -> String {
             }
             Kind::EndpointSlice | Kind::NetworkPolicy => table,
         };
+        let source = |it: &ResourceInfo| if it.source.is_some() { "kubernetes" } else { "ovl" };
+        table = table.column("SOURCE", objects.iter().map(source));
     }
     table.render()
 }

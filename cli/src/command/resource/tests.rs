@@ -72,6 +72,7 @@ fn info(kind: Kind, manifest: Value) -> ResourceInfo {
         manifest,
         endpoints: Vec::new(),
         selects: vec!["db-1".into()],
+        source: None,
     }
 }
 
@@ -93,8 +94,8 @@ fn services_are_listed_like_kubectl() {
     assert_eq!(
         table::render(&Found::Objects(Kind::Service, vec![service]), show),
         "\
-NAMESPACE  NAME  TYPE          CLUSTER-IP  EXTERNAL-IP  PORT(S)              AGE  SELECTOR
-shop       web   LoadBalancer  10.96.0.7   <pending>    80:30080/TCP,53/UDP  0s   app=web
+NAMESPACE  NAME  TYPE          CLUSTER-IP  EXTERNAL-IP  PORT(S)              AGE  SELECTOR  SOURCE
+shop       web   LoadBalancer  10.96.0.7   <pending>    80:30080/TCP,53/UDP  0s   app=web   ovl
 "
     );
 }

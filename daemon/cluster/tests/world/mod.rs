@@ -53,6 +53,7 @@ pub(crate) fn node(n: u8) -> Node {
             probe_kinds: 0,
             metrics_port: 0,
             zone: String::new(),
+            mirrors: false,
             unknown: Unknown::default(),
         },
         state: PeerState::Alive,
@@ -134,6 +135,7 @@ pub(crate) fn endpoint(n: u8, address: &str) -> Entry {
         allowed: vec![],
         allowed_macs: vec![],
         groups: None,
+        described: None,
         pod: None,
         unknown: Unknown::default(),
     })

@@ -45,6 +45,7 @@ fn record_at(identity: &Identity, address: SocketAddr, generation: u64) -> NodeR
         probe_kinds: 0,
         metrics_port: 0,
         zone: String::new(),
+        mirrors: false,
         unknown: Unknown::default(),
     }
 }

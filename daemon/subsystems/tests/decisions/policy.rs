@@ -62,6 +62,7 @@ fn endpoint(n: u8, namespace: &str, all: Labels) -> Endpoint {
         allowed: Vec::new(),
         allowed_macs: Vec::new(),
         groups: None,
+        described: None,
         pod: None,
         unknown: Unknown::default(),
     }

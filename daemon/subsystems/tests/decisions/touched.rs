@@ -98,6 +98,7 @@ fn entry(step: &Step, address: u8) -> Endpoint {
         allowed_macs: step.allowed_mac.map(|last| Mac([2, 0, 0, 0, 0, last])).into_iter().collect(),
         groups: step.groups.as_ref().map(|groups| groups.iter().map(|last| group(*last)).collect()),
         pod: None,
+        described: None,
         unknown: Unknown::default(),
     }
 }

@@ -196,6 +196,7 @@ fn endpoint(unknown: Unknown) -> Endpoint {
         allowed: Vec::new(),
         allowed_macs: Vec::new(),
         groups: None,
+        described: None,
         pod: None,
         unknown,
     }

@@ -16,18 +16,21 @@ pub(super) fn install(world: &World<'_>) -> Result<String> {
         ensure_contains(&machine.ok("systemctl is-enabled ovld")?, &["enabled"])?;
         machine.ok("dpkg --verify ovl && ovlctl completions bash | cmp - /usr/share/bash-completion/completions/ovlctl")?;
         // A manual page for each command and for each program.
-        let pages = machine.ok("mkdir /run/pages && ovlctl man /run/pages && cd /run/pages && for each in * ../ovld.8 ../ovl-docker.8; do \
+        let pages = machine.ok("mkdir /run/pages && ovlctl man /run/pages && cd /run/pages && for each in * ../ovld.8 ../ovl-docker.8 ../ovl-kube.8; do \
              test -s /usr/share/man/man${each##*.}/${each##*/}.gz || echo $each; done; rm -r /run/pages")?;
         ensure!(pages.is_empty(), "missing manual pages: {pages}");
-        ensure!(machine.run("systemctl is-enabled ovl-docker")?.out.trim() == "disabled", "ovl-docker must not be enabled by default");
+        for unit in ["ovl-docker", "ovl-kube"] {
+            let enabled = machine.run(&format!("systemctl is-enabled {unit}"))?.out;
+            ensure!(enabled.trim() == "disabled", "{unit} must not be enabled by default");
+        }
         // ovld exits with 78 for an invalid configuration, so systemd does not restart it again and again.
         let wrong = machine.run("echo nonsense = 1 >/tmp/wrong; ovld --config /tmp/wrong")?;
         ensure!(wrong.code == 78, "{wrong}");
         ensure_contains(&wrong.err, &["nonsense"])?;
-        machine.ok("for each in ovld ovlctl ovl-docker /usr/lib/cni/ovl-cni; do $each --version; done")
+        machine.ok("for each in ovld ovlctl ovl-docker ovl-kube /usr/lib/cni/ovl-cni; do $each --version; done")
     })?;
     for part in ["commit: ", "features: switched, routed, bridge, encrypted, "] {
-        ensure!(said[0].matches(part).count() == 4, "{}", said[0]);
+        ensure!(said[0].matches(part).count() == 5, "{}", said[0]);
     }
     Ok(said[0].lines().take(2).collect::<Vec<_>>().join(", "))
 }

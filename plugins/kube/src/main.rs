@@ -1,0 +1,130 @@
+//! `ovl-kube` makes a Kubernetes API server one more source of what an ovl cluster knows. One runs beside each ovld whose
+//! host is a node. It decides nothing about networks: it hands on to ovld what the API server has.
+//!
+//! * The pods of this node: labels, named ports, phase, readiness. Each host follows its own.
+//! * The cluster's objects: Namespaces, NetworkPolicies, Services, EndpointSlices. One host mirrors them for all; ovld says
+//!   whose turn it is.
+//!
+//! | module | content |
+//! | --- | --- |
+//! | [`watcher`] | lists and watches one kind at the API server |
+//! | [`position`] | what a watcher does next: decisions, without I/O |
+//! | [`kind`] | the kinds, and what of an object is handed on |
+//! | [`store`] | what the API server has, and what of that ovld was not told yet: without I/O |
+//! | [`feeder`] | tells ovld, and tells it again |
+//! | [`ovld`] | requests to ovld |
+//! | [`turn`] | the connection that says that this program runs, and hears whose turn it is |
+
+mod feeder;
+mod kind;
+mod ovld;
+mod position;
+mod recorded;
+mod store;
+mod turn;
+mod watcher;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use clap::{CommandFactory as _, Parser};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Client, Config};
+use ovl_proto::resource::Kind;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+
+use crate::feeder::{Feeder, Feeds};
+use crate::turn::Turns;
+
+/// How many items of a watcher wait at most to be handed on.
+const QUEUE: usize = 1000;
+
+/// Makes a Kubernetes API server one more source of what an ovl cluster knows: hands on to ovld the pods of this node, and
+/// on one host the Services, EndpointSlices, Namespaces and NetworkPolicies of the cluster.
+#[derive(Debug, Parser)]
+#[command(name = "ovl-kube", version, long_version = ovl_proto::VERSION)]
+struct Args {
+    /// The name of this host's Node object; by default the host's name
+    #[arg(long, value_name = "NAME", env = "NODE_NAME")]
+    node: Option<String>,
+    /// The file that says where the API server is and with which credentials; by default $KUBECONFIG or
+    /// ~/.kube/config, or in a pod its service account
+    #[arg(long, value_name = "PATH")]
+    kubeconfig: Option<PathBuf>,
+    /// The control socket of ovld
+    #[arg(long, value_name = "PATH", env = "OVL_SOCKET", default_value = ovl_proto::DEFAULT_SOCKET)]
+    socket: PathBuf,
+    /// How much to log
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    log: tracing::Level,
+    /// Print the manual page, for packages
+    #[arg(long, hide = true, exclusive = true)]
+    man: bool,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    if args.man {
+        let printed = clap_mangen::Man::new(Args::command()).section("8").render(&mut std::io::stdout());
+        return printed.map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
+    }
+    tracing_subscriber::fmt().with_max_level(args.log).with_writer(std::io::stderr).without_time().init();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    match runtime.context("starting").and_then(|runtime| runtime.block_on(run(args))) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ovl-kube: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(args: Args) -> Result<()> {
+    let node = match args.node {
+        Some(node) => node,
+        None => {
+            host_name().context("reading the host's name: give the name of its Node object with --node")?
+        }
+    };
+    let client = client(args.kubeconfig).await?;
+    let mut terminated = signal(SignalKind::terminate()).context("waiting for signals")?;
+    let mut interrupted = signal(SignalKind::interrupt()).context("waiting for signals")?;
+
+    // Nothing is known before the first list.
+    let (pod_troubles, own) = watch::channel(vec![(Kind::Pod, "not listed yet".to_owned())]);
+    let (tell, items) = mpsc::channel(QUEUE);
+    let selector = format!("spec.nodeName={node}");
+    let watcher = watcher::follow(client.clone(), Kind::Pod, Some(selector), tell);
+    let feeder = Feeder::new(Feeds::Pods, &[Kind::Pod], args.socket.clone(), pod_troubles).run(items);
+    let turns = Turns::new(client, args.socket, own).run();
+    tracing::info!(node, "follows the API server");
+    tokio::select! {
+        () = watcher => {}
+        () = feeder => {}
+        () = turns => {}
+        _ = terminated.recv() => {}
+        _ = interrupted.recv() => {}
+    }
+    Ok(())
+}
+
+/// Returns the client of the API server.
+async fn client(kubeconfig: Option<PathBuf>) -> Result<Client> {
+    let config = match kubeconfig {
+        Some(path) => {
+            let file = Kubeconfig::read_from(&path).with_context(|| format!("reading {}", path.display()))?;
+            let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await;
+            config.with_context(|| format!("using {}", path.display()))?
+        }
+        None => Config::infer().await.context(
+            "no API server is configured: give a kubeconfig file with --kubeconfig, or run in a pod with a service account",
+        )?,
+    };
+    Client::try_from(config).context("preparing the client of the API server")
+}
+
+fn host_name() -> std::io::Result<String> {
+    Ok(std::fs::read_to_string("/proc/sys/kernel/hostname")?.trim().to_owned())
+}

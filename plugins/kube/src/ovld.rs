@@ -1,0 +1,245 @@
+//! Requests to ovld over its control socket.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::Duration;
+
+use ovl_control::{
+    DeletedObject, DeletedPod, Document, ListedKind, MAX_REQUEST, Mirror, MirrorOffer, Mirrored, NodePods,
+    NotMirrored, Reply, Request,
+};
+use ovl_proto::resource::{Kind, Name, ResourceKey};
+use serde_json::Value;
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+use crate::store::News;
+
+/// How long ovld may take for a request. It waits up to ten seconds until it is a member and knows its peers.
+const WITHIN: Duration = Duration::from_secs(60);
+/// What a request has beside its documents, in bytes.
+const FRAME: usize = 1024;
+
+/// Why a request failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Failure {
+    /// The socket cannot be connected to, or the connection was lost.
+    #[error("lost ovld: {0}")]
+    Io(#[from] std::io::Error),
+    /// What ovld sent is not a reply.
+    #[error("ovld sent a reply that this release does not understand: {0}. Run the same release of both")]
+    Protocol(#[from] serde_json::Error),
+    /// ovld replied something else than expected.
+    #[error("ovld sent another reply than was expected. Run the same release of both")]
+    Unexpected,
+    /// ovld refused.
+    #[error("{0}")]
+    Refused(String),
+    /// ovld did not answer.
+    #[error("ovld did not answer within {} s", WITHIN.as_secs())]
+    Silent,
+}
+
+/// A connection to ovld.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    stream: BufReader<UnixStream>,
+}
+
+impl Connection {
+    /// Connects.
+    pub(crate) async fn open(socket: &Path) -> Result<Self, Failure> {
+        Ok(Self { stream: BufReader::new(UnixStream::connect(socket).await?) })
+    }
+
+    /// Says that `ovl-kube` runs. [`Self::turn`] then tells whether it is this host's turn to mirror.
+    pub(crate) async fn offer(&mut self, offer: MirrorOffer) -> Result<(), Failure> {
+        self.write(&Request::MirrorTurn(offer)).await
+    }
+
+    /// Waits until ovld tells whether it is this host's turn to mirror.
+    pub(crate) async fn turn(&mut self) -> Result<bool, Failure> {
+        match self.read().await? {
+            Reply::MirrorTurn { acts } => Ok(acts),
+            reply => Err(unexpected(reply)),
+        }
+    }
+
+    /// Waits until ovld closes the connection. It says nothing by itself.
+    pub(crate) async fn closed(&mut self) -> Failure {
+        match self.stream.fill_buf().await {
+            Ok([]) => std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into(),
+            Ok(_) => Failure::Unexpected,
+            Err(error) => error.into(),
+        }
+    }
+
+    /// Hands on what is new of some kinds. `cluster` is that of the API server; `None`: they are the pods of this node.
+    /// Returns the objects that are not in force.
+    pub(crate) async fn tell(
+        &mut self,
+        cluster: Option<&str>,
+        news: Vec<News>,
+    ) -> Result<BTreeSet<ResourceKey>, Failure> {
+        let Handed { staged, request } = hand_on(cluster, news)?;
+        for documents in staged {
+            match self.request(&Request::Stage { documents }).await? {
+                Reply::Done => {}
+                reply => return Err(unexpected(reply)),
+            }
+        }
+        let Reply::Mirrored(mirrored) = self.request(&request).await? else {
+            return Err(Failure::Unexpected);
+        };
+        let Mirrored { changed, stale, failed } = *mirrored;
+        tracing::debug!(changed, stale, failed = failed.len(), "handed on");
+        // ovld says it in its status and its log, once. It is tried again every few seconds.
+        for NotMirrored { key, reason } in &failed {
+            tracing::debug!(%key, reason, "not in force as the API server has it");
+        }
+        Ok(failed.into_iter().map(|failed| failed.key).collect())
+    }
+
+    async fn request(&mut self, request: &Request) -> Result<Reply, Failure> {
+        let exchange = async {
+            self.write(request).await?;
+            self.read().await
+        };
+        timeout(WITHIN, exchange).await.map_err(|_| Failure::Silent)?
+    }
+
+    async fn write(&mut self, request: &Request) -> Result<(), Failure> {
+        let mut line = serde_json::to_vec(request)?;
+        line.push(b'\n');
+        Ok(self.stream.get_mut().write_all(&line).await?)
+    }
+
+    async fn read(&mut self) -> Result<Reply, Failure> {
+        let mut line = String::new();
+        if self.stream.read_line(&mut line).await? == 0 {
+            return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
+        }
+        match serde_json::from_str(&line)? {
+            Reply::Error(failure) => Err(Failure::Refused(failure.message)),
+            reply => Ok(reply),
+        }
+    }
+}
+
+fn unexpected(reply: Reply) -> Failure {
+    match reply {
+        Reply::Error(failure) => Failure::Refused(failure.message),
+        _ => Failure::Unexpected,
+    }
+}
+
+/// Requests that hand on what is new.
+#[derive(Debug, PartialEq)]
+struct Handed {
+    /// The documents, as many together as fit a request.
+    staged: Vec<Vec<Document>>,
+    /// The request about them.
+    request: Request,
+}
+
+/// Makes requests of what is new.
+fn hand_on(cluster: Option<&str>, news: Vec<News>) -> Result<Handed, Failure> {
+    let mut staged: Vec<Vec<Document>> = Vec::new();
+    let mut space = 0;
+    let mut mirror = Mirror { cluster: cluster.unwrap_or_default().to_owned(), ..Mirror::default() };
+    let mut pods = NodePods::default();
+    for News { kind, listed, objects, deleted } in news {
+        mirror.listed.extend(listed.map(|version| ListedKind { kind, version }));
+        pods.whole |= listed.is_some();
+        for (name, deletion) in deleted {
+            pods.deleted.push(DeletedPod {
+                namespace: name.namespace.clone(),
+                name: name.name.clone(),
+                uid: deletion.uid,
+            });
+            mirror.deleted.push(DeletedObject { key: ResourceKey { kind, name }, version: deletion.version });
+        }
+        for value in objects {
+            let key = ResourceKey { kind, name: name_of(&value) };
+            let document = Document {
+                file: "the Kubernetes API server".to_owned(),
+                line: 1,
+                within: String::new(),
+                value,
+            };
+            let length = serde_json::to_vec(&document)?.len() + 1;
+            if length > MAX_REQUEST - FRAME {
+                let reason = format!("is {length} bytes long, more than ovld takes");
+                mirror.failed.push(NotMirrored { key, reason });
+                continue;
+            }
+            match staged.last_mut().filter(|_| length <= space) {
+                Some(last) => last.push(document),
+                None => {
+                    space = MAX_REQUEST - FRAME;
+                    staged.push(vec![document]);
+                }
+            }
+            space -= length;
+        }
+    }
+    // A pod is reduced to a few fields, so none is too long.
+    let request = if cluster.is_some() { Request::Mirror(mirror) } else { Request::NodePods(pods) };
+    Ok(Handed { staged, request })
+}
+
+/// Returns the name of an object.
+pub(crate) fn name_of(object: &Value) -> Name {
+    let text = |path: &str| object.pointer(path).and_then(Value::as_str).unwrap_or_default();
+    Name::new(text("/metadata/namespace"), text("/metadata/name"))
+}
+
+/// Returns the names of a kind's objects among these keys.
+pub(crate) fn names_of(kind: Kind, keys: &BTreeSet<ResourceKey>) -> BTreeSet<Name> {
+    keys.iter().filter(|key| key.kind == kind).map(|key| key.name.clone()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::store::Deletion;
+
+    fn news(kind: Kind, listed: Option<u64>, objects: Vec<Value>) -> News {
+        let deletion = Deletion { version: 9, uid: "u".to_owned() };
+        News { kind, listed, objects, deleted: vec![(Name::new("shop", "gone"), deletion)] }
+    }
+
+    #[test]
+    fn documents_are_divided_into_requests_that_ovld_takes() {
+        let object = |n: usize, bytes: usize| json!({ "metadata": { "namespace": "shop", "name": format!("o{n}") }, "data": "x".repeat(bytes) });
+        let mut objects: Vec<Value> = (0..5).map(|n| object(n, 400_000)).collect();
+        objects.push(object(5, MAX_REQUEST));
+        let handed = hand_on(Some("c"), vec![news(Kind::Service, Some(7), objects)]).unwrap();
+        assert_eq!(handed.staged.iter().map(Vec::len).collect::<Vec<_>>(), [2, 2, 1]);
+        for documents in handed.staged {
+            let line = serde_json::to_vec(&Request::Stage { documents }).unwrap();
+            assert!(line.len() < MAX_REQUEST, "{}", line.len());
+        }
+        let Request::Mirror(mirror) = handed.request else { panic!("another request") };
+        assert_eq!(mirror.cluster, "c");
+        assert_eq!(mirror.listed, [ListedKind { kind: Kind::Service, version: 7 }]);
+        assert_eq!(mirror.deleted.len(), 1);
+        // One that is too long stops no other, and is named.
+        assert_eq!(mirror.failed.len(), 1);
+        assert_eq!(mirror.failed[0].key.to_string(), "Service shop/o5");
+    }
+
+    #[test]
+    fn pods_are_handed_on_as_those_of_the_node() {
+        let pod = json!({ "metadata": { "namespace": "shop", "name": "p" } });
+        let handed = hand_on(None, vec![news(Kind::Pod, None, vec![pod])]).unwrap();
+        let deleted =
+            vec![DeletedPod { namespace: "shop".to_owned(), name: "gone".to_owned(), uid: "u".to_owned() }];
+        assert_eq!(handed.request, Request::NodePods(NodePods { whole: false, deleted }));
+    }
+}

@@ -1,0 +1,459 @@
+//! A small Kubernetes API server, and `ovl-kube` beside a host.
+//!
+//! The server lists and watches as the real one does (resource versions, pages, bookmarks, 410 Gone), over HTTP on the
+//! loopback device of each host. Tests put objects into it and make it fail.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead as _, BufReader, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use netns_lab::{Host, Signal, Spawned, find_binary};
+use serde_json::{Value, json};
+
+use crate::SOON;
+
+/// How often a thread looks whether it is to end.
+const POLL: Duration = Duration::from_millis(20);
+/// The uid of the namespace `kube-system`, which names the Kubernetes cluster.
+pub const CLUSTER: &str = "11111111-2222-4333-8444-555555555555";
+
+/// The kinds that the server has: plural name, path of all objects, `apiVersion`, `kind`.
+const KINDS: [(&str, &str, &str, &str); 5] = [
+    ("namespaces", "/api/v1/namespaces", "v1", "Namespace"),
+    ("pods", "/api/v1/pods", "v1", "Pod"),
+    ("services", "/api/v1/services", "v1", "Service"),
+    ("endpointslices", "/apis/discovery.k8s.io/v1/endpointslices", "discovery.k8s.io/v1", "EndpointSlice"),
+    (
+        "networkpolicies",
+        "/apis/networking.k8s.io/v1/networkpolicies",
+        "networking.k8s.io/v1",
+        "NetworkPolicy",
+    ),
+];
+
+/// The key of an object: plural name of its kind, namespace, name.
+type Key = (String, String, String);
+
+#[derive(Debug, Clone)]
+struct Change {
+    version: u64,
+    plural: String,
+    /// `ADDED`, `MODIFIED`, `DELETED` or `BOOKMARK`.
+    event: &'static str,
+    object: Value,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    version: u64,
+    objects: BTreeMap<Key, Value>,
+    /// All changes since the version that is forgotten.
+    history: Vec<Change>,
+    /// Watches from an earlier version are refused with 410 Gone.
+    forgotten: u64,
+    /// What lists show in place of the objects, as a server behind the others does.
+    old_lists: Option<(u64, BTreeMap<Key, Value>)>,
+    /// Grows whenever all watches are to end.
+    cut: u64,
+    /// Whether connections are closed and refused.
+    away: bool,
+    /// Requests, for tests of the load: plural name, whether it is a watch, the field selector.
+    requests: Vec<(String, bool, String)>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    /// Signals a change.
+    changed: Condvar,
+    stop: AtomicBool,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The API server. It is stopped when dropped.
+#[derive(Debug, Default)]
+pub struct ApiServer {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl ApiServer {
+    /// Creates a server with the namespaces `default` and `kube-system`.
+    pub fn new() -> Self {
+        let server = Self::default();
+        server.put(&json!({ "kind": "Namespace", "metadata": { "name": "default" } }));
+        server.put(&json!({ "kind": "Namespace", "metadata": { "name": "kube-system", "uid": CLUSTER } }));
+        server
+    }
+
+    /// Serves on the loopback device of a host. Returns the content of a kubeconfig file.
+    pub fn listen(&mut self, host: &Host) -> Result<String> {
+        let listener = host.run(|| TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))))??;
+        let port = listener.local_addr()?.port();
+        listener.set_nonblocking(true)?;
+        let shared = Arc::clone(&self.shared);
+        self.threads.push(thread::spawn(move || accept(&shared, &listener)));
+        Ok(json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "tests",
+            "clusters": [{ "name": "tests", "cluster": { "server": format!("http://127.0.0.1:{port}") } }],
+            "users": [{ "name": "tests", "user": {} }],
+            "contexts": [{ "name": "tests", "context": { "cluster": "tests", "user": "tests" } }],
+        })
+        .to_string())
+    }
+
+    /// Creates or changes an object, whose kind decides where it belongs. Returns its version.
+    pub fn put(&self, object: &Value) -> u64 {
+        let (plural, _, version, kind) =
+            KINDS.into_iter().find(|known| known.3 == object["kind"]).unwrap_or(("unknown", "", "", ""));
+        let key = key(plural, object);
+        let mut state = self.shared.lock();
+        state.version += 1;
+        let now = state.version;
+        let mut object = object.clone();
+        object["apiVersion"] = version.into();
+        object["kind"] = kind.into();
+        let before = state.objects.get(&key).map(|before| before["metadata"]["uid"].clone());
+        if object["metadata"]["uid"].is_null() {
+            object["metadata"]["uid"] = before.clone().unwrap_or_else(|| format!("uid-{now}").into());
+        }
+        object["metadata"]["resourceVersion"] = now.to_string().into();
+        let event = if before.is_some() { "MODIFIED" } else { "ADDED" };
+        state.history.push(Change { version: now, plural: plural.to_owned(), event, object: object.clone() });
+        state.objects.insert(key, object);
+        self.shared.changed.notify_all();
+        now
+    }
+
+    /// Deletes an object.
+    pub fn delete(&self, plural: &str, namespace: &str, name: &str) -> Result<()> {
+        let key = (plural.to_owned(), namespace.to_owned(), name.to_owned());
+        let mut state = self.shared.lock();
+        let mut object = state.objects.remove(&key).with_context(|| format!("there is no {key:?}"))?;
+        state.version += 1;
+        let version = state.version;
+        object["metadata"]["resourceVersion"] = version.to_string().into();
+        state.history.push(Change { version, plural: plural.to_owned(), event: "DELETED", object });
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+
+    /// Ends all watches. The server goes on to remember changes.
+    pub fn cut_watches(&self) {
+        self.shared.lock().cut += 1;
+        self.shared.changed.notify_all();
+    }
+
+    /// Ends all watches and forgets all changes, so that clients must list again. Other clients change something
+    /// meanwhile, as ever.
+    pub fn forget_history(&self) {
+        let mut state = self.shared.lock();
+        state.history.clear();
+        state.version += 1;
+        state.forgotten = state.version;
+        state.cut += 1;
+        self.shared.changed.notify_all();
+    }
+
+    /// Sends a bookmark to all watches.
+    pub fn bookmark(&self) {
+        let mut state = self.shared.lock();
+        let version = state.version;
+        for (plural, _, api, kind) in KINDS {
+            let object = json!({
+                "apiVersion": api, "kind": kind, "metadata": { "resourceVersion": version.to_string() },
+            });
+            state.history.push(Change { version, plural: plural.to_owned(), event: "BOOKMARK", object });
+        }
+        self.shared.changed.notify_all();
+    }
+
+    /// Sets whether lists from now on show the objects of this moment.
+    pub fn freeze_lists(&self, frozen: bool) {
+        let mut state = self.shared.lock();
+        state.old_lists = frozen.then(|| (state.version, state.objects.clone()));
+    }
+
+    /// Sets whether the server is away: it closes all connections and answers none.
+    pub fn set_away(&self, away: bool) {
+        self.shared.lock().away = away;
+        self.shared.changed.notify_all();
+    }
+
+    /// Returns the requests so far: plural name, whether it is a watch, the field selector.
+    pub fn requests(&self) -> Vec<(String, bool, String)> {
+        self.shared.lock().requests.clone()
+    }
+}
+
+impl Drop for ApiServer {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        self.shared.changed.notify_all();
+        self.threads.drain(..).for_each(|thread| drop(thread.join()));
+    }
+}
+
+fn key(plural: &str, object: &Value) -> Key {
+    let text = |field: &str| object["metadata"][field].as_str().unwrap_or_default().to_owned();
+    (plural.to_owned(), text("namespace"), text("name"))
+}
+
+fn accept(shared: &Arc<Shared>, listener: &TcpListener) {
+    while !shared.stop.load(Ordering::Relaxed) {
+        match listener.accept() {
+            Ok((stream, _)) if !shared.lock().away => {
+                let shared = Arc::clone(shared);
+                // It ends with its client or with the server.
+                thread::spawn(move || serve(&shared, stream));
+            }
+            Ok(_) => {}
+            Err(_) => thread::sleep(POLL),
+        }
+    }
+}
+
+/// A request, as far as it matters.
+struct Query {
+    plural: &'static str,
+    watch: bool,
+    selector: String,
+    version: u64,
+    limit: usize,
+    token: String,
+}
+
+fn parse(target: &str) -> Option<Query> {
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    let (plural, ..) = KINDS.into_iter().find(|known| known.1 == path)?;
+    let value = |name: &str| {
+        let found = query.split('&').find_map(|part| part.strip_prefix(name)?.strip_prefix('='));
+        found.unwrap_or_default().replace("%3D", "=").replace("%3A", ":")
+    };
+    Some(Query {
+        plural,
+        watch: value("watch") == "true",
+        selector: value("fieldSelector"),
+        version: value("resourceVersion").parse().unwrap_or(0),
+        limit: value("limit").parse().unwrap_or(usize::MAX),
+        token: value("continue"),
+    })
+}
+
+/// Answers one request, and closes the connection.
+fn serve(shared: &Shared, mut stream: TcpStream) {
+    let _ = stream.set_nonblocking(false);
+    let Ok(read) = stream.try_clone() else { return };
+    let mut lines = BufReader::new(read).lines().map_while(Result::ok);
+    let Some(first) = lines.next() else { return };
+    while lines.next().is_some_and(|line| !line.is_empty()) {}
+    let query = first.split(' ').nth(1).and_then(parse);
+    // Who is gone needs no answer.
+    let _ = match query {
+        None => answer(&mut stream, "404 Not Found", &status(404, "NotFound")),
+        Some(query) => {
+            let request = (query.plural.to_owned(), query.watch, query.selector.clone());
+            shared.lock().requests.push(request);
+            if query.watch { watch(shared, &mut stream, &query) } else { list(shared, &mut stream, &query) }
+        }
+    };
+}
+
+fn status(code: u16, reason: &str) -> Value {
+    json!({
+        "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "reason": reason, "code": code,
+        "message": reason,
+    })
+}
+
+fn answer(stream: &mut impl Write, status: &str, body: &Value) -> std::io::Result<()> {
+    let body = body.to_string();
+    write!(
+        stream,
+        "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+        body.len()
+    )
+}
+
+fn is_selected(selector: &str, object: &Value) -> bool {
+    selector.strip_prefix("spec.nodeName=").is_none_or(|node| object["spec"]["nodeName"] == node)
+}
+
+/// Lists, in pages of at most three objects, whatever the client wants.
+fn list(shared: &Shared, stream: &mut TcpStream, query: &Query) -> std::io::Result<()> {
+    let (version, objects) = {
+        let state = shared.lock();
+        state.old_lists.clone().unwrap_or_else(|| (state.version, state.objects.clone()))
+    };
+    let all = objects
+        .iter()
+        .filter(|((plural, ..), object)| plural == query.plural && is_selected(&query.selector, object));
+    let start: usize = query.token.parse().unwrap_or(0);
+    let size = query.limit.min(3);
+    // Lists leave the kind out of their items.
+    let items: Vec<Value> = all
+        .skip(start)
+        .map(|(_, object)| {
+            let mut object = object.clone();
+            if let Some(fields) = object.as_object_mut() {
+                fields.remove("apiVersion");
+                fields.remove("kind");
+            }
+            object
+        })
+        .collect();
+    let mut metadata = json!({ "resourceVersion": version.to_string() });
+    if items.len() > size {
+        metadata["continue"] = (start + size).to_string().into();
+    }
+    let page: Vec<Value> = items.into_iter().take(size).collect();
+    let (_, _, api, kind) = KINDS.into_iter().find(|known| known.0 == query.plural).unwrap_or(KINDS[0]);
+    let body =
+        json!({ "kind": format!("{kind}List"), "apiVersion": api, "metadata": metadata, "items": page });
+    answer(stream, "200 OK", &body)
+}
+
+fn watch(shared: &Shared, stream: &mut TcpStream, query: &Query) -> std::io::Result<()> {
+    let (forgotten, cut, mut next) = {
+        let state = shared.lock();
+        (
+            state.forgotten,
+            state.cut,
+            state.history.iter().take_while(|it| it.version <= query.version).count(),
+        )
+    };
+    let gone = status(410, "Expired");
+    // The real server has two ways to say it.
+    if query.version < forgotten && query.plural == "services" {
+        return answer(stream, "410 Gone", &gone);
+    }
+    write!(
+        stream,
+        "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )?;
+    if query.version < forgotten {
+        chunk(stream, &json!({ "type": "ERROR", "object": gone }))?;
+        return write!(stream, "0\r\n\r\n");
+    }
+    loop {
+        let (changes, ends) = {
+            let mut state = shared.lock();
+            let is_idle = |state: &mut State| state.history.len() <= next && state.cut == cut && !state.away;
+            state = shared
+                .changed
+                .wait_timeout_while(state, Duration::from_millis(500), is_idle)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+            let ends = (state.cut != cut, state.away || shared.stop.load(Ordering::Relaxed));
+            let changes: Vec<Change> = state.history.get(next..).unwrap_or_default().to_vec();
+            next = next.max(state.history.len());
+            (changes, ends)
+        };
+        match ends {
+            // Without the last chunk, as from a server that is killed.
+            (_, true) => return Ok(()),
+            (true, false) => return write!(stream, "0\r\n\r\n"),
+            (false, false) => {}
+        }
+        for Change { plural, event, object, .. } in changes {
+            if plural == query.plural && (event == "BOOKMARK" || is_selected(&query.selector, &object)) {
+                chunk(stream, &json!({ "type": event, "object": object }))?;
+            }
+        }
+    }
+}
+
+fn chunk(stream: &mut impl Write, event: &Value) -> std::io::Result<()> {
+    let line = format!("{event}\n");
+    write!(stream, "{:x}\r\n{line}\r\n", line.len())?;
+    stream.flush()
+}
+
+/// A connection to ovld's control socket, for what `ovl-kube` never says: an API server's earlier states.
+#[derive(Debug)]
+pub struct Control(BufReader<UnixStream>);
+
+impl Control {
+    /// Connects to the ovld of a host.
+    pub fn open(host: &Host) -> Result<Self> {
+        let stream = UnixStream::connect(host.socket())?;
+        stream.set_read_timeout(Some(SOON))?;
+        Ok(Self(BufReader::new(stream)))
+    }
+
+    /// Sends a request and returns the reply.
+    pub fn ask(&mut self, request: &Value) -> Result<Value> {
+        writeln!(self.0.get_mut(), "{request}")?;
+        self.next_reply()
+    }
+
+    /// Returns the next reply.
+    pub fn next_reply(&mut self) -> Result<Value> {
+        let mut line = String::new();
+        self.0.read_line(&mut line)?;
+        Ok(serde_json::from_str(&line)?)
+    }
+}
+
+/// `ovl-kube` on a host. It is killed when dropped.
+#[derive(Debug)]
+pub struct Kube(Spawned);
+
+impl Kube {
+    /// Starts it. The Node object has the host's name.
+    pub fn start(api: &mut ApiServer, host: &Host) -> Result<Self> {
+        let path = host.dir().join("kubeconfig");
+        std::fs::write(&path, api.listen(host)?)?;
+        let program = find_binary("ovl-kube")?;
+        let words = [
+            program.as_os_str(),
+            "--kubeconfig".as_ref(),
+            path.as_os_str(),
+            "--node".as_ref(),
+            host.name().as_ref(),
+            "--socket".as_ref(),
+            host.socket().as_os_str(),
+        ]
+        .map(|word| word.to_string_lossy().into_owned());
+        Ok(Self(host.spawn(words)?))
+    }
+
+    /// Kills it with SIGKILL.
+    pub fn kill(&mut self) -> Result<()> {
+        self.0.signal(Signal::SIGKILL)
+    }
+
+    /// Returns its log so far.
+    pub fn log(&self) -> String {
+        self.0.stderr()
+    }
+
+    /// Fails if it has exited.
+    pub fn check_running(&mut self) -> Result<()> {
+        ensure!(self.0.is_running(), "ovl-kube has exited: {}", self.0.stderr());
+        Ok(())
+    }
+
+    /// Returns how often it began to mirror the cluster's objects.
+    pub fn turns(&self) -> usize {
+        self.log().matches("this host mirrors the cluster").count()
+    }
+
+    /// Whether it mirrors the cluster's objects, by its log.
+    pub fn mirrors(&self) -> bool {
+        let log = self.log();
+        let last = |what: &str| log.rfind(what);
+        last("this host mirrors the cluster") > last("another host mirrors the cluster")
+    }
+}
