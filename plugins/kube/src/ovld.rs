@@ -217,7 +217,7 @@ mod tests {
     #[test]
     fn documents_are_divided_into_requests_that_ovld_takes() {
         let object = |n: usize, bytes: usize| json!({ "metadata": { "namespace": "shop", "name": format!("o{n}") }, "data": "x".repeat(bytes) });
-        let mut objects: Vec<Value> = (0..5).map(|n| object(n, 400_000)).collect();
+        let mut objects: Vec<Value> = (0..5).map(|n| object(n, MAX_REQUEST * 2 / 5)).collect();
         objects.push(object(5, MAX_REQUEST));
         let handed = hand_on(Some("c"), vec![news(Kind::Service, Some(7), objects)]).unwrap();
         assert_eq!(handed.staged.iter().map(Vec::len).collect::<Vec<_>>(), [2, 2, 1]);
