@@ -5,8 +5,9 @@
 
 use std::convert::Infallible;
 use std::fmt;
-use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt as _;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Maximum number of connections at a time. Further ones wait.
 const MAX_CONNECTIONS: usize = 64;
@@ -55,7 +56,7 @@ impl Listen {
     }
 
     /// Returns the port at which other hosts reach the server at this address of the host; 0 if they do not.
-    pub(crate) fn port_at(&self, address: std::net::IpAddr) -> u16 {
+    pub(crate) fn port_at(&self, address: IpAddr) -> u16 {
         match self {
             Self::Tcp(at) if at.ip() == address => at.port(),
             // The address `::` takes connections of both families.
@@ -99,41 +100,51 @@ pub(crate) trait Pages: 'static {
 /// # Errors
 ///
 /// Why the address or the socket cannot be listened at.
-pub(crate) async fn serve(
-    pages: Rc<impl Pages>,
-    listen: &Listen,
-    opened: impl FnOnce(),
-) -> Result<(), String> {
+pub(crate) async fn serve(pages: Rc<impl Pages>, listen: &Listen, opened: impl FnOnce()) -> io::Result<()> {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    match listen {
-        Listen::Tcp(address) => {
-            let listener = TcpListener::bind(address).await.map_err(|error| error.to_string())?;
-            opened();
-            loop {
-                let Ok(place) = Arc::clone(&places).acquire_owned().await else { return Ok(()) };
-                match listener.accept().await {
-                    Ok((stream, _)) => spawn(&pages, stream, place),
-                    Err(error) => pause(&error).await,
-                }
-            }
-        }
-        Listen::Unix(path) => {
-            let listener = listen_unix(path).map_err(|error| error.to_string())?;
-            opened();
-            loop {
-                let Ok(place) = Arc::clone(&places).acquire_owned().await else { return Ok(()) };
-                match listener.accept().await {
-                    Ok((stream, _)) => spawn(&pages, stream, place),
-                    Err(error) => pause(&error).await,
-                }
+    let listener = Listener::open(listen).await?;
+    opened();
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return Ok(()) };
+        match listener.accept().await {
+            Ok(stream) => spawn(&pages, stream, place),
+            Err(error) => {
+                // The usual cause is that the file descriptors are exhausted. Clients that disconnect free some.
+                tracing::warn!(%error, "cannot accept a client");
+                tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
     }
 }
 
+/// A stream of either kind.
+trait Stream: AsyncRead + AsyncWrite + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> Stream for T {}
+
+enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+impl Listener {
+    async fn open(listen: &Listen) -> io::Result<Self> {
+        match listen {
+            Listen::Tcp(address) => TcpListener::bind(address).await.map(Self::Tcp),
+            Listen::Unix(path) => listen_unix(path).map(Self::Unix),
+        }
+    }
+
+    async fn accept(&self) -> io::Result<Box<dyn Stream>> {
+        Ok(match self {
+            Self::Tcp(listener) => Box::new(listener.accept().await?.0),
+            Self::Unix(listener) => Box::new(listener.accept().await?.0),
+        })
+    }
+}
+
 /// Creates the socket. Replaces one that a previous run left, but nothing else and none that a process listens at.
-fn listen_unix(path: &Path) -> std::io::Result<UnixListener> {
-    use std::os::unix::fs::FileTypeExt as _;
+fn listen_unix(path: &Path) -> io::Result<UnixListener> {
     if std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket())
         && std::os::unix::net::UnixStream::connect(path).is_err()
     {
@@ -144,17 +155,7 @@ fn listen_unix(path: &Path) -> std::io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// The usual cause is that the file descriptors are exhausted. Clients that disconnect free some.
-async fn pause(error: &std::io::Error) {
-    tracing::warn!(%error, "cannot accept a client");
-    tokio::time::sleep(Duration::from_millis(100)).await;
-}
-
-fn spawn(
-    pages: &Rc<impl Pages>,
-    stream: impl AsyncRead + AsyncWrite + Unpin + 'static,
-    place: tokio::sync::OwnedSemaphorePermit,
-) {
+fn spawn(pages: &Rc<impl Pages>, stream: Box<dyn Stream>, place: OwnedSemaphorePermit) {
     let pages = Rc::clone(pages);
     tokio::task::spawn_local(async move {
         let connection = http1::Builder::new()

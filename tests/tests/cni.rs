@@ -241,7 +241,7 @@ fn each_error_has_its_code_and_leaves_no_state() {
     assert_refused(raw(Some("EXPLODE"), b"{}"), 4, &["EXPLODE"]);
     assert_refused(raw(Some("ADD"), b""), 6, &["standard input"]);
     assert_refused(raw(Some("ADD"), b"[]"), 6, &["not a JSON object"]);
-    assert_refused(raw(Some("ADD"), &vec![b' '; 1 << 20]), 6, &["too long"]);
+    assert_refused(raw(Some("ADD"), &vec![b' '; 4 << 20]), 6, &["too long"]);
 
     assert_refused(add(&list, &Container::new("", &container.netns)), 4, &["CNI_CONTAINERID"]);
     assert_refused(add(&list, &container.without_netns()), 4, &["CNI_NETNS"]);

@@ -400,6 +400,8 @@ pub(super) fn no_learning() -> Vec<LinkInfo> {
 pub(super) fn port(device: Device, hairpin: bool) -> LinkAttribute {
     let mut flags = vec![
         InfoBridgePort::Learning(false),
+        // What was learned while another program had turned it on. Static entries stay.
+        InfoBridgePort::Flush,
         InfoBridgePort::MulticastRouter(BridgeMulticastRouterType::Permanent),
     ];
     match device.role() {

@@ -1,8 +1,11 @@
 //! Gathers the metrics of all parts of the daemon, and serves them over HTTP if `metrics_listen` is set.
 
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
+use ovl_dataplane::device::Device;
+use ovl_kernel::Traffic;
 use ovl_metrics::{Format, In, Page};
 use serde_json::json;
 use tokio::time::Instant;
@@ -89,11 +92,11 @@ impl Node {
                     ("endpoint", &*endpoint.name),
                     ("network", network.map_or("", |found| &*found.network.name)),
                 ];
-                let device = ovl_dataplane::device::Device::endpoint(endpoint.id);
+                let device = Device::endpoint(endpoint.id);
                 (labels, traffic.get(&device).copied(), refused.get(&endpoint.id).copied().unwrap_or(0))
             })
             .collect();
-        let mut each = |name, unit, help, value: &dyn Fn(&ovl_kernel::Traffic) -> u64| {
+        let mut each = |name, unit, help, value: &dyn Fn(&Traffic) -> u64| {
             let family = page.counter(name, unit, help);
             for (labels, traffic, _) in &rows {
                 family.with_some(labels, traffic.as_ref().map(value));
@@ -134,7 +137,7 @@ impl Node {
             .filter(|node| node.record.metrics_port != 0 && members.contains(&node.record.id));
         let targets: Vec<_> = serving
             .map(|node| {
-                let at = std::net::SocketAddr::new(node.record.address.ip(), node.record.metrics_port);
+                let at = SocketAddr::new(node.record.address.ip(), node.record.metrics_port);
                 json!({ "targets": [at.to_string()], "labels": { "host": node.record.name } })
             })
             .collect();
