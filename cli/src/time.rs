@@ -36,6 +36,11 @@ fn moment_before(text: &str, now: SystemTime) -> Result<u64, String> {
     })
 }
 
+/// Returns the wall-clock time in milliseconds since 1970.
+pub(crate) fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}
+
 /// Formats microseconds as `0.04ms`, `0.4ms` or `12ms`; from one second on like [`seconds`].
 pub(crate) fn micros(us: u64) -> String {
     let ms = |us: u64| us as f64 / 1e3;

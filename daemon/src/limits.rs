@@ -46,10 +46,17 @@ pub(crate) fn connections() -> Option<Stock> {
     })
 }
 
-/// Reads how many open files this process has. `None` if the kernel does not tell.
-pub(crate) fn descriptors() -> Option<Stock> {
+/// Reads how many open files this process has, and how many it may have. `None` if the kernel does not tell.
+pub(crate) fn open_files() -> Option<(usize, u64)> {
     let most = getrlimit(Resource::RLIMIT_NOFILE).ok()?.0;
-    let count = std::fs::read_dir("/proc/self/fd").ok()?.count();
+    // The directory itself is open while it is read.
+    let count = std::fs::read_dir("/proc/self/fd").ok()?.count().saturating_sub(1);
+    Some((count, most))
+}
+
+/// Reads whether this process runs out of open files. `None` if the kernel does not tell.
+pub(crate) fn descriptors() -> Option<Stock> {
+    let (count, most) = open_files()?;
     Some(Stock {
         short_at: 0.8,
         used: count as f64 / most as f64,

@@ -9,6 +9,8 @@ use ovl_control::{
 };
 use ovl_metrics::{Durations, In, Page};
 
+use crate::limits;
+
 /// Durations that are counted as they occur.
 #[derive(Debug, Default)]
 pub(crate) struct Measured {
@@ -182,21 +184,19 @@ pub(crate) fn add_process(page: &mut Page) {
     let Ok(process) = own_process() else { return };
     page.process_gauge("process_resident_memory", In::Bytes, "Resident memory").is(process.resident_bytes);
     page.process_counter("process_cpu", In::Seconds, "Processor time of all threads").is(process.cpu);
-    page.process_gauge("process_open_fds", In::Numbers, "Open file descriptors").is(process.open_files);
-    page.process_gauge("process_max_fds", In::Numbers, "The most file descriptors that may be open")
-        .is(process.max_files);
+    let Some((open, most)) = limits::open_files() else { return };
+    page.process_gauge("process_open_fds", In::Numbers, "Open file descriptors").is(open);
+    page.process_gauge("process_max_fds", In::Numbers, "The most file descriptors that may be open").is(most);
 }
 
 #[derive(Debug)]
 struct Process {
     resident_bytes: u64,
     cpu: Duration,
-    open_files: usize,
-    max_files: u64,
 }
 
 fn own_process() -> anyhow::Result<Process> {
-    use nix::sys::resource::{Resource, UsageWho, getrlimit, getrusage};
+    use nix::sys::resource::{UsageWho, getrusage};
     use nix::sys::time::TimeValLike as _;
     let usage = getrusage(UsageWho::RUSAGE_SELF)?;
     let micros = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
@@ -207,8 +207,5 @@ fn own_process() -> anyhow::Result<Process> {
     Ok(Process {
         resident_bytes: pages * u64::try_from(page_size)?,
         cpu: Duration::from_micros(u64::try_from(micros)?),
-        // The directory itself is open while it is read.
-        open_files: std::fs::read_dir("/proc/self/fd")?.count().saturating_sub(1),
-        max_files: getrlimit(Resource::RLIMIT_NOFILE)?.0,
     })
 }

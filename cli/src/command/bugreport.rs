@@ -8,7 +8,6 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
@@ -16,6 +15,7 @@ use ovl_proto::clock::timestamp;
 
 use crate::context::Context;
 use crate::error::{Error, Result};
+use crate::time::now_ms;
 
 /// What `ovlctl` shows, as JSON where there is some.
 const OVLCTL: &[&str] = &[
@@ -89,8 +89,7 @@ pub(crate) struct Args {
 
 /// Writes the archive and prints its path.
 pub(crate) fn run(context: &Context, args: &Args) -> Result<()> {
-    let now_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
-    let time: String = timestamp(now_ms).chars().take(19).filter(|c| *c != ':').collect();
+    let time: String = timestamp(now_ms()).chars().take(19).filter(|c| *c != ':').collect();
     let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let name = format!("ovl-bugreport-{}-{time}", host.trim());
     if args.file.as_deref() == Some(Path::new("-")) {
@@ -120,7 +119,7 @@ fn collect(context: &Context, args: &Args, name: &str, out: impl Write) -> io::R
         let mut header = tar::Header::new_gnu();
         header.set_size(content.len() as u64);
         header.set_mode(0o600);
-        header.set_mtime(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()));
+        header.set_mtime(now_ms() / 1000);
         archive.append_data(&mut header, format!("{name}/{path}"), content)
     };
     let mut missing = String::new();

@@ -4,7 +4,7 @@
 //! status and signals are its own.
 
 use std::convert::Infallible;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
@@ -57,23 +57,24 @@ pub(crate) struct ShellArgs {
 
 /// Runs a program in the namespace of an endpoint. Returns only if that fails.
 pub(crate) fn exec(context: &Context, args: ExecArgs) -> Result<Infallible> {
-    run(context, args.target, &args.command)
+    // clap requires one word at least.
+    let Some((program, arguments)) = args.command.split_first() else {
+        return Err(Error::Usage("name a program after `--`".to_owned()));
+    };
+    run(context, args.target, program, arguments)
 }
 
 /// Runs the user's shell in the namespace of an endpoint. Returns only if that fails.
 pub(crate) fn shell(context: &Context, args: ShellArgs) -> Result<Infallible> {
     let shell = std::env::var_os("SHELL").filter(|shell| !shell.is_empty());
-    run(context, args.target, &[shell.unwrap_or_else(|| DEFAULT_SHELL.into())])
+    run(context, args.target, &shell.unwrap_or_else(|| DEFAULT_SHELL.into()), &[])
 }
 
-fn run(context: &Context, target: Target, command: &[OsString]) -> Result<Infallible> {
+fn run(context: &Context, target: Target, program: &OsStr, arguments: &[OsString]) -> Result<Infallible> {
     let Target { name, network, namespace } = target;
     let request = Request::EndpointNetns { name: name.clone(), network, namespace };
     let Reply::Netns(netns) = context.request(&request)? else { return Err(Error::unexpected_reply()) };
     enter(&netns)?;
-    let Some((program, arguments)) = command.split_first() else {
-        return Err(Error::Usage("name a program after `--`".to_owned()));
-    };
     let error = Command::new(program).args(arguments).env("OVL_ENDPOINT", &name).exec();
     let shown = program.to_string_lossy();
     // The statuses of shells.

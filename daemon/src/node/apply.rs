@@ -284,14 +284,19 @@ impl Node {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
         for (_, resource) in read {
-            let old = state.view.resources.get(&resource.key());
-            if let Some(old) = &old {
-                resource.keep_unknown(old);
-            }
-            let old = old.map(|old| old.meta().creation_timestamp);
-            resource.meta_mut().creation_timestamp =
-                old.unwrap_or_else(|| Created(self.stamp_creation(state)));
+            self.keep_of_old(state, resource);
         }
+    }
+
+    /// Gives an object what an existing one keeps: its creation timestamp, which is now for a new object, and the fields
+    /// that this release does not know.
+    pub(super) fn keep_of_old(&self, state: &mut State, resource: &mut Resource) {
+        let old = state.view.resources.get(&resource.key());
+        if let Some(old) = &old {
+            resource.keep_unknown(old);
+        }
+        let old = old.map(|old| old.meta().creation_timestamp);
+        resource.meta_mut().creation_timestamp = old.unwrap_or_else(|| Created(self.stamp_creation(state)));
     }
 
     /// Determines the action for each object, and which objects have to be written.

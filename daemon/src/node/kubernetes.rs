@@ -9,7 +9,7 @@ use ovl_manifest::Problem;
 use ovl_manifest::object::{self as manifest, Identity};
 use ovl_proto::id::EndpointId;
 use ovl_proto::object::{Body, ObjectKey};
-use ovl_proto::resource::{Created, Kind, Pod, Resource, ResourceKey, Service, Source, Validation};
+use ovl_proto::resource::{Kind, Pod, Resource, ResourceKey, Service, Source, Validation};
 use ovl_proto::table::{Endpoint, Entry};
 use ovl_proto::wire;
 use ovl_subsystems::services::allocation::{ReservedClaims, ServiceAllocator};
@@ -244,13 +244,7 @@ impl Node {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
         for resource in read.iter_mut() {
-            let old = state.view.resources.get(&resource.key());
-            if let Some(old) = &old {
-                resource.keep_unknown(old);
-            }
-            let old = old.map(|old| old.meta().creation_timestamp);
-            resource.meta_mut().creation_timestamp =
-                old.unwrap_or_else(|| Created(self.stamp_creation(state)));
+            self.keep_of_old(state, resource);
         }
         let mut promised = ReservedClaims::default();
         let ranges = &self.config.ranges;

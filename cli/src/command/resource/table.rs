@@ -1,14 +1,12 @@
 //! Tables of `ovlctl get`, with the columns of kubectl.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use ovl_control::{ResourceInfo, ServiceBackends};
 use ovl_proto::resource::Kind;
 use serde_json::Value;
 
 use super::Found;
 use crate::text::{TextTable, comma_separated};
-use crate::time::seconds;
+use crate::time::{now_ms, seconds};
 
 /// Maximum number of backends shown without `-o wide`.
 const MAX_ENDPOINTS: usize = 3;
@@ -192,6 +190,5 @@ pub(super) fn selector(value: Option<&Value>) -> String {
 
 /// Formats the time elapsed since `since_ms`, a Unix time in milliseconds.
 fn age(since_ms: u64) -> String {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
-    seconds(u64::try_from(now).unwrap_or(u64::MAX).saturating_sub(since_ms) / 1000)
+    seconds(now_ms().saturating_sub(since_ms) / 1000)
 }
