@@ -68,8 +68,8 @@ const HOST: &[&str] = &[
     "sysctl -a --pattern ^net\\.(core|ipv4|ipv6|bridge|netfilter|nf_conntrack)",
     "lsmod",
     "ls -l /run/netns /run/ovl /var/lib/ovl",
-    "systemctl status --no-pager ovld ovl-docker",
-    "journalctl --no-pager -o short-iso-precise -n 20000 -u ovld -u ovl-docker",
+    "systemctl status --no-pager ovld ovl-docker ovl-kube",
+    "journalctl --no-pager -o short-iso-precise -n 20000 -u ovld -u ovl-docker -u ovl-kube",
     "journalctl --no-pager -k -n 2000",
 ];
 
