@@ -132,7 +132,7 @@ enum Command {
     Events(events::Args),
     /// Print the daemon's metrics in the Prometheus text format
     Metrics,
-    /// Write an archive with the states and logs of this host, without keys, for whoever looks into a fault
+    /// Write an archive for fault diagnosis: states, rules and logs of this host, without keys
     Bugreport(bugreport::Args),
     /// Manage networks
     Network(network::Args),

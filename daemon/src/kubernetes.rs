@@ -87,8 +87,8 @@ impl Kubernetes {
         *self.turn.borrow()
     }
 
-    /// Sets whether it is this host's turn to mirror. Returns whether that is new. Whoever mirrors knows what is not in
-    /// force, so failures about objects of the cluster end with the turn.
+    /// Sets whether it is this host's turn to mirror. Returns whether that is new. The host
+    /// that mirrors knows what is not in force, so failures about objects of the cluster end with the turn.
     pub(crate) fn set_turn(&mut self, acts: bool) -> bool {
         let is_new = self.turn.send_if_modified(|turn| std::mem::replace(turn, acts) != acts);
         if is_new && !acts {

@@ -360,7 +360,7 @@ fn traffic_distribution_prefers_selected_backends_that_are_near() {
     assert_eq!(chosen(&mut world, json!("PreferSameNode"), "a", "h1"), [1]);
     world.detach(1, 1);
     assert_eq!(chosen(&mut world, json!("PreferSameNode"), "a", "h1"), [2]);
-    // A host of no zone: its backends have no hints, so nobody prefers any.
+    // A host without a zone: its backends have no hints, so all hosts use all backends.
     world.view.nodes.get_mut(&id(3)).unwrap().record.zone.clear();
     let view = world.view.clone();
     world.backends.touch_host(&view, id(3));

@@ -456,7 +456,7 @@ fn admission_asked_of_another_member_is_passed_on_to_the_coordinator() {
     let _ = a.tick(0, &BTreeSet::from([B, C]));
     let out = a.handle(0, B, request);
     assert!(matches!(out.send.as_slice(), [(B, AllocMessage::Prepare { .. }), (C, _)]), "{out:?}");
-    // If the coordinator is silent, the next member proposes it, whoever was asked.
+    // If the coordinator is silent, the next member proposes it, whichever member was asked.
     let _ = b.tick(ADMIT_MS - 1, &alive);
     let out = b.tick(ADMIT_MS, &alive);
     assert!(matches!(out.send.as_slice(), [(A, AllocMessage::Prepare { .. }), (C, _)]), "{out:?}");

@@ -13,7 +13,7 @@ use crate::{MAX_RESEND_MS, Output, RESEND_MS, apply_all, is_step, majority};
 /// this proposer out of the range of other acceptors, which grows each second.
 const MAX_RAISE: u64 = 1 << 16;
 
-/// How long a ballot goes on whose changes nobody waits for any more, since its start, in milliseconds.
+/// Time in milliseconds for which a ballot continues after its start although no request waits for its changes.
 const MAX_BALLOT_MS: u64 = 10_000;
 
 /// A ballot in flight. It is dropped as soon as a later map is known, so it always builds on the map that its
@@ -321,8 +321,9 @@ impl Replica {
 }
 
 impl Attempt {
-    /// Whether the ballot ends when nobody waits for its changes any more. What some members have accepted already may still
-    /// be decided, and who asked for it asks again: where a ballot takes longer than requests wait, it would never be.
+    /// Whether the ballot ends when no request waits for its changes. A change that some members have accepted can still be
+    /// decided, and its request is repeated. If such ballots ended, a change whose ballot takes longer than requests wait
+    /// would never be decided.
     pub(super) fn ends(&self, now: u64) -> bool {
         let is_slow = now.saturating_sub(self.started) < MAX_BALLOT_MS;
         !(is_slow && matches!(self.phase, Phase::Accept { .. }))

@@ -61,7 +61,7 @@ const COUNTED: &str = "type ifname; size 65535; flags dynamic,timeout; timeout 1
 ///   are never followed always leave ([`ovl_proto::table::is_followed`]), and so does what is not for a group by its IP
 ///   address.
 /// * **Queries from 127.0.0.1** to the resolver get the endpoint's own source address, and a port on the host whose answers go
-///   back to 127.0.0.1: see [`from_localhost`]. So namespaces accept answers to that address, and nobody but their host may
+///   back to 127.0.0.1: see [`from_localhost`]. Namespaces therefore accept answers to that address, and only their host may
 ///   send there: frames from other hosts to 127.0.0.0/8 are dropped.
 /// * **The host's own frames.** Its ARP and neighbour discovery messages stay on this host. Every host has the gateway's
 ///   addresses and MAC address, so it would answer requests of other hosts' endpoints for them, and no answer to its own

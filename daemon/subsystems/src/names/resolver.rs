@@ -127,7 +127,7 @@ fn rewriting(cluster: &[IpAddr]) -> Skeleton {
 }
 
 /// Returns the rules that rewrite the queries of programs of the host itself, and the answers to them. Pods with the host's
-/// network are such programs. They are led to loopback: only the host itself can send there, so whoever asks is not an
+/// network are such programs. They are led to loopback: only the host itself can send there, so the client is not an
 /// endpoint.
 fn of_host(cluster: &[IpAddr]) -> (Vec<String>, Vec<String>) {
     let cluster = cluster.iter().map(|address| (*address, PORT_HOST));

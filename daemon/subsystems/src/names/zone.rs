@@ -147,7 +147,7 @@ pub(super) fn called<'a>(
 }
 
 /// Returns the names of the endpoints with this address: at most one, unless hosts disagree. A pod of a container runtime has
-/// none on a network: in Kubernetes, an address has the names of Services alone, and nobody there knows the network's.
+/// none on a network: in Kubernetes, an address has the names of Services alone, and programs do not know the network's.
 fn names_of(view: &View, network: NetworkId, address: IpAddr) -> BTreeSet<String> {
     let there = view.all_with_address(network, address).filter(|placed| counts(view, network, placed));
     let there = there.filter(|placed| placed.endpoint.pod.is_none());
