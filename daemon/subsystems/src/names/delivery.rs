@@ -132,7 +132,7 @@ impl Delivery {
             return Vec::new();
         }
         let (mut was, mut is) = (Dataplane::default(), Dataplane::default());
-        was.tables = self.tables(!self.sent.is_empty(), self.for_host);
+        let had = (!self.sent.is_empty(), self.for_host);
         self.for_host = for_host;
         for network in changed {
             self.refused.remove(&network);
@@ -147,7 +147,12 @@ impl Delivery {
                 self.sent.insert(network, now);
             }
         }
-        is.tables = self.tables(!self.sent.is_empty(), for_host);
+        let has = (!self.sent.is_empty(), for_host);
+        // Most changes leave the tables as they are.
+        if had != has {
+            was.tables = self.tables(had.0, had.1);
+            is.tables = self.tables(has.0, has.1);
+        }
         diff(&was, &is, true)
     }
 
