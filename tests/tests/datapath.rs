@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Netns, PortMtu, Underlay, uninterrupted, wait_until};
 use ovl_tests::inject::{mac_bytes, spoofing_socket};
+use ovl_tests::routed::create_routed_network;
 use ovl_tests::{
     Attached, SOON, assert_contains, assert_no_reply, attach, attach_workload, create_network, ctl_error,
     ping_all_pairs, rows, set_bridge_nf_call, start_lab, start_lab_with, text, wait_clean, wait_endpoints,
@@ -548,6 +549,52 @@ fn path_mtu_discovery_detects_a_narrower_path() {
     let third = attach(&lab["h3"], "c", "blue", &[]).unwrap();
     lab["h2"].ctl_ok(&["detach", "b"]).unwrap();
     wait_mtu("blue", &[all[0].clone(), third], 1450, SOON);
+}
+
+#[test]
+fn long_packets_pass_on_paths_of_every_kind_that_became_narrow_in_silence() {
+    for underlay in [Underlay::V4, Underlay::V6] {
+        let lab = start_lab_with(LabConfig::hosts(2).underlay(underlay)).unwrap();
+        let subnets =
+            if underlay == Underlay::V4 { ["10.60", "10.61", "10.62"] } else { ["fd60", "fd61", "fd62"] };
+        let subnets = subnets.map(|start| match underlay {
+            Underlay::V6 => format!("{start}::/48"),
+            Underlay::V4 | Underlay::Dual => format!("{start}.0.0/16"),
+        });
+        let kinds = [
+            ("direct", ["--backend", "direct"].as_slice()),
+            ("wrapped", &["--backend", "vxlan"]),
+            ("sealed", &["--encrypted"]),
+        ];
+        let mut networks = Vec::new();
+        for ((name, more), subnet) in kinds.into_iter().zip(&subnets) {
+            create_routed_network(&lab, name, &[&["--subnet", subnet.as_str()], more].concat()).unwrap();
+            let all = [("h1", "a"), ("h2", "b")].map(|(host, workload)| {
+                attach(&lab[host], &format!("{name}-{workload}"), name, &[]).unwrap()
+            });
+            ping_all_pairs(&all, SOON).unwrap();
+            networks.push((name, all));
+        }
+        create_network(&lab, "switched", &["--encrypted", "--subnet", "10.63.0.0/16"]).unwrap();
+        let all = [("h1", "a"), ("h2", "b")].map(|(host, workload)| {
+            attach(&lab[host], &format!("switched-{workload}"), "switched", &[]).unwrap()
+        });
+        ping_all_pairs(&all, SOON).unwrap();
+        networks.push(("switched", all));
+        // No host gets an ICMP message.
+        lab["h2"].set_port_mtu(1400).unwrap();
+        let bulk = vec![7; 200_000];
+        for (name, [from, to]) in &networks {
+            let echo = to.workload.tcp_echo(0).unwrap();
+            wait_until(SOON * 2, &format!("long packets on {name}"), || {
+                let back = from.workload.tcp_roundtrip(&to.addresses()[0], echo.port(), &bulk)?;
+                ensure!(back == bulk, "{} bytes came back", back.len());
+                Ok(())
+            })
+            .unwrap();
+        }
+        wait_clean(lab.hosts(), SOON).unwrap();
+    }
 }
 
 #[test]

@@ -39,6 +39,12 @@ pub(crate) fn wireguard_overhead(vtep: IpAddr) -> u16 {
     WIREGUARD_OVERHEAD + if vtep.is_ipv4() { 20 } else { 40 }
 }
 
+/// Returns how long a packet inside the tunnel may be, in bytes, for an outer packet of `outer` bytes: WireGuard pads it to a
+/// multiple of 16 (the white paper, section 5.4.6), up to the MTU of its interface alone.
+pub(crate) fn padded_inside(outer: u16, vtep: IpAddr) -> u16 {
+    outer.saturating_sub(wireguard_overhead(vtep)) / 16 * 16
+}
+
 /// Returns the MTU of the path between two hosts, in bytes, including the outer IP header.
 pub(crate) fn path_mtu(own: &Node, peer: &Node) -> u16 {
     let links = own.record.link_mtu.min(peer.record.link_mtu);

@@ -163,9 +163,10 @@ pub(crate) fn mtu(own: &Node) -> u16 {
 
 /// Returns the MTU inside the tunnel of the path to a prefix behind a host, in bytes. `None` if it is not less than `mtu`.
 pub(crate) fn path_mtu(own: &Node, peer: &Node, to: IpNet, mtu: u16) -> Option<u16> {
-    let carried =
-        mtu::path_mtu(own, peer).saturating_sub(wireguard_overhead(own.record.vtep)).max(mtu::least(to));
-    (carried < mtu).then_some(carried)
+    let (vtep, path) = (own.record.vtep, mtu::path_mtu(own, peer));
+    let is_narrow = path.saturating_sub(wireguard_overhead(vtep)) < mtu;
+    let carried = mtu::padded_inside(path, vtep).max(mtu::least(to));
+    (is_narrow && carried < mtu).then_some(carried)
 }
 
 #[cfg(test)]

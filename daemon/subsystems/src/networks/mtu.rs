@@ -10,7 +10,7 @@ use ovl_cluster::view::{Node, View};
 use ovl_proto::id::NodeId;
 use ovl_proto::object::{Backend, Driver, Mode, Network};
 
-use crate::mtu::{MIN_MTU_V6, min_mtu, vxlan_overhead, wireguard_overhead};
+use crate::mtu::{MIN_MTU_V6, min_mtu, padded_inside, vxlan_overhead, wireguard_overhead};
 
 /// Returns the MTU of a network's endpoints on this host, in bytes, at least [`min_mtu`].
 pub fn network_mtu(view: &View, network: &Network) -> u16 {
@@ -33,6 +33,7 @@ fn switched_mtu(view: &View, network: &Network) -> u16 {
     if let Some(own) = view.own() {
         hosts.insert(view.me, own);
     }
+    let widest = hosts.values().map(|node| node.record.link_mtu).max().unwrap_or_default();
     let carried = hosts
         .values()
         .map(|node| {
@@ -42,17 +43,25 @@ fn switched_mtu(view: &View, network: &Network) -> u16 {
                 .filter(|(peer, _)| hosts.contains_key(peer))
                 .map(|(_, mtu)| mtu)
                 .fold(node.record.link_mtu, u16::min);
-            outer.saturating_sub(switched_overhead(network, node.record.vtep))
+            switched_inside(network, node.record.vtep, outer, widest)
         })
         .min()
         .unwrap_or(MIN_MTU_V6);
     carried.min(network.mtu.unwrap_or(u16::MAX)).max(min_mtu(network))
 }
 
-/// Returns the overhead of a switched network, in bytes: VXLAN, which is inside the tunnel's IPv6 if the network is
-/// encrypted.
-fn switched_overhead(network: &Network, vtep: IpAddr) -> u16 {
-    if network.encrypted { 14 + 8 + 8 + 40 + wireguard_overhead(vtep) } else { vxlan_overhead(vtep) }
+/// Returns how long a packet of a switched network may be, in bytes, for an outer packet of `outer` bytes. VXLAN is inside the
+/// tunnel's IPv6 if the network is encrypted. `widest` is the largest link MTU of its hosts, to which they pad.
+fn switched_inside(network: &Network, vtep: IpAddr, outer: u16, widest: u16) -> u16 {
+    if !network.encrypted {
+        return outer.saturating_sub(vxlan_overhead(vtep));
+    }
+    let inside = if outer < widest {
+        padded_inside(outer, vtep)
+    } else {
+        outer.saturating_sub(wireguard_overhead(vtep))
+    };
+    inside.saturating_sub(14 + 8 + 8 + 40)
 }
 
 /// Returns the MTU of the local endpoints of a routed network: the link MTU without overhead. If the path to a host
