@@ -109,21 +109,57 @@ fn rewriting(cluster: &[IpAddr]) -> Skeleton {
             ));
         }
     }
-    let chain = |name: &str, hook: &str, rules| Chain {
-        name: name.to_owned(),
-        hook: Some(format!("type filter hook {hook} priority raw - 5; policy accept;")),
-        rules,
-    };
     let (own, own_answers) = of_host(cluster);
     answers.extend(own_answers);
-    let own = Chain {
-        name: "host".to_owned(),
-        // A packet whose destination changes here gets another route.
-        hook: Some("type route hook output priority raw - 5; policy accept;".to_owned()),
-        rules: own,
+    let at = cluster.iter().map(|address| stand_in(*address));
+    let served = [ADDRESS_V4.into(), ADDRESS_V6.into()].into_iter().chain(cluster.iter().copied());
+    let asked = [LOOPBACK.into()].into_iter().chain(served.clone()).chain(at.clone());
+    let answering =
+        [ADDRESS_V4.into(), ADDRESS_V6.into(), Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+    let (hook, output) = ("type filter hook", "output priority raw - 5; policy accept;");
+    // A packet of the host whose destination changes gets another route.
+    let chains = [
+        led_to(
+            "queries",
+            &format!("{hook} prerouting priority raw - 5; policy accept;"),
+            "daddr",
+            asked.collect(),
+            queries,
+        ),
+        led_to(
+            "answers",
+            &format!("{hook} {output}"),
+            "saddr",
+            answering.into_iter().chain(at).collect(),
+            answers,
+        ),
+        led_to("host", &format!("type route hook {output}"), "daddr", served.collect(), own),
+    ];
+    Skeleton { chains: chains.into_iter().flatten().collect(), ..Skeleton::default() }
+}
+
+/// Returns a chain with these rules, and one at the hook that leads the packets there which have one of the addresses in
+/// this field. Every packet of the host passes the hook, those of the overlay several times, so it is one look-up there.
+fn led_to(
+    name: &str,
+    hook: &str,
+    field: &str,
+    addresses: BTreeSet<IpAddr>,
+    rules: Vec<String>,
+) -> [Chain; 2] {
+    let (v4, v6): (Vec<IpAddr>, Vec<IpAddr>) = addresses.into_iter().partition(IpAddr::is_ipv4);
+    let lead = |family: &str, addresses: Vec<IpAddr>| {
+        let set: Vec<String> = addresses.iter().map(IpAddr::to_string).collect();
+        format!("{family} {field} {{ {} }} goto {name}", set.join(", "))
     };
-    let chains = vec![chain("queries", "prerouting", queries), chain("answers", "output", answers), own];
-    Skeleton { chains, ..Skeleton::default() }
+    [
+        Chain { name: name.to_owned(), hook: None, rules },
+        Chain {
+            name: format!("{name}-hook"),
+            hook: Some(hook.to_owned()),
+            rules: vec![lead("ip", v4), lead("ip6", v6)],
+        },
+    ]
 }
 
 /// Returns the rules that rewrite the queries of programs of the host itself, and the answers to them. Pods with the host's
@@ -164,7 +200,7 @@ fn past_firewalls() -> impl Iterator<Item = (Table, Arc<Skeleton>)> {
     all.into_iter().map(|(table, [own, cluster, loopback])| {
         let family = table.family();
         let rule = format!(
-            "iifname {{ \"ovb-*\", \"ove-*\" }} {family} daddr {{ {own}, {cluster} }} meta l4proto {{ tcp, udp }} \
+            "{family} daddr {{ {own}, {cluster} }} iifname {{ \"ovb-*\", \"ove-*\" }} meta l4proto {{ tcp, udp }} \
              th dport {{ {PORT}, {PORT_DIRECT}, {PORT_FROM_LOCALHOST} }} dup to {loopback} device \"lo\" drop"
         );
         // After the chain that rewrites addresses and ports.

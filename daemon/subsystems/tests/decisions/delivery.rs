@@ -51,6 +51,11 @@ fn the_first_network_brings_the_tables_and_the_last_one_takes_them() {
     let to_cluster =
         "ip daddr 10.96.0.10 iifname != \"lo\" udp dport 53 ip daddr set 169.254.79.10 udp dport set 7953";
     assert!(rules.iter().any(|rule| rule.starts_with(to_cluster)), "{rules:?}");
+    // Every packet of the host passes the chains at hooks: one look-up for each address family.
+    for chain in queries.chains.iter().filter(|chain| chain.hook.is_some()) {
+        let families: Vec<&str> = chain.rules.iter().filter_map(|rule| rule.split(' ').next()).collect();
+        assert_eq!(families, ["ip", "ip6"], "{chain:?}");
+    }
 
     // The last endpoint goes, and with it the bridge.
     let table = &mut view.nodes.get_mut(&id(1)).unwrap().table;
@@ -77,7 +82,8 @@ fn the_host_is_led_to_the_resolver_while_there_are_services() {
     assert_eq!(names.sent(), Some(names.desired(&now)));
     let table = &names.sent().unwrap().tables[&Table::Resolver];
     let chain = table.chains.iter().find(|chain| chain.name == "host").unwrap();
-    assert!(chain.hook.as_ref().unwrap().starts_with("type route hook output"), "{chain:?}");
+    let hook = table.chains.iter().find(|chain| chain.name == "host-hook").unwrap();
+    assert!(hook.hook.as_ref().unwrap().starts_with("type route hook output"), "{hook:?}");
     let to_cluster = "ip daddr 10.96.0.10 udp dport 53 ip daddr set 127.0.0.1 udp dport set 7955 notrack";
     assert!(chain.rules.contains(&to_cluster.to_owned()), "{chain:?}");
     // Endpoints need the tables past firewalls too.
