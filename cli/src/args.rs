@@ -11,8 +11,9 @@ use ovl_proto::DEFAULT_SOCKET;
 
 use crate::command::resource::jsonpath::{self, Template};
 use crate::command::{
-    attach, bugreport, cni, completions, detach, dns, endpoint, endpoints, events, exec, fdb, key, lifecycle,
-    man, metrics, network, peers, plan, policy, recover, resource, routes, sandbox, status, subnets, verify,
+    attach, bugreport, cni, completions, detach, dns, doctor, endpoint, endpoints, events, exec, fdb, key,
+    lifecycle, man, metrics, network, peers, plan, policy, recover, resource, routes, sandbox, status,
+    subnets, verify,
 };
 use crate::context::Context;
 use crate::error::{Error, Result};
@@ -128,6 +129,8 @@ enum Command {
     Plan,
     /// Compare the kernel with the desired state; exit status 1 if they differ
     Verify,
+    /// Check what commonly breaks, and say what to do; exit status 1 if something was found
+    Doctor(doctor::Args),
     /// Show recent events
     Events(events::Args),
     /// Print the daemon's metrics in the Prometheus text format
@@ -208,6 +211,7 @@ impl Cli {
         match self.command {
             // These commands report differences through the exit status.
             Command::Verify => return verify::run(&context),
+            Command::Doctor(args) => return doctor::run(&context, &args),
             Command::Diff(args) => return resource::diff(&context, &args),
             // These are replaced by the program.
             Command::Exec(args) => exec::exec(&context, args).map(|never| match never {}),
@@ -296,6 +300,8 @@ mod tests {
             "routes",
             "plan",
             "verify",
+            "doctor",
+            "doctor --all-hosts -o json",
             "events --follow",
             "events --since 03:10 --until 03:20",
             "events --since 10m -f",

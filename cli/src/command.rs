@@ -6,6 +6,7 @@ pub(crate) mod cni;
 pub(crate) mod completions;
 pub(crate) mod detach;
 pub(crate) mod dns;
+pub(crate) mod doctor;
 pub(crate) mod endpoint;
 pub(crate) mod endpoints;
 pub(crate) mod events;

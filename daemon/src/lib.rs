@@ -9,6 +9,7 @@ mod addresses;
 mod clocks;
 mod config;
 mod control;
+mod doctor;
 mod encryption;
 mod endpoints;
 mod engines;

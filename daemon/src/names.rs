@@ -149,6 +149,23 @@ impl Resolver {
         lately.map(sentence).chain(limited).chain(of_file).collect()
     }
 
+    /// Reads resolv.conf(5) and returns what is wrong with it, before the resolver itself looks at it again.
+    pub(crate) fn file_problems(&self, config: &Config) -> Vec<Problem> {
+        let read = Self::upstream_servers(config).changed();
+        read.iter().flat_map(|upstreams| file_problems(&self.resolv_conf, upstreams, false)).collect()
+    }
+
+    /// Whether names are resolved here.
+    pub(crate) fn is_running(&self) -> bool {
+        self.engine.is_some()
+    }
+
+    /// Returns the upstream servers that resolv.conf(5) names.
+    pub(crate) fn upstream_addresses(&self) -> Vec<SocketAddr> {
+        let upstreams = self.engine.as_ref().and_then(Engine::upstreams);
+        upstreams.map(|upstreams| upstreams.servers.clone()).unwrap_or_default()
+    }
+
     /// Returns how long questions to upstream servers took. `None` if the resolver does not run.
     pub(crate) fn waits(&self) -> Option<Durations> {
         Some(self.engine.as_ref()?.waits())

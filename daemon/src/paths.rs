@@ -170,6 +170,11 @@ impl PathState {
         }
     }
 
+    /// Whether small probes are missing in some direction, and it is not yet judged.
+    pub(crate) fn is_in_doubt(&self) -> bool {
+        [self.received.small, self.sent.small].contains(&Verdict::Doubtful)
+    }
+
     /// Whether no probe of some size arrives in some direction.
     pub(crate) fn is_broken(&self) -> bool {
         let Self { received, sent, .. } = self;

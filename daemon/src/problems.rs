@@ -9,6 +9,14 @@ pub(crate) use ovl_control::{Problem, Severity};
 /// them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Code {
+    /// A member of the cluster is down, or its daemon is.
+    HostDown,
+    /// No majority of the members is alive.
+    NoMajority,
+    /// Hosts run different releases.
+    VersionsDiffer,
+    /// What another host announces does not arrive here.
+    NotSynchronised,
     /// This host's address is on no device, or its new address cannot be used.
     Address,
     /// The state file cannot be written.
@@ -27,6 +35,8 @@ pub(crate) enum Code {
     PeerClock,
     /// Objects are refused because their stamps are in the future.
     FutureStamp,
+    /// What ovl has in the kernel is not as it should be for long, or is changed again and again.
+    Contested,
     /// This host is not admitted to the cluster.
     Admission,
     /// Another host has the identity of this host or of a third one.
@@ -81,6 +91,12 @@ pub(crate) enum Code {
     NetworkRange,
     /// An endpoint or a host has joined more multicast groups than are followed.
     MulticastGroups,
+    /// Packets for endpoints leave by a route of another program.
+    RouteDiverted,
+    /// An object with a name of ovl belongs to nothing.
+    Leftover,
+    /// The interface of an endpoint is not as it was attached.
+    EndpointInterface,
     /// This host has no tunnel.
     NoTunnel,
     /// Another host has no tunnel.
@@ -105,6 +121,12 @@ pub(crate) enum Code {
     PoolOverlap,
     /// Another program's firewall drops packets.
     Firewall,
+    /// A Service has no ready backend.
+    NoBackends,
+    /// Another program translates Services too.
+    OtherTranslator,
+    /// A program listens at a node port of a Service.
+    NodePortTaken,
     /// The resolver is not running.
     ResolverDown,
     /// An upstream resolver of the host does not answer.
@@ -115,6 +137,10 @@ pub(crate) enum Code {
     ResolvConf,
     /// A name has two meanings.
     AmbiguousName,
+    /// An upstream resolver answers slowly.
+    ResolverSlow,
+    /// A workload asks several questions for each name outside of the cluster.
+    SearchLists,
     /// Strict reverse path filtering drops packets of a host.
     SourceValidation,
     /// The kernel's neighbour table is too small.
@@ -127,16 +153,30 @@ pub(crate) enum Code {
     Descriptors,
     /// The file system of the state directory is nearly full.
     DiskSpace,
+    /// A UDP port or a VNI that ovl needs is taken.
+    PortTaken,
+    /// The kernel or the host lacks something that ovl needs.
+    KernelFeature,
+    /// A device that ovl needs does not forward.
+    Forwarding,
+    /// Another machine has an address of this host.
+    DuplicateAddress,
     /// An object of the Kubernetes API server is not in force as it is there.
     NotMirrored,
     /// The Kubernetes API server is not reached.
     ApiUnreachable,
+    /// Another program's traffic control delays or drops packets of ovl.
+    TrafficControl,
 }
 
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    const ALL: [Self; 61] = [
+    pub(crate) const ALL: [Self; 79] = [
+        Self::HostDown,
+        Self::NoMajority,
+        Self::VersionsDiffer,
+        Self::NotSynchronised,
         Self::Address,
         Self::StateFile,
         Self::DamagedFile,
@@ -146,6 +186,7 @@ impl Code {
         Self::OwnClock,
         Self::PeerClock,
         Self::FutureStamp,
+        Self::Contested,
         Self::Admission,
         Self::IdentityClash,
         Self::ForeignCluster,
@@ -173,6 +214,9 @@ impl Code {
         Self::NetworkRange,
         Self::OtherMac,
         Self::MulticastGroups,
+        Self::RouteDiverted,
+        Self::Leftover,
+        Self::EndpointInterface,
         Self::NoTunnel,
         Self::PeerWithoutTunnel,
         Self::TunnelKeyCopied,
@@ -185,26 +229,40 @@ impl Code {
         Self::ServiceDenied,
         Self::PoolUsedUp,
         Self::PoolOverlap,
+        Self::NoBackends,
+        Self::OtherTranslator,
+        Self::NodePortTaken,
         Self::ResolverDown,
         Self::UpstreamResolver,
         Self::ResolverShare,
         Self::ResolvConf,
         Self::AmbiguousName,
+        Self::ResolverSlow,
+        Self::SearchLists,
         Self::SourceValidation,
         Self::NeighbourTable,
         Self::WebAddress,
         Self::ConnectionTable,
         Self::Descriptors,
         Self::DiskSpace,
+        Self::PortTaken,
+        Self::KernelFeature,
+        Self::Forwarding,
+        Self::DuplicateAddress,
         Self::NotMirrored,
         Self::ApiUnreachable,
+        Self::TrafficControl,
     ];
 
-    /// Returns the code as users see it, such as `OVL-E011`. The tens digit names the area: 1 this host, 2
+    /// Returns the code as users see it, such as `OVL-E011`. The tens digit names the area: 0 the cluster, 1 this host, 2
     /// members, 3 cluster key (34 to 36, 38 and 39: paths, 37: members again), 4 networks, 5 encryption, 6 published ports and Services, 7 names, 8 settings
-    /// of the host, 9 Kubernetes.
+    /// of the host, 9 Kubernetes, 10 settings of the host again.
     pub(crate) const fn as_str(self) -> &'static str {
         match self {
+            Self::HostDown => "OVL-E001",
+            Self::NoMajority => "OVL-E002",
+            Self::VersionsDiffer => "OVL-E003",
+            Self::NotSynchronised => "OVL-E004",
             Self::Address => "OVL-E010",
             Self::StateFile => "OVL-E011",
             Self::DamagedFile => "OVL-E012",
@@ -214,6 +272,7 @@ impl Code {
             Self::OwnClock => "OVL-E016",
             Self::PeerClock => "OVL-E017",
             Self::FutureStamp => "OVL-E018",
+            Self::Contested => "OVL-E019",
             Self::Admission => "OVL-E020",
             Self::IdentityClash => "OVL-E021",
             Self::ForeignCluster => "OVL-E022",
@@ -241,6 +300,9 @@ impl Code {
             Self::NetworkRange => "OVL-E044",
             Self::OtherMac => "OVL-E045",
             Self::MulticastGroups => "OVL-E046",
+            Self::RouteDiverted => "OVL-E047",
+            Self::Leftover => "OVL-E048",
+            Self::EndpointInterface => "OVL-E049",
             Self::NoTunnel => "OVL-E050",
             Self::PeerWithoutTunnel => "OVL-E051",
             Self::TunnelKeyCopied => "OVL-E052",
@@ -253,19 +315,29 @@ impl Code {
             Self::ServiceDenied => "OVL-E063",
             Self::PoolUsedUp => "OVL-E064",
             Self::PoolOverlap => "OVL-E065",
+            Self::NoBackends => "OVL-E066",
+            Self::OtherTranslator => "OVL-E067",
+            Self::NodePortTaken => "OVL-E068",
             Self::ResolverDown => "OVL-E070",
             Self::UpstreamResolver => "OVL-E071",
             Self::ResolverShare => "OVL-E072",
             Self::ResolvConf => "OVL-E073",
             Self::AmbiguousName => "OVL-E074",
+            Self::ResolverSlow => "OVL-E075",
+            Self::SearchLists => "OVL-E076",
             Self::SourceValidation => "OVL-E080",
             Self::NeighbourTable => "OVL-E081",
             Self::WebAddress => "OVL-E082",
             Self::ConnectionTable => "OVL-E083",
             Self::Descriptors => "OVL-E084",
             Self::DiskSpace => "OVL-E085",
+            Self::PortTaken => "OVL-E086",
+            Self::KernelFeature => "OVL-E087",
+            Self::Forwarding => "OVL-E088",
+            Self::DuplicateAddress => "OVL-E089",
             Self::NotMirrored => "OVL-E090",
             Self::ApiUnreachable => "OVL-E091",
+            Self::TrafficControl => "OVL-E100",
         }
     }
 
@@ -307,7 +379,16 @@ impl Code {
             | Self::Firewall
             | Self::ResolverDown
             | Self::SourceValidation
-            | Self::NotMirrored => Severity::Error,
+            | Self::NotMirrored
+            | Self::HostDown
+            | Self::NoMajority
+            | Self::Contested
+            | Self::RouteDiverted
+            | Self::EndpointInterface
+            | Self::PortTaken
+            | Self::KernelFeature
+            | Self::Forwarding
+            | Self::DuplicateAddress => Severity::Error,
             Self::DamagedFile
             | Self::HostName
             | Self::UnknownHosts
@@ -332,7 +413,16 @@ impl Code {
             | Self::ConnectionTable
             | Self::Descriptors
             | Self::DiskSpace
-            | Self::ApiUnreachable => Severity::Warning,
+            | Self::ApiUnreachable
+            | Self::VersionsDiffer
+            | Self::NotSynchronised
+            | Self::Leftover
+            | Self::NoBackends
+            | Self::OtherTranslator
+            | Self::NodePortTaken
+            | Self::ResolverSlow
+            | Self::SearchLists
+            | Self::TrafficControl => Severity::Warning,
         }
     }
 

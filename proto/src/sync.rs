@@ -56,6 +56,18 @@ pub enum Message {
     },
     /// The cluster key that the allocation map names, for a member that does not have it.
     ClusterKey(Secret<[u8; 32]>),
+    /// A request for a diagnosis of the receiver, as an operator asked for one. The reply is [`Self::DoctorReply`].
+    DoctorRequest {
+        /// The requester's number.
+        id: u64,
+    },
+    /// The reply to [`Self::DoctorRequest`].
+    DoctorReply {
+        /// The requester's number.
+        id: u64,
+        /// The diagnosis, in JSON.
+        diagnosis: String,
+    },
 }
 
 variants! {
@@ -72,6 +84,8 @@ variants! {
         10 ClusterKey { 1 0: key },
         11 ObjectParts { 1 0: parts },
         12 ObjectWant { 1 0: wanted },
+        15 DoctorRequest { 1 id: id },
+        16 DoctorReply { 1 id: id, 2 diagnosis: diagnosis },
     }
 }
 

@@ -91,7 +91,12 @@ fn ends_with_drop(table: &str, chain: &str) -> bool {
     })
 }
 
-fn output(program: &str, arguments: &[&str]) -> Result<String> {
+/// Runs a program and returns what it prints.
+///
+/// # Errors
+///
+/// The program is not installed or fails.
+pub(super) fn output(program: &str, arguments: &[&str]) -> Result<String> {
     let shown = || format!("{program} {}", arguments.join(" "));
     let done = Command::new(program).args(arguments).env("LC_ALL", "C").stdin(Stdio::null()).output();
     let done = done.map_err(|error| match error.kind() {

@@ -12,6 +12,7 @@ mod apply;
 mod attribute;
 mod conntrack;
 mod dump;
+mod duplicate;
 mod echo;
 mod endpoint;
 mod error;
@@ -38,6 +39,7 @@ mod sandbox;
 mod simulated;
 mod socket;
 mod sources;
+mod survey;
 mod sweep;
 mod sys;
 mod sysctl;
@@ -72,6 +74,7 @@ use self::tunnel::Tunnels;
 use self::worker::{Request, Worker};
 
 pub use apply::has_inet6;
+pub use duplicate::other_owner;
 pub use error::{KernelError, Result};
 pub use foreign::{look as foreign_firewalls, run_commands};
 pub use link::Traffic;
@@ -86,6 +89,10 @@ pub use sandbox::{
     own_netns, processes_in, unmount_netns,
 };
 pub use simulated::SimulatedKernel;
+pub use survey::{
+    BoundSocket, NeighbourUse, Survey, SurveyedChain, SurveyedDevice, Wanted, has_own_name, is_own, macs,
+    survey,
+};
 pub use sys::{own_addresses, return_free_memory};
 pub use tunnel::{TunnelPeerStatus, TunnelStatus};
 

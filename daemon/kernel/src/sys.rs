@@ -115,6 +115,21 @@ pub(super) fn send_frame(socket: BorrowedFd<'_>, index: u32, protocol: u16, fram
     if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Lets a packet socket receive the frames with an EtherType that arrive by a device.
+pub(super) fn bind_packet(socket: BorrowedFd<'_>, index: u32, protocol: u16) -> io::Result<()> {
+    // SAFETY: all zeros are a valid address.
+    let mut at: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    at.sll_family = libc::AF_PACKET as u16;
+    at.sll_protocol = protocol.to_be();
+    at.sll_ifindex = i32::try_from(index).map_err(io::Error::other)?;
+    // SAFETY: the pointer is to an address of this length.
+    let bound = unsafe {
+        let length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+        libc::bind(socket.as_raw_fd(), (&raw const at).cast(), length)
+    };
+    if bound < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Lets a packet socket expect a `struct virtio_net_hdr` before each frame that it sends (packet(7)).
 pub(super) fn expect_offload_headers(socket: BorrowedFd<'_>) -> io::Result<()> {
     let on: libc::c_int = 1;

@@ -24,10 +24,10 @@ use crate::problems::Code;
 const SETTLE: Duration = Duration::from_millis(100);
 
 /// An endpoint of this host whose peer interface ovl configured, with its network.
-struct Configured {
-    endpoint: Endpoint,
-    local: LocalEndpoint,
-    network: Network,
+pub(super) struct Configured {
+    pub(super) endpoint: Endpoint,
+    pub(super) local: LocalEndpoint,
+    pub(super) network: Network,
 }
 
 impl Node {
@@ -106,7 +106,7 @@ impl Node {
     }
 
     /// Returns an endpoint of this host that ovl configured, and that is connected. `None` for another one.
-    fn configured(&self, id: EndpointId) -> Option<Configured> {
+    pub(super) fn configured(&self, id: EndpointId) -> Option<Configured> {
         let state = self.state.borrow();
         let endpoint = state.own_endpoint(id).filter(|endpoint| !state.local.is_disconnected(endpoint))?;
         let local = state.endpoints.get(id).filter(|local| local.docker.is_none())?;

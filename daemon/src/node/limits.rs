@@ -20,14 +20,19 @@ impl Node {
     /// Runs the checks forever.
     pub(super) async fn limits_loop(self: Rc<Self>) {
         loop {
-            self.check_source_filter().await;
-            self.check_neighbour_table();
-            self.check_stocks();
+            self.check_limits().await;
             tokio::select! {
                 () = tokio::time::sleep(EVERY) => {}
                 () = self.membership.notified() => {}
             }
         }
+    }
+
+    /// Makes all checks once.
+    pub(super) async fn check_limits(&self) {
+        self.check_source_filter().await;
+        self.check_neighbour_table();
+        self.check_stocks();
     }
 
     /// Checks whether strict `rp_filter` (RFC 3704, section 2.2) drops packets of a peer. It silently drops

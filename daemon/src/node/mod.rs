@@ -11,6 +11,7 @@ mod attach;
 mod clocks;
 mod cni;
 mod docker;
+mod doctor;
 mod firewall;
 mod guard;
 mod ingress;
@@ -266,7 +267,7 @@ impl Node {
             tunnel: end,
             keys: keyring.ids(),
             presence: Presence::Running,
-            version: env!("CARGO_PKG_VERSION").to_owned(),
+            version: release(),
             wire: WireVersions::own(),
             probes: if path_socket.is_some() { crate::paths::frame::VERSION } else { 0 },
             not_built: Vec::new(),
@@ -618,6 +619,8 @@ fn first_state(
         claims: HashMap::new(),
         recovering: None,
         leases: HashMap::new(),
+        diagnoses: HashMap::new(),
+        diagnosing: Vec::new(),
         addresses: Addresses::new(saved.leases.iter().copied()),
         next_request: u64::from_le_bytes(random(&**environment)),
         endpoints: LocalEndpoints::new(RunDir(config.run_dir.clone()).endpoints()),
@@ -636,6 +639,17 @@ fn first_state(
         leaving: false,
         environment: Rc::clone(environment),
     }
+}
+
+/// Returns the release of this daemon.
+///
+/// Debug builds take another one from the variable `OVL_TEST_VERSION`, so that tests can play one.
+fn release() -> String {
+    #[cfg(debug_assertions)]
+    if let Ok(played) = std::env::var("OVL_TEST_VERSION") {
+        return played;
+    }
+    env!("CARGO_PKG_VERSION").to_owned()
 }
 
 /// Returns a generation that is higher than that of any earlier run, even if the state directory is an old

@@ -120,7 +120,7 @@ impl Node {
     }
 
     /// Handles an event of the streams.
-    pub(super) fn on_link(&self, event: StreamEvent) {
+    pub(super) fn on_link(self: &Rc<Self>, event: StreamEvent) {
         match event {
             StreamEvent::Up(peer) => self.greet(peer),
             StreamEvent::Down(peer) => tracing::debug!(%peer, "stream down"),
@@ -136,7 +136,7 @@ impl Node {
         }
     }
 
-    fn on_message(&self, from: NodeId, key: ClusterKeyId, message: Message) {
+    fn on_message(self: &Rc<Self>, from: NodeId, key: ClusterKeyId, message: Message) {
         if !self.may_say(from, key, &message) {
             tracing::debug!(%from, "not from a member: passed over");
             return;
@@ -162,6 +162,8 @@ impl Node {
                     self.take_key(&secret);
                 }
             }
+            Message::DoctorRequest { id } => self.send_diagnosis(from, id),
+            Message::DoctorReply { id, diagnosis } => self.take_diagnosis(from, id, &diagnosis),
             Message::LeaseReply { id, result } => {
                 let mut state = self.state.borrow_mut();
                 // Accept the reply only from the holder that was asked. The requester may have given up.
@@ -223,7 +225,9 @@ impl Node {
             | Message::ObjectIndex(_)
             | Message::LeaseRequest { .. }
             | Message::LeaseReply { .. }
-            | Message::ClusterKey(_) => false,
+            | Message::ClusterKey(_)
+            | Message::DoctorRequest { .. }
+            | Message::DoctorReply { .. } => false,
         }
     }
 

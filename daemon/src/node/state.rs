@@ -10,6 +10,7 @@ use std::rc::Rc;
 use ovl_cluster::liveness::Signs;
 use ovl_cluster::view::{Placed, View};
 use ovl_consensus::{Output, RecoveryEnd, Replica as Allocator};
+use ovl_control::HostDiagnosis;
 use ovl_mesh::gossip::Hints;
 use ovl_proto::alloc::Refusal;
 use ovl_proto::id::{EndpointId, NetworkId, NodeId};
@@ -131,6 +132,10 @@ pub(crate) struct State {
     pub recovering: Option<oneshot::Sender<RecoveryEnd>>,
     /// Lease requests that are in flight, with the holder that was asked.
     pub leases: HashMap<u64, (NodeId, oneshot::Sender<Result<IpAddr, String>>)>,
+    /// Diagnoses that other hosts were asked for, with the host that was asked.
+    pub diagnoses: HashMap<u64, (NodeId, oneshot::Sender<HostDiagnosis>)>,
+    /// Hosts that wait for a diagnosis of this one, with the numbers of their requests.
+    pub diagnosing: Vec<(NodeId, u64)>,
     /// Addresses that are reserved or lent.
     pub addresses: Addresses,
     /// Number of the next request to a peer.

@@ -9,6 +9,7 @@
 mod client;
 mod cni;
 mod docker;
+mod doctor;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod kubernetes;
@@ -22,6 +23,7 @@ pub use ovl_proto::record::PeerState;
 pub use client::{Client, ClientError};
 pub use cni::{CNI_VERSIONS, CniDeleted};
 pub use docker::DockerDeleted;
+pub use doctor::{Check, CheckResult, Diagnosis, Finding, HostDiagnosis};
 pub use kubernetes::*;
 pub use reply::*;
 pub use request::*;

@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::doctor::Diagnosis;
 use crate::kubernetes::Mirrored;
 use crate::resources::{AppliedAll, ManifestProblem, ResourceInfo, ServiceBackends};
 use ovl_proto::id::{ClusterKeyId, Mac, NetworkId, NodeId, TunnelKey};
@@ -41,6 +42,8 @@ pub enum Reply {
     Plan(Vec<String>),
     /// The result of a comparison with the kernel.
     Verify(Verify),
+    /// What was checked and found.
+    Doctor(Box<Diagnosis>),
     /// Events, oldest first.
     Events(Vec<Event>),
     /// One network.

@@ -67,6 +67,12 @@ pub enum Request {
     Plan,
     /// Compares the kernel with the desired data plane: [`crate::Reply::Verify`].
     Verify,
+    /// Checks what commonly breaks, within five seconds: [`crate::Reply::Doctor`].
+    Doctor {
+        /// Whether all members are asked, or only this host.
+        #[serde(default)]
+        all_hosts: bool,
+    },
     /// Returns events, oldest first: [`crate::Reply::Events`]. Without an end, the latest ones.
     Events {
         /// Whether to continue with each new event as it occurs, until the client closes the connection. The other fields
