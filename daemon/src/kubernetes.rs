@@ -7,10 +7,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ovl_cluster::objects::Stored;
-use ovl_control::{DeletedPod, MirrorOffer, NotMirrored};
+use ovl_control::{ApiReport, BalancedService, DeletedPod, MirrorOffer, NotMirrored};
 use ovl_proto::id::NodeId;
 use ovl_proto::resource::{
-    Kind, LabelSelector, Meta, Name, NetworkPolicy, Pod, PolicyType, ResourceKey, Source,
+    Kind, LabelSelector, Meta, Name, NetworkPolicy, Pod, PolicyType, ResourceKey, Service, ServiceType,
+    Source,
 };
 use ovl_proto::table::Endpoint;
 use serde_json::Value;
@@ -39,6 +40,8 @@ pub(crate) struct Kubernetes {
     turn: watch::Sender<bool>,
     /// Why objects are not in force as the API server has them, at most [`MOST_FAILURES`].
     failures: BTreeMap<ResourceKey, String>,
+    /// What is to be said to the API server.
+    report: watch::Sender<ApiReport>,
 }
 
 impl Default for Kubernetes {
@@ -49,6 +52,7 @@ impl Default for Kubernetes {
             next: 0,
             turn: watch::Sender::new(false),
             failures: BTreeMap::new(),
+            report: watch::Sender::default(),
         }
     }
 }
@@ -95,6 +99,25 @@ impl Kubernetes {
             self.failures.retain(|key, _| key.kind == Kind::Pod);
         }
         is_new
+    }
+
+    /// Returns what is to be said to the API server.
+    pub(crate) fn report(&self) -> watch::Receiver<ApiReport> {
+        self.report.subscribe()
+    }
+
+    /// Whether something hears what is to be said to the API server.
+    pub(crate) fn is_heard(&self) -> bool {
+        self.report.receiver_count() > 0
+    }
+
+    /// Sets what is to be said to the API server.
+    pub(crate) fn set_report(&self, report: ApiReport) {
+        self.report.send_if_modified(|last| {
+            let is_new = *last != report;
+            *last = report;
+            is_new
+        });
     }
 
     /// Takes over pods of the node, and what is not readable of them. With `whole`, these are all. Returns those that
@@ -193,6 +216,19 @@ pub(crate) fn judge(stored: Option<&Stored>, new: &Source) -> Verdict {
         None if stored.deleted => Verdict::Write,
         None => Verdict::Foreign,
     }
+}
+
+/// Returns what the status of a Service at the API server is to say. `None`: nothing, because it was not mirrored, another
+/// program gives it its addresses, or ovl does not translate it.
+pub(crate) fn balanced(service: &Service, by_others: bool) -> Option<BalancedService> {
+    let metadata = &service.metadata;
+    let is_served =
+        service.spec.kind == ServiceType::LoadBalancer && !by_others && service.is_translated();
+    metadata.source.as_ref().filter(|_| is_served).map(|source| BalancedService {
+        name: Name::new(&metadata.namespace, &metadata.name),
+        version: source.version,
+        addresses: service.load_balancer_addresses().collect(),
+    })
 }
 
 /// Returns the API's `resourceVersion` of an object.

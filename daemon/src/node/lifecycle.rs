@@ -242,6 +242,7 @@ impl Node {
                 self.expire_leases();
                 self.collect_docker();
                 self.end_clashes();
+                self.report_to_api(&self.state.borrow());
                 self.drop_forgotten(&mut self.state.borrow_mut());
                 notify(&[sd_notify::NotifyState::Watchdog]);
             }

@@ -7,6 +7,8 @@ use kube::Resource as _;
 use ovl_proto::resource::{Kind, Name};
 use serde_json::{Map, Value, json};
 
+use crate::balance::Status;
+
 /// The kinds of the cluster's objects that one host mirrors for all. Pods are followed by the host of their node.
 pub(crate) const MIRRORED: [Kind; 4] =
     [Kind::Namespace, Kind::NetworkPolicy, Kind::Service, Kind::EndpointSlice];
@@ -44,6 +46,8 @@ pub(crate) struct Object {
     pub uid: String,
     /// The manifest. `None` if the object does not concern ovl.
     pub manifest: Option<Value>,
+    /// The status of a Service. Empty for other kinds.
+    pub status: Status,
 }
 
 /// Reads an object that the API server sent, and leaves out what ovl has no use for.
@@ -56,17 +60,20 @@ pub(crate) fn object(kind: Kind, mut value: Value) -> Result<Object, Unusable> {
     let version = text("/metadata/resourceVersion");
     let Ok(version) = version.parse() else { return Err(Unusable::NoVersion(name, version)) };
     let uid = text("/metadata/uid");
-    let manifest = if kind == Kind::Pod { pod(&value) } else { Some(others(kind, &mut value)) };
-    Ok(Object { name, version, uid, manifest })
+    let status = if kind == Kind::Service { Status::of(&value) } else { Status::default() };
+    let manifest = if kind == Kind::Pod { pod(&value) } else { Some(others(kind, &mut value, &status)) };
+    Ok(Object { name, version, uid, manifest, status })
 }
 
 /// Returns an object of a kind other than Pod, which is handed on nearly as it is.
-fn others(kind: Kind, value: &mut Value) -> Value {
+fn others(kind: Kind, value: &mut Value, status: &Status) -> Value {
     if let Some(fields) = value.as_object_mut() {
         // Lists leave them out of their items.
         fields.insert("apiVersion".to_owned(), kind.api_version().into());
         fields.insert("kind".to_owned(), kind.name().into());
         fields.remove("status");
+        // Addresses that another program gave it. What ovl wrote there itself is passed over by ovld.
+        fields.extend(status.manifest().map(|status| ("status".to_owned(), status)));
         if kind == Kind::Namespace {
             fields.remove("spec");
         }

@@ -215,6 +215,9 @@ pub enum Request {
     /// Says that `ovl-kube` runs, for as long as the connection lasts. Whenever it changes whether this host is to mirror
     /// the API server's objects, and at first: [`crate::Reply::MirrorTurn`].
     MirrorTurn(MirrorOffer),
+    /// Asks what ovld has to say to the API server, for as long as the connection lasts. Whenever it changes, and at first:
+    /// [`crate::Reply::ApiReport`].
+    ApiReport,
     /// Takes over objects of a Kubernetes API server, each by itself: [`crate::Reply::Mirrored`]. Refused on a host whose
     /// turn it is not.
     Mirror(Mirror),
