@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use ovl_control::{
-    ApiReport, Document, Event, Failure, FailureKind, MAX_REQUEST, MAX_STAGED, MAX_STAGED_BYTES, MirrorOffer, Reply,
-    Request,
+    ApiReport, Document, Event, Failure, FailureKind, MAX_REQUEST, MAX_STAGED, MAX_STAGED_BYTES, MirrorOffer,
+    Reply, Request,
 };
 use serde_json::{Map, Value};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};

@@ -42,6 +42,8 @@ pub(crate) struct Kubernetes {
     failures: BTreeMap<ResourceKey, String>,
     /// What is to be said to the API server.
     report: watch::Sender<ApiReport>,
+    /// The names of the Nodes that the API server has. `None` if they are not known, or if it is not this host's turn.
+    nodes: Option<BTreeSet<String>>,
 }
 
 impl Default for Kubernetes {
@@ -53,6 +55,7 @@ impl Default for Kubernetes {
             turn: watch::Sender::new(false),
             failures: BTreeMap::new(),
             report: watch::Sender::default(),
+            nodes: None,
         }
     }
 }
@@ -97,8 +100,19 @@ impl Kubernetes {
         let is_new = self.turn.send_if_modified(|turn| std::mem::replace(turn, acts) != acts);
         if is_new && !acts {
             self.failures.retain(|key, _| key.kind == Kind::Pod);
+            self.nodes = None;
         }
         is_new
+    }
+
+    /// Sets the names of the Nodes that the API server has.
+    pub(crate) fn set_nodes(&mut self, nodes: BTreeSet<String>) {
+        self.nodes = Some(nodes);
+    }
+
+    /// Returns the names of the Nodes that the API server has. `None` if they are not known, or not any more.
+    pub(crate) fn nodes(&self) -> Option<&BTreeSet<String>> {
+        self.nodes.as_ref().filter(|_| self.acts() && self.reaches())
     }
 
     /// Returns what is to be said to the API server.
@@ -193,6 +207,31 @@ pub(crate) fn chosen(able: impl Iterator<Item = NodeId>) -> Option<NodeId> {
     able.min()
 }
 
+/// A member of the cluster other than this host.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct NodeMember<'a> {
+    /// The host.
+    pub id: NodeId,
+    /// Its name, which is that of its Node object.
+    pub name: &'a str,
+    /// Whether it is a Node of an API server.
+    pub is_node: bool,
+    /// Whether neither its ovld nor its kernel answers, or it has left.
+    pub is_lost: bool,
+}
+
+/// Returns the members that are lost and whose Node was deleted. `nodes` are the Nodes that there are. If this host's own one
+/// is not among them, it is another API server or one that has lost its objects, and says nothing.
+pub(crate) fn deleted<'a>(
+    nodes: &BTreeSet<String>,
+    own: &str,
+    members: impl Iterator<Item = NodeMember<'a>>,
+) -> BTreeSet<NodeId> {
+    let is_deleted =
+        |member: &NodeMember<'_>| member.is_lost && member.is_node && !nodes.contains(member.name);
+    members.filter(|member| nodes.contains(own) && is_deleted(member)).map(|member| member.id).collect()
+}
+
 /// What is to be done about an object of an API server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
@@ -222,8 +261,7 @@ pub(crate) fn judge(stored: Option<&Stored>, new: &Source) -> Verdict {
 /// program gives it its addresses, or ovl does not translate it.
 pub(crate) fn balanced(service: &Service, by_others: bool) -> Option<BalancedService> {
     let metadata = &service.metadata;
-    let is_served =
-        service.spec.kind == ServiceType::LoadBalancer && !by_others && service.is_translated();
+    let is_served = service.spec.kind == ServiceType::LoadBalancer && !by_others && service.is_translated();
     metadata.source.as_ref().filter(|_| is_served).map(|source| BalancedService {
         name: Name::new(&metadata.namespace, &metadata.name),
         version: source.version,
@@ -347,6 +385,24 @@ mod tests {
         let id = |n| NodeId([n; 10]);
         assert_eq!(chosen([id(3), id(1), id(2)].into_iter()), Some(id(1)));
         assert_eq!(chosen(std::iter::empty()), None);
+    }
+
+    #[test]
+    fn lost_members_without_a_node_are_deleted_ones() {
+        let id = |n| NodeId([n; 10]);
+        let member = |n, name, is_node, is_lost| NodeMember { id: id(n), name, is_node, is_lost };
+        let members = [
+            member(1, "n1", true, true),
+            member(2, "n2", true, true),
+            member(3, "n3", true, false),
+            member(4, "docker", false, true),
+        ];
+        let nodes = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
+        let found = |names| deleted(&nodes(names), "n0", members.into_iter());
+        assert_eq!(found(&["n0", "n1"]), BTreeSet::from([id(2)]));
+        assert_eq!(found(&["n0", "n1", "n2"]), BTreeSet::new());
+        // An API server that does not know this host either.
+        assert_eq!(found(&[]), BTreeSet::new());
     }
 
     #[test]

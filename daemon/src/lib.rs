@@ -24,6 +24,7 @@ mod kubernetes;
 mod limits;
 mod log;
 mod metrics;
+mod modes;
 mod multicast;
 mod names;
 mod networks;

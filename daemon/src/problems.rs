@@ -131,12 +131,14 @@ pub(crate) enum Code {
     NotMirrored,
     /// The Kubernetes API server is not reached.
     ApiUnreachable,
+    /// A kube-proxy translates Services as well.
+    KubeProxy,
 }
 
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    const ALL: [Self; 61] = [
+    const ALL: [Self; 62] = [
         Self::Address,
         Self::StateFile,
         Self::DamagedFile,
@@ -198,6 +200,7 @@ impl Code {
         Self::DiskSpace,
         Self::NotMirrored,
         Self::ApiUnreachable,
+        Self::KubeProxy,
     ];
 
     /// Returns the code as users see it, such as `OVL-E011`. The tens digit names the area: 1 this host, 2
@@ -266,6 +269,7 @@ impl Code {
             Self::DiskSpace => "OVL-E085",
             Self::NotMirrored => "OVL-E090",
             Self::ApiUnreachable => "OVL-E091",
+            Self::KubeProxy => "OVL-E092",
         }
     }
 
@@ -332,7 +336,8 @@ impl Code {
             | Self::ConnectionTable
             | Self::Descriptors
             | Self::DiskSpace
-            | Self::ApiUnreachable => Severity::Warning,
+            | Self::ApiUnreachable
+            | Self::KubeProxy => Severity::Warning,
         }
     }
 

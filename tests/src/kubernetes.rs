@@ -25,7 +25,7 @@ const POLL: Duration = Duration::from_millis(20);
 pub const CLUSTER: &str = "11111111-2222-4333-8444-555555555555";
 
 /// The kinds that the server has: plural name, path of all objects, `apiVersion`, `kind`.
-const KINDS: [(&str, &str, &str, &str); 7] = [
+const KINDS: [(&str, &str, &str, &str); 8] = [
     ("namespaces", "/api/v1/namespaces", "v1", "Namespace"),
     ("pods", "/api/v1/pods", "v1", "Pod"),
     ("services", "/api/v1/services", "v1", "Service"),
@@ -37,6 +37,7 @@ const KINDS: [(&str, &str, &str, &str); 7] = [
         "NetworkPolicy",
     ),
     ("nodes", "/api/v1/nodes", "v1", "Node"),
+    ("leases", "/apis/coordination.k8s.io/v1/leases", "coordination.k8s.io/v1", "Lease"),
     ("events", "/apis/events.k8s.io/v1/events", "events.k8s.io/v1", "Event"),
 ];
 
@@ -456,7 +457,9 @@ fn serve(shared: &Shared, mut stream: TcpStream) {
     let Some(first) = head.first() else { return };
     let header = |name: &str| {
         let lines = head.iter().map(|line| line.to_ascii_lowercase());
-        lines.filter_map(|line| Some(line.strip_prefix(name)?.trim_matches([':', ' ', '\r', '\n']).to_owned())).next()
+        lines
+            .filter_map(|line| Some(line.strip_prefix(name)?.trim_matches([':', ' ', '\r', '\n']).to_owned()))
+            .next()
     };
     let length = header("content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
     let mut body = vec![0; length];
@@ -644,6 +647,11 @@ pub struct Kube(Spawned);
 impl Kube {
     /// Starts it. The Node object has the host's name.
     pub fn start(api: &mut ApiServer, host: &Host) -> Result<Self> {
+        Self::start_with(api, host, &[])
+    }
+
+    /// As [`Self::start`], with more arguments.
+    pub fn start_with(api: &mut ApiServer, host: &Host, more: &[&str]) -> Result<Self> {
         let path = host.dir().join("kubeconfig");
         std::fs::write(&path, api.listen(host)?)?;
         let program = find_binary("ovl-kube")?;
@@ -657,7 +665,7 @@ impl Kube {
             host.socket().as_os_str(),
         ]
         .map(|word| word.to_string_lossy().into_owned());
-        Ok(Self(host.spawn(words)?))
+        Ok(Self(host.spawn(words.into_iter().chain(more.iter().map(|&word| word.to_owned())))?))
     }
 
     /// Kills it with SIGKILL.

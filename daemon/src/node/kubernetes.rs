@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use ovl_cluster::objects::MAX_OBJECT_BYTES;
-use ovl_control::{ApiReport, Balanced, Document, Mirror, MirrorOffer, Mirrored, NodePods, NotMirrored, Reply};
+use ovl_control::{
+    ApiReport, Balanced, Document, Mirror, MirrorOffer, Mirrored, NodePods, NotMirrored, Reply,
+};
 use ovl_manifest::Problem;
 use ovl_manifest::object::{self as manifest, Identity};
 use ovl_proto::id::EndpointId;
@@ -126,6 +128,7 @@ impl Node {
         state.kubernetes.set_report(ApiReport {
             unready: self.unready(state),
             balanced: state.kubernetes.acts().then(of_all),
+            seeks: self.seeks_nodes(state),
         });
     }
 

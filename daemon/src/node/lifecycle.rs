@@ -246,6 +246,9 @@ impl Node {
                 self.drop_forgotten(&mut self.state.borrow_mut());
                 notify(&[sd_notify::NotifyState::Watchdog]);
             }
+            if count.is_multiple_of(25) {
+                self.forget_deleted_nodes();
+            }
             if count.is_multiple_of(10) {
                 self.retry_ports();
                 self.answer_health();

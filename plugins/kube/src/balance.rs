@@ -5,41 +5,8 @@ use std::net::IpAddr;
 
 use ovl_control::{Balanced, BalancedService};
 use ovl_proto::resource::Name;
-use serde_json::{Value, json};
 
 use crate::kind::Object;
-
-/// What the API server has in the status of a Service.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Status {
-    /// Whether its type is LoadBalancer.
-    balances: bool,
-    /// Its addresses. `None`: a name, or an address that hosts are not to translate.
-    ingress: Vec<Option<IpAddr>>,
-}
-
-impl Status {
-    /// Reads the status of a Service. That of any other object is empty.
-    pub(crate) fn of(value: &Value) -> Self {
-        let ingress = value.pointer("/status/loadBalancer/ingress").and_then(Value::as_array);
-        Self {
-            balances: value.pointer("/spec/type").is_some_and(|kind| kind == "LoadBalancer"),
-            ingress: ingress.into_iter().flatten().map(address).collect(),
-        }
-    }
-
-    /// Returns the status as it is handed on to ovld: the addresses that hosts are to translate. `None` if there is none.
-    pub(crate) fn manifest(&self) -> Option<Value> {
-        let all: Vec<Value> = self.ingress.iter().flatten().map(|ip| json!({ "ip": ip })).collect();
-        (!all.is_empty()).then(|| json!({ "loadBalancer": { "ingress": all } }))
-    }
-}
-
-/// Returns an address of a LoadBalancer at which hosts are to translate.
-fn address(ingress: &Value) -> Option<IpAddr> {
-    let is_translated = ingress.get("ipMode").is_none_or(|mode| mode == "VIP");
-    ingress.get("ip")?.as_str()?.parse().ok().filter(|_| is_translated)
-}
 
 /// What is to be done about the status of a Service.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -109,7 +76,10 @@ fn judge(object: &Object, served: Option<&BalancedService>, balanced: &Balanced)
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
 
+    use serde_json::{Value, json};
+
     use super::*;
+    use crate::status::Status;
 
     fn service(kind: &str, ingress: Value) -> Object {
         let value = json!({ "spec": { "type": kind }, "status": { "loadBalancer": { "ingress": ingress } } });
@@ -147,13 +117,19 @@ mod tests {
         let balancer = |ingress| service("LoadBalancer", ingress);
         assert_eq!(one(&balancer(json!(null)), &wanted), write(&["192.0.2.7", "2001:db8::7"]));
         // An address of ovl's pool is an earlier one of ovl.
-        assert_eq!(one(&balancer(json!([{ "ip": "192.0.2.8" }])), &wanted), write(&["192.0.2.7", "2001:db8::7"]));
+        assert_eq!(
+            one(&balancer(json!([{ "ip": "192.0.2.8" }])), &wanted),
+            write(&["192.0.2.7", "2001:db8::7"])
+        );
         let same = json!([{ "ip": "2001:0db8::7", "ipMode": "VIP" }, { "ip": "192.0.2.7" }]);
         assert_eq!(one(&balancer(same), &wanted), None);
         // It is no LoadBalancer any more.
         let was = service("ClusterIP", json!([{ "ip": "192.0.2.7" }]));
         assert_eq!(one(&was, &wanted), write(&[]));
-        assert_eq!(one(&service("ClusterIP", json!(null)), &Balanced { services: Vec::new(), ..wanted }), None);
+        assert_eq!(
+            one(&service("ClusterIP", json!(null)), &Balanced { services: Vec::new(), ..wanted }),
+            None
+        );
     }
 
     #[test]
@@ -166,10 +142,17 @@ mod tests {
             json!([{ "ip": "192.0.2.7" }, { "ip": "203.0.113.1" }]),
         ] {
             let object = service("LoadBalancer", theirs.clone());
-            assert_eq!(one(&object, &wanted), Some(Due::Refused(Name::new("shop", "web"), FOREIGN)), "{theirs}");
+            assert_eq!(
+                one(&object, &wanted),
+                Some(Due::Refused(Name::new("shop", "web"), FOREIGN)),
+                "{theirs}"
+            );
             // Nothing is to be said if ovl does not serve it.
             assert_eq!(one(&object, &Balanced { services: Vec::new(), ..wanted.clone() }), None);
-            assert_eq!(one(&service("ClusterIP", theirs), &Balanced { services: Vec::new(), ..wanted.clone() }), None);
+            assert_eq!(
+                one(&service("ClusterIP", theirs), &Balanced { services: Vec::new(), ..wanted.clone() }),
+                None
+            );
         }
     }
 
@@ -185,13 +168,5 @@ mod tests {
         let refused = Some(Due::Refused(Name::new("shop", "web"), USED_UP));
         assert_eq!(one(&service("LoadBalancer", json!(null)), &balanced(&[])), refused);
         assert_eq!(one(&service("LoadBalancer", json!([{ "ip": "192.0.2.7" }])), &balanced(&[])), write(&[]));
-    }
-
-    #[test]
-    fn only_addresses_that_hosts_translate_are_handed_on() {
-        let status = |ingress| service("LoadBalancer", ingress).status.manifest();
-        let mixed = json!([{ "hostname": "a" }, { "ip": "192.0.2.7", "ipMode": "VIP" }, { "ip": "192.0.2.8", "ipMode": "Proxy" }]);
-        assert_eq!(status(mixed), Some(json!({ "loadBalancer": { "ingress": [{ "ip": "192.0.2.7" }] } })));
-        assert_eq!(status(json!(null)), None);
     }
 }

@@ -83,7 +83,9 @@ pub(crate) fn due(
 pub(crate) fn reconsider_in(health: &Health, lasted: Duration) -> Option<Duration> {
     match health {
         Health::Ready => None,
-        Health::Unready(_) | Health::Silent => PASSES_WITHIN.checked_sub(lasted).filter(|rest| !rest.is_zero()),
+        Health::Unready(_) | Health::Silent => {
+            PASSES_WITHIN.checked_sub(lasted).filter(|rest| !rest.is_zero())
+        }
     }
 }
 

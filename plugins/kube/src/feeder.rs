@@ -84,7 +84,7 @@ impl Feeder {
     }
 
     /// Hands on what watchers tell, until there are none.
-    pub(crate) async fn run(mut self, mut items: mpsc::Receiver<Item>) {
+    pub(crate) async fn run(mut self, mut items: mpsc::Receiver<Item<Kind>>) {
         let mut again = tokio::time::interval(AGAIN);
         again.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -152,10 +152,12 @@ impl Feeder {
         self.surroundings.say.try_send(Say::Refused(refusal)).ok();
     }
 
-    fn take(&mut self, item: Item) {
+    fn take(&mut self, item: Item<Kind>) {
         self.unbalanced |= matches!(
             item,
-            Item::Listed(Kind::Service, ..) | Item::Changed(Kind::Service, _) | Item::Deleted(Kind::Service, _)
+            Item::Listed(Kind::Service, ..)
+                | Item::Changed(Kind::Service, _)
+                | Item::Deleted(Kind::Service, _)
         );
         match item {
             Item::Listed(kind, version, objects) => self.store(kind, |store| store.listed(version, objects)),

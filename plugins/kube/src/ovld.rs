@@ -5,8 +5,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use ovl_control::{
-    ApiReport, DeletedObject, DeletedPod, Document, ListedKind, MAX_REQUEST, Mirror, MirrorOffer, Mirrored, NodePods,
-    NotMirrored, Reply, Request,
+    ApiReport, DeletedObject, DeletedPod, Document, Join, ListedKind, MAX_REQUEST, Mirror, MirrorOffer,
+    Mirrored, NetworkCreate, NetworkInfo, NodePods, Nodes, NotMirrored, Reply, Request,
 };
 use ovl_proto::resource::{Kind, Name, ResourceKey};
 use serde_json::Value;
@@ -79,6 +79,40 @@ impl Connection {
         }
     }
 
+    /// Names hosts to join through.
+    pub(crate) async fn join(&mut self, join: Join) -> Result<(), Failure> {
+        self.done(&Request::Join(join)).await
+    }
+
+    /// Says which Nodes there are.
+    pub(crate) async fn nodes(&mut self, names: BTreeSet<String>) -> Result<(), Failure> {
+        self.done(&Request::Nodes(Nodes { names })).await
+    }
+
+    /// Returns all networks.
+    pub(crate) async fn networks(&mut self) -> Result<Vec<NetworkInfo>, Failure> {
+        match self.request(&Request::NetworkLs).await? {
+            Reply::Networks(networks) => Ok(networks),
+            reply => Err(unexpected(reply)),
+        }
+    }
+
+    /// Creates a network.
+    pub(crate) async fn create_network(&mut self, create: NetworkCreate) -> Result<(), Failure> {
+        match self.request(&Request::NetworkCreate(create)).await? {
+            Reply::Network(_) => Ok(()),
+            reply => Err(unexpected(reply)),
+        }
+    }
+
+    /// Sends a request to which nothing is to be said.
+    async fn done(&mut self, request: &Request) -> Result<(), Failure> {
+        match self.request(request).await? {
+            Reply::Done => Ok(()),
+            reply => Err(unexpected(reply)),
+        }
+    }
+
     /// Waits until ovld closes the connection. It says nothing by itself.
     pub(crate) async fn closed(&mut self) -> Failure {
         match self.stream.fill_buf().await {
@@ -97,10 +131,7 @@ impl Connection {
     ) -> Result<BTreeMap<ResourceKey, String>, Failure> {
         let Handed { staged, request } = hand_on(cluster, news)?;
         for documents in staged {
-            match self.request(&Request::Stage { documents }).await? {
-                Reply::Done => {}
-                reply => return Err(unexpected(reply)),
-            }
+            self.done(&Request::Stage { documents }).await?;
         }
         let Reply::Mirrored(mirrored) = self.request(&request).await? else {
             return Err(Failure::Unexpected);

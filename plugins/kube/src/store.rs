@@ -143,7 +143,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::balance::Status;
+    use crate::status::Status;
 
     fn object(name: &str, version: u64) -> Object {
         let manifest = Some(json!({ "name": name, "version": version }));

@@ -13,7 +13,8 @@ use tokio::time::{sleep, timeout};
 
 use crate::QUEUE;
 use crate::feeder::{Feeder, Feeds, Surroundings};
-use crate::kind::MIRRORED;
+use crate::kind::{MIRRORED, Nodes};
+use crate::members;
 use crate::ovld::{Connection, Failure};
 use crate::watcher;
 
@@ -148,6 +149,9 @@ impl Turns {
         for kind in MIRRORED {
             self.mirror.spawn(watcher::follow(self.client.clone(), kind, None, tell.clone()));
         }
+        let (tell, nodes) = mpsc::channel(QUEUE);
+        self.mirror.spawn(watcher::follow(self.client.clone(), Nodes, None, tell));
+        self.mirror.spawn(members::tell(self.surroundings.socket.clone(), nodes));
         let feeder = Feeder::new(Feeds::Cluster, &MIRRORED, self.surroundings.clone(), self.cluster.clone());
         self.mirror.spawn(feeder.run(items));
     }

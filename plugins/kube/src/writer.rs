@@ -52,7 +52,7 @@ pub(crate) enum WriteError {
 
 impl WriteError {
     /// Returns the status code of the server's answer. `None` if it did not answer.
-    fn code(&self) -> Option<u16> {
+    pub(crate) fn code(&self) -> Option<u16> {
         match self {
             Self::Kube(error) => match &**error {
                 kube::Error::Api(status) => Some(status.code),
@@ -204,14 +204,16 @@ fn event_name(refusal: &Refusal) -> String {
     let mut hasher = DefaultHasher::new();
     refusal.hash(&mut hasher);
     let name = &refusal.key.name.name;
-    let name = name.get(..name.floor_char_boundary(MOST_NAME)).unwrap_or_default().trim_end_matches(['.', '-']);
+    let name =
+        name.get(..name.floor_char_boundary(MOST_NAME)).unwrap_or_default().trim_end_matches(['.', '-']);
     format!("{name}.{:016x}", hasher.finish())
 }
 
 fn event(refusal: &Refusal, node: &str, now: &Value) -> Value {
     let Refusal { key, uid, reason } = refusal;
     let note = reason.get(..reason.floor_char_boundary(MOST_NOTE)).unwrap_or_default();
-    let mut regarding = json!({ "apiVersion": key.kind.api_version(), "kind": key.kind.name(), "name": key.name.name });
+    let mut regarding =
+        json!({ "apiVersion": key.kind.api_version(), "kind": key.kind.name(), "name": key.name.name });
     if key.kind != Kind::Namespace {
         regarding["namespace"] = key.name.namespace.clone().into();
     }

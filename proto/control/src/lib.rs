@@ -21,7 +21,7 @@ mod stored;
 pub use ovl_proto::record::PeerState;
 
 pub use client::{Client, ClientError};
-pub use cni::{CNI_VERSIONS, CniDeleted};
+pub use cni::{CNI_PLUGIN, CNI_VERSIONS, CniDeleted, Conflist};
 pub use docker::DockerDeleted;
 pub use kubernetes::*;
 pub use reply::*;

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::kubernetes::{Mirror, MirrorOffer, NodePods};
+use crate::kubernetes::{Join, Mirror, MirrorOffer, NodePods, Nodes};
 use crate::resources::{Apply, Document, ResourceQuery};
 use ovl_proto::bandwidth::Bandwidth;
 use ovl_proto::id::{Mac, NodeId};
@@ -223,6 +223,11 @@ pub enum Request {
     Mirror(Mirror),
     /// Takes over what the API server says of the pods of this host: [`crate::Reply::Mirrored`].
     NodePods(NodePods),
+    /// Names hosts to join through, to an ovld that is to join through the Nodes of an API server: [`crate::Reply::Done`].
+    Join(Join),
+    /// Says which Nodes an API server has, on the host whose turn it is to mirror: [`crate::Reply::Done`]. Members that are
+    /// lost and whose Node was deleted are forgotten.
+    Nodes(Nodes),
     /// Lists objects by namespace and name: [`crate::Reply::Resources`].
     Get(ResourceQuery),
     /// Lists Services with their backends, by namespace and name: [`crate::Reply::Backends`]. The kind of the query
