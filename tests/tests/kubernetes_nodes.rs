@@ -68,9 +68,9 @@ impl World {
         self.started.push(name.to_owned());
     }
 
-    /// Waits until these hosts are the members, and each says so.
+    /// Waits until these hosts are the members, and each says so that runs.
     fn wait_members(&self, names: &[&str], within: Duration) {
-        for name in names {
+        for name in names.iter().filter(|name| self.lab[name].is_running()) {
             wait_until(within, &format!("{names:?} to be the members on {name}"), || {
                 let peers = self.lab[*name].ctl_json(&["peers"])?;
                 let all = peers.as_array().cloned().unwrap_or_default();
