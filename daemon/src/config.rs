@@ -8,6 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket}
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::modes::{ProxyMode, Switch};
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -53,7 +54,7 @@ pub(crate) struct Args {
     /// The address that peers reach this host by [default: the one that leads to the first --join]
     #[arg(long, value_name = "ADDR[:PORT]")]
     advertise: Option<String>,
-    /// A host to join by; may be repeated
+    /// A host to join by; may be repeated. `kubernetes`: the Nodes of the API server, which ovl-kube names
     #[arg(long, value_name = "ADDR[:PORT]")]
     join: Vec<String>,
     /// Begin a new cluster if this host is in none, even with --join
@@ -84,6 +85,9 @@ pub(crate) struct Args {
     #[arg(long, hide = true, exclusive = true)]
     pub(crate) man: bool,
 }
+
+/// In place of a host to join through: the Nodes of a Kubernetes API server.
+const JOIN_NODES: &str = "kubernetes";
 
 /// The configuration file. Its keys have the names of the flags.
 #[derive(Debug, Default, Deserialize)]
@@ -127,6 +131,12 @@ struct File {
     #[serde(default)]
     dns_listen: Vec<SocketAddr>,
     walk_search_lists: Option<bool>,
+    #[serde(default)]
+    proxy: ProxyMode,
+    #[serde(default)]
+    dns: Switch,
+    #[serde(default)]
+    policy: Switch,
     metrics_listen: Option<String>,
     #[serde(default)]
     stub_domains: BTreeMap<String, Vec<String>>,
@@ -164,6 +174,8 @@ pub struct Config {
     pub(crate) advertise: SocketAddr,
     /// Hosts through which to join, as `host:port`.
     pub(crate) join: Vec<String>,
+    /// Whether to join through the Nodes of a Kubernetes API server, which `ovl-kube` names.
+    pub(crate) join_nodes: bool,
     /// Whether to begin a new cluster if this host is in none.
     pub(crate) bootstrap: bool,
     /// File with the cluster key. `None` if `insecure` is set.
@@ -203,6 +215,12 @@ pub struct Config {
     pub(crate) dns_listen: Vec<SocketAddr>,
     /// Whether the resolver walks the search list of a pod on its behalf.
     pub(crate) walk_search_lists: bool,
+    /// Whether this host translates addresses of Services.
+    pub(crate) proxy: ProxyMode,
+    /// Whether endpoints of this host have a resolver.
+    pub(crate) dns: Switch,
+    /// Whether network policies are in force on this host.
+    pub(crate) policy: Switch,
     /// Where metrics are served over HTTP. `None` if they are not.
     pub(crate) metrics_listen: Option<Listen>,
     /// Domains that are forwarded to resolvers of their own.
@@ -219,12 +237,12 @@ impl Config {
     /// Reads the file that the flags name and merges it with the flags.
     pub(crate) fn load(args: Args) -> Result<Self> {
         let file = read_file(args.config.as_deref())?;
-        let join: Vec<String> = file
-            .join
-            .iter()
-            .chain(&args.join)
-            .map(|peer| with_port("join", peer, DEFAULT_PORT))
-            .collect::<Result<_>>()?;
+        let mut join: Vec<&String> = file.join.iter().chain(&args.join).collect();
+        let all = join.len();
+        join.retain(|peer| *peer != JOIN_NODES);
+        let join_nodes = join.len() < all;
+        let join: Vec<String> =
+            join.into_iter().map(|peer| with_port("join", peer, DEFAULT_PORT)).collect::<Result<_>>()?;
         let advertise = match args.advertise.or(file.advertise) {
             Some(text) => parse_address("advertise", &text, DEFAULT_PORT)?,
             None => SocketAddr::new(own_address(&join).context(NoAddress)?, DEFAULT_PORT),
@@ -250,8 +268,9 @@ impl Config {
             state_dir: args.state_dir.or(file.state_dir).unwrap_or_else(|| "/var/lib/ovl".into()),
             run_dir: args.run_dir.or(file.run_dir).unwrap_or_else(|| "/run/ovl".into()),
             advertise,
-            bootstrap: args.bootstrap || file.bootstrap || join.is_empty(),
+            bootstrap: args.bootstrap || file.bootstrap || (join.is_empty() && !join_nodes),
             join,
+            join_nodes,
             cluster_key,
             log: args
                 .log
@@ -293,6 +312,9 @@ impl Config {
             resolv_conf: args.resolv_conf.or(file.resolv_conf).unwrap_or_else(|| "/etc/resolv.conf".into()),
             dns_listen: file.dns_listen,
             walk_search_lists: file.walk_search_lists.unwrap_or(true),
+            proxy: file.proxy,
+            dns: file.dns,
+            policy: file.policy,
             metrics_listen: file
                 .metrics_listen
                 .map(|text| Listen::parse(&text).map_err(|why| anyhow::anyhow!("metrics_listen: {why}")))

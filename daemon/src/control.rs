@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use ovl_control::{
-    Document, Event, Failure, FailureKind, MAX_REQUEST, MAX_STAGED, MAX_STAGED_BYTES, MirrorOffer, Reply,
-    Request,
+    ApiReport, Document, Event, Failure, FailureKind, MAX_REQUEST, MAX_STAGED, MAX_STAGED_BYTES, MirrorOffer,
+    Reply, Request,
 };
 use serde_json::{Map, Value};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
@@ -26,7 +26,7 @@ const MAX_CLIENTS: usize = 256;
 /// What answers the requests of clients.
 pub(crate) trait Answers: 'static {
     /// Answers a request, with the documents that were staged for it. The socket itself handles [`Request::Events`]
-    /// that follow, [`Request::MirrorTurn`] and [`Request::Stage`].
+    /// that follow, [`Request::MirrorTurn`], [`Request::ApiReport`] and [`Request::Stage`].
     async fn answer(self: &Rc<Self>, request: Request, staged: Vec<Document>) -> Reply;
 
     /// Returns the recent events.
@@ -37,6 +37,9 @@ pub(crate) trait Answers: 'static {
 
     /// Ends a connection of `ovl-kube`.
     fn end_mirror(&self, connection: u64);
+
+    /// Returns what is to be said to the API server.
+    fn api_report(&self) -> watch::Receiver<ApiReport>;
 }
 
 /// Creates the socket, accessible to root and its group only. A socket that is left over belongs to no
@@ -112,6 +115,13 @@ async fn client(node: &Rc<impl Answers>, stream: UnixStream) -> std::io::Result<
                 };
                 node.end_mirror(connection);
                 return result;
+            }
+            Ok(Request::ApiReport) => {
+                let mut ignored = tokio::io::sink();
+                return tokio::select! {
+                    result = tell_report(node.api_report(), &mut write) => result,
+                    _ = tokio::io::copy(&mut read, &mut ignored) => Ok(()),
+                };
             }
             Ok(Request::Stage { documents }) => {
                 let reply = staged.add(documents, length);
@@ -191,6 +201,20 @@ async fn tell_turn(
         let acts = *turn.borrow_and_update();
         send(write, &Reply::MirrorTurn { acts }).await?;
         if turn.changed().await.is_err() {
+            return Ok(());
+        }
+    }
+}
+
+/// Tells what is to be said to the API server, now and whenever that changes.
+async fn tell_report(
+    mut report: watch::Receiver<ApiReport>,
+    write: &mut (impl tokio::io::AsyncWrite + Unpin),
+) -> std::io::Result<()> {
+    loop {
+        let now = Box::new(report.borrow_and_update().clone());
+        send(write, &Reply::ApiReport(now)).await?;
+        if report.changed().await.is_err() {
             return Ok(());
         }
     }

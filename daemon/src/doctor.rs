@@ -66,7 +66,7 @@ const CHECKS: &[(&str, &str, &[Code])] = &[
     (
         "services",
         "ports",
-        &[Code::PublishedPort, Code::HealthPort, Code::NodePortTaken, Code::OtherTranslator],
+        &[Code::PublishedPort, Code::HealthPort, Code::NodePortTaken, Code::KubeProxy],
     ),
     ("services", "addresses", &[Code::ServiceDenied, Code::PoolUsedUp, Code::PoolOverlap]),
     ("names", "resolver", &[Code::ResolverDown, Code::ResolverShare]),

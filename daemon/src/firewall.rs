@@ -10,6 +10,16 @@ use ovl_subsystems::firewall::{Decision, decide};
 use tokio::sync::Mutex;
 
 use crate::failed::Failed;
+use crate::modes::has_kube_proxy;
+
+/// What was found of other programs.
+#[derive(Debug)]
+pub(crate) struct Found {
+    /// Firewalls that drop packets: a key and a sentence for each.
+    pub problems: Vec<(String, String)>,
+    /// Whether a kube-proxy translates Services.
+    pub kube_proxy: bool,
+}
 
 /// The firewalls of other programs on this host.
 #[derive(Debug)]
@@ -26,8 +36,7 @@ impl Firewalls {
     }
 
     /// Inspects the firewalls and maintains the rule in Docker's chain for these networks. `tell` hears of each command
-    /// before any is run. Returns the problems that were found: a key and a sentence. `None` if there is no host to
-    /// inspect.
+    /// before any is run. `None` if there is no host to inspect.
     ///
     /// # Errors
     ///
@@ -36,7 +45,7 @@ impl Firewalls {
         &self,
         networks: &[Network],
         tell: impl Fn(&[String]),
-    ) -> Result<Option<Vec<(String, String)>>, Failed> {
+    ) -> Result<Option<Found>, Failed> {
         if !self.owns_host {
             return Ok(None);
         }
@@ -47,7 +56,7 @@ impl Firewalls {
             commands.iter().for_each(|command| tell(command));
             blocking(move || kernel::run_commands(&commands)).await?;
         }
-        Ok(Some(problems))
+        Ok(Some(Found { problems, kube_proxy: has_kube_proxy(&foreign) }))
     }
 }
 

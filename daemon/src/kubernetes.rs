@@ -7,10 +7,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ovl_cluster::objects::Stored;
-use ovl_control::{DeletedPod, MirrorOffer, NotMirrored};
+use ovl_control::{ApiReport, BalancedService, DeletedPod, MirrorOffer, NotMirrored};
 use ovl_proto::id::NodeId;
 use ovl_proto::resource::{
-    Kind, LabelSelector, Meta, Name, NetworkPolicy, Pod, PolicyType, ResourceKey, Source,
+    Kind, LabelSelector, Meta, Name, NetworkPolicy, Pod, PolicyType, ResourceKey, Service, ServiceType,
+    Source,
 };
 use ovl_proto::table::Endpoint;
 use serde_json::Value;
@@ -39,6 +40,10 @@ pub(crate) struct Kubernetes {
     turn: watch::Sender<bool>,
     /// Why objects are not in force as the API server has them, at most [`MOST_FAILURES`].
     failures: BTreeMap<ResourceKey, String>,
+    /// What is to be said to the API server.
+    report: watch::Sender<ApiReport>,
+    /// The names of the Nodes that the API server has. `None` if they are not known, or if it is not this host's turn.
+    nodes: Option<BTreeSet<String>>,
 }
 
 impl Default for Kubernetes {
@@ -49,6 +54,8 @@ impl Default for Kubernetes {
             next: 0,
             turn: watch::Sender::new(false),
             failures: BTreeMap::new(),
+            report: watch::Sender::default(),
+            nodes: None,
         }
     }
 }
@@ -93,8 +100,38 @@ impl Kubernetes {
         let is_new = self.turn.send_if_modified(|turn| std::mem::replace(turn, acts) != acts);
         if is_new && !acts {
             self.failures.retain(|key, _| key.kind == Kind::Pod);
+            self.nodes = None;
         }
         is_new
+    }
+
+    /// Sets the names of the Nodes that the API server has.
+    pub(crate) fn set_nodes(&mut self, nodes: BTreeSet<String>) {
+        self.nodes = Some(nodes);
+    }
+
+    /// Returns the names of the Nodes that the API server has. `None` if they are not known, or not any more.
+    pub(crate) fn nodes(&self) -> Option<&BTreeSet<String>> {
+        self.nodes.as_ref().filter(|_| self.acts() && self.reaches())
+    }
+
+    /// Returns what is to be said to the API server.
+    pub(crate) fn report(&self) -> watch::Receiver<ApiReport> {
+        self.report.subscribe()
+    }
+
+    /// Whether something hears what is to be said to the API server.
+    pub(crate) fn is_heard(&self) -> bool {
+        self.report.receiver_count() > 0
+    }
+
+    /// Sets what is to be said to the API server.
+    pub(crate) fn set_report(&self, report: ApiReport) {
+        self.report.send_if_modified(|last| {
+            let is_new = *last != report;
+            *last = report;
+            is_new
+        });
     }
 
     /// Takes over pods of the node, and what is not readable of them. With `whole`, these are all. Returns those that
@@ -170,6 +207,31 @@ pub(crate) fn chosen(able: impl Iterator<Item = NodeId>) -> Option<NodeId> {
     able.min()
 }
 
+/// A member of the cluster other than this host.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct NodeMember<'a> {
+    /// The host.
+    pub id: NodeId,
+    /// Its name, which is that of its Node object.
+    pub name: &'a str,
+    /// Whether it is a Node of an API server.
+    pub is_node: bool,
+    /// Whether neither its ovld nor its kernel answers, or it has left.
+    pub is_lost: bool,
+}
+
+/// Returns the members that are lost and whose Node was deleted. `nodes` are the Nodes that there are. If this host's own one
+/// is not among them, it is another API server or one that has lost its objects, and says nothing.
+pub(crate) fn deleted<'a>(
+    nodes: &BTreeSet<String>,
+    own: &str,
+    members: impl Iterator<Item = NodeMember<'a>>,
+) -> BTreeSet<NodeId> {
+    let is_deleted =
+        |member: &NodeMember<'_>| member.is_lost && member.is_node && !nodes.contains(member.name);
+    members.filter(|member| nodes.contains(own) && is_deleted(member)).map(|member| member.id).collect()
+}
+
 /// What is to be done about an object of an API server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
@@ -193,6 +255,18 @@ pub(crate) fn judge(stored: Option<&Stored>, new: &Source) -> Verdict {
         None if stored.deleted => Verdict::Write,
         None => Verdict::Foreign,
     }
+}
+
+/// Returns what the status of a Service at the API server is to say. `None`: nothing, because it was not mirrored, another
+/// program gives it its addresses, or ovl does not translate it.
+pub(crate) fn balanced(service: &Service, by_others: bool) -> Option<BalancedService> {
+    let metadata = &service.metadata;
+    let is_served = service.spec.kind == ServiceType::LoadBalancer && !by_others && service.is_translated();
+    metadata.source.as_ref().filter(|_| is_served).map(|source| BalancedService {
+        name: Name::new(&metadata.namespace, &metadata.name),
+        version: source.version,
+        addresses: service.load_balancer_addresses().collect(),
+    })
 }
 
 /// Returns the API's `resourceVersion` of an object.
@@ -311,6 +385,24 @@ mod tests {
         let id = |n| NodeId([n; 10]);
         assert_eq!(chosen([id(3), id(1), id(2)].into_iter()), Some(id(1)));
         assert_eq!(chosen(std::iter::empty()), None);
+    }
+
+    #[test]
+    fn lost_members_without_a_node_are_deleted_ones() {
+        let id = |n| NodeId([n; 10]);
+        let member = |n, name, is_node, is_lost| NodeMember { id: id(n), name, is_node, is_lost };
+        let members = [
+            member(1, "n1", true, true),
+            member(2, "n2", true, true),
+            member(3, "n3", true, false),
+            member(4, "docker", false, true),
+        ];
+        let nodes = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
+        let found = |names| deleted(&nodes(names), "n0", members.into_iter());
+        assert_eq!(found(&["n0", "n1"]), BTreeSet::from([id(2)]));
+        assert_eq!(found(&["n0", "n1", "n2"]), BTreeSet::new());
+        // An API server that does not know this host either.
+        assert_eq!(found(&[]), BTreeSet::new());
     }
 
     #[test]

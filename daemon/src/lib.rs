@@ -25,6 +25,7 @@ mod kubernetes;
 mod limits;
 mod log;
 mod metrics;
+mod modes;
 mod multicast;
 mod names;
 mod networks;

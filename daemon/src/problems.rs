@@ -123,8 +123,6 @@ pub(crate) enum Code {
     Firewall,
     /// A Service has no ready backend.
     NoBackends,
-    /// Another program translates Services too.
-    OtherTranslator,
     /// A program listens at a node port of a Service.
     NodePortTaken,
     /// The resolver is not running.
@@ -165,6 +163,8 @@ pub(crate) enum Code {
     NotMirrored,
     /// The Kubernetes API server is not reached.
     ApiUnreachable,
+    /// A kube-proxy translates Services as well.
+    KubeProxy,
     /// Another program's traffic control delays or drops packets of ovl.
     TrafficControl,
 }
@@ -230,7 +230,6 @@ impl Code {
         Self::PoolUsedUp,
         Self::PoolOverlap,
         Self::NoBackends,
-        Self::OtherTranslator,
         Self::NodePortTaken,
         Self::ResolverDown,
         Self::UpstreamResolver,
@@ -251,6 +250,7 @@ impl Code {
         Self::DuplicateAddress,
         Self::NotMirrored,
         Self::ApiUnreachable,
+        Self::KubeProxy,
         Self::TrafficControl,
     ];
 
@@ -316,7 +316,6 @@ impl Code {
             Self::PoolUsedUp => "OVL-E064",
             Self::PoolOverlap => "OVL-E065",
             Self::NoBackends => "OVL-E066",
-            Self::OtherTranslator => "OVL-E067",
             Self::NodePortTaken => "OVL-E068",
             Self::ResolverDown => "OVL-E070",
             Self::UpstreamResolver => "OVL-E071",
@@ -337,6 +336,7 @@ impl Code {
             Self::DuplicateAddress => "OVL-E089",
             Self::NotMirrored => "OVL-E090",
             Self::ApiUnreachable => "OVL-E091",
+            Self::KubeProxy => "OVL-E092",
             Self::TrafficControl => "OVL-E100",
         }
     }
@@ -418,11 +418,11 @@ impl Code {
             | Self::NotSynchronised
             | Self::Leftover
             | Self::NoBackends
-            | Self::OtherTranslator
             | Self::NodePortTaken
             | Self::ResolverSlow
             | Self::SearchLists
-            | Self::TrafficControl => Severity::Warning,
+            | Self::TrafficControl
+            | Self::KubeProxy => Severity::Warning,
         }
     }
 

@@ -217,6 +217,9 @@ pub struct NodeRecord {
     pub zone: String,
     /// Whether its `ovl-kube` reaches a Kubernetes API server, so that it can mirror that server's objects.
     pub mirrors: bool,
+    /// Whether the host is a Node of a Kubernetes API server, which says who is a member: a lost host is forgotten when its
+    /// Node object is deleted.
+    pub is_node: bool,
     /// Fields that this release does not know.
     pub unknown: Unknown,
 }
@@ -227,6 +230,7 @@ fields! {
         11 vxlan_port, 12 link_mtu, 13 tunnel optional, 14 keys, 15 presence, 16 probes optional,
         17 not_built optional, 18 probe_kinds optional, 19 metrics_port optional, 20 zone optional,
         21 mirrors optional,
+        22 is_node optional,
         ..unknown
     }
 }
@@ -391,6 +395,7 @@ mod tests {
             metrics_port: u16::MAX,
             zone: "z".repeat(MAX_ZONE),
             mirrors: true,
+            is_node: true,
             unknown: Unknown::default(),
         };
         let signed =

@@ -1,10 +1,11 @@
 //! A small Kubernetes API server, and `ovl-kube` beside a host.
 //!
-//! The server lists and watches as the real one does (resource versions, pages, bookmarks, 410 Gone), over HTTP on the
-//! loopback device of each host. Tests put objects into it and make it fail.
+//! The server lists and watches as the real one does (resource versions, pages, bookmarks, 410 Gone), and takes statuses and
+//! Events, over HTTP on the loopback device of each host. What its clients may do is as a ClusterRole says. Tests put objects
+//! into it and make it fail.
 
-use std::collections::BTreeMap;
-use std::io::{BufRead as _, BufReader, Write};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{BufRead as _, BufReader, Read as _, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,7 +25,7 @@ const POLL: Duration = Duration::from_millis(20);
 pub const CLUSTER: &str = "11111111-2222-4333-8444-555555555555";
 
 /// The kinds that the server has: plural name, path of all objects, `apiVersion`, `kind`.
-const KINDS: [(&str, &str, &str, &str); 5] = [
+const KINDS: [(&str, &str, &str, &str); 8] = [
     ("namespaces", "/api/v1/namespaces", "v1", "Namespace"),
     ("pods", "/api/v1/pods", "v1", "Pod"),
     ("services", "/api/v1/services", "v1", "Service"),
@@ -35,6 +36,9 @@ const KINDS: [(&str, &str, &str, &str); 5] = [
         "networking.k8s.io/v1",
         "NetworkPolicy",
     ),
+    ("nodes", "/api/v1/nodes", "v1", "Node"),
+    ("leases", "/apis/coordination.k8s.io/v1/leases", "coordination.k8s.io/v1", "Lease"),
+    ("events", "/apis/events.k8s.io/v1/events", "events.k8s.io/v1", "Event"),
 ];
 
 /// The key of an object: plural name of its kind, namespace, name.
@@ -65,6 +69,129 @@ struct State {
     away: bool,
     /// Requests, for tests of the load: plural name, whether it is a watch, the field selector.
     requests: Vec<(String, bool, String)>,
+    /// What clients may do. `None`: everything.
+    rules: Option<BTreeSet<Right>>,
+    /// What clients did.
+    used: BTreeSet<Right>,
+    /// Writes of clients: the method and path.
+    writes: Vec<String>,
+}
+
+/// A right: group of the API, resource or `resource/subresource`, verb.
+pub type Right = (String, String, String);
+
+/// Returns the rights that a ClusterRole gives.
+pub fn rights(role: &Value) -> BTreeSet<Right> {
+    let list = |rule: &Value, field: &str| -> Vec<String> {
+        let all = rule[field].as_array().into_iter().flatten();
+        all.filter_map(|it| it.as_str().map(str::to_owned)).collect()
+    };
+    let mut rights = BTreeSet::new();
+    for rule in role["rules"].as_array().into_iter().flatten() {
+        for group in list(rule, "apiGroups") {
+            for resource in list(rule, "resources") {
+                for verb in list(rule, "verbs") {
+                    rights.insert((group.clone(), resource.clone(), verb));
+                }
+            }
+        }
+    }
+    rights
+}
+
+impl State {
+    fn put(&mut self, object: &Value) -> u64 {
+        let (plural, _, version, kind) =
+            KINDS.into_iter().find(|known| known.3 == object["kind"]).unwrap_or(("unknown", "", "", ""));
+        let key = key(plural, object);
+        self.version += 1;
+        let now = self.version;
+        let mut object = object.clone();
+        object["apiVersion"] = version.into();
+        object["kind"] = kind.into();
+        let before = self.objects.get(&key).map(|before| before["metadata"]["uid"].clone());
+        if object["metadata"]["uid"].is_null() {
+            object["metadata"]["uid"] = before.clone().unwrap_or_else(|| format!("uid-{now}").into());
+        }
+        object["metadata"]["resourceVersion"] = now.to_string().into();
+        let event = if before.is_some() { "MODIFIED" } else { "ADDED" };
+        self.history.push(Change { version: now, plural: plural.to_owned(), event, object: object.clone() });
+        self.objects.insert(key, object);
+        now
+    }
+
+    /// Whether a client may do this. Records that it did.
+    fn allows(&mut self, right: Right) -> bool {
+        let allowed = self.rules.as_ref().is_none_or(|rules| rules.contains(&right));
+        self.used.insert(right);
+        allowed
+    }
+
+    /// Changes the status of an object, or an Event, as a patch says. Returns the status code and the answer.
+    fn patch(&mut self, query: &Query, body: &Value) -> (u16, Value) {
+        let Some(mut object) = self.objects.get(&query.key()).cloned() else {
+            return (404, status(404, "NotFound"));
+        };
+        let version = &body["metadata"]["resourceVersion"];
+        if !version.is_null() && *version != object["metadata"]["resourceVersion"] {
+            return (409, status(409, "Conflict"));
+        }
+        let before = object.clone();
+        if query.subresource == "status" {
+            merge(&mut object["status"], &body["status"], query.strategic);
+        } else {
+            merge(&mut object, body, query.strategic);
+        }
+        // As the real server, which writes nothing if nothing has changed.
+        if object != before {
+            self.put(&object);
+            object = self.objects.get(&query.key()).cloned().unwrap_or_default();
+        }
+        (200, object)
+    }
+
+    /// Creates an object.
+    fn create(&mut self, query: &Query, body: &Value) -> (u16, Value) {
+        let name = body["metadata"]["name"].as_str().unwrap_or_default();
+        let query = Query { name: name.to_owned(), ..query.clone() };
+        if body["metadata"]["namespace"] != query.namespace.as_str() {
+            return (400, status(400, "BadRequest"));
+        }
+        if self.objects.contains_key(&query.key()) {
+            return (409, status(409, "AlreadyExists"));
+        }
+        self.put(body);
+        (201, self.objects.get(&query.key()).cloned().unwrap_or_default())
+    }
+}
+
+/// Merges a patch into a value: a JSON merge patch, or a strategic one, by which conditions are merged by their type.
+fn merge(value: &mut Value, patch: &Value, strategic: bool) {
+    let Some(fields) = patch.as_object() else {
+        *value = patch.clone();
+        return;
+    };
+    if !value.is_object() {
+        *value = json!({});
+    }
+    for (field, new) in fields {
+        match (new, value[field].as_array_mut()) {
+            (Value::Null, _) => {
+                if let Some(fields) = value.as_object_mut() {
+                    fields.remove(field);
+                }
+            }
+            (Value::Array(new), Some(all)) if strategic && field == "conditions" => {
+                for condition in new {
+                    match all.iter_mut().find(|it| it["type"] == condition["type"]) {
+                        Some(found) => merge(found, condition, strategic),
+                        None => all.push(condition.clone()),
+                    }
+                }
+            }
+            (new, _) => merge(&mut value[field], new, strategic),
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -115,25 +242,9 @@ impl ApiServer {
 
     /// Creates or changes an object, whose kind decides where it belongs. Returns its version.
     pub fn put(&self, object: &Value) -> u64 {
-        let (plural, _, version, kind) =
-            KINDS.into_iter().find(|known| known.3 == object["kind"]).unwrap_or(("unknown", "", "", ""));
-        let key = key(plural, object);
-        let mut state = self.shared.lock();
-        state.version += 1;
-        let now = state.version;
-        let mut object = object.clone();
-        object["apiVersion"] = version.into();
-        object["kind"] = kind.into();
-        let before = state.objects.get(&key).map(|before| before["metadata"]["uid"].clone());
-        if object["metadata"]["uid"].is_null() {
-            object["metadata"]["uid"] = before.clone().unwrap_or_else(|| format!("uid-{now}").into());
-        }
-        object["metadata"]["resourceVersion"] = now.to_string().into();
-        let event = if before.is_some() { "MODIFIED" } else { "ADDED" };
-        state.history.push(Change { version: now, plural: plural.to_owned(), event, object: object.clone() });
-        state.objects.insert(key, object);
+        let version = self.shared.lock().put(object);
         self.shared.changed.notify_all();
-        now
+        version
     }
 
     /// Deletes an object.
@@ -191,6 +302,34 @@ impl ApiServer {
         self.shared.changed.notify_all();
     }
 
+    /// Sets what clients may do. Everything else is forbidden.
+    pub fn set_rights(&self, rights: BTreeSet<Right>) {
+        self.shared.lock().rules = Some(rights);
+    }
+
+    /// Returns what clients did so far.
+    pub fn used_rights(&self) -> BTreeSet<Right> {
+        self.shared.lock().used.clone()
+    }
+
+    /// Returns the writes of clients so far, each as its method and path.
+    pub fn writes(&self) -> Vec<String> {
+        self.shared.lock().writes.clone()
+    }
+
+    /// Returns an object.
+    pub fn get(&self, plural: &str, namespace: &str, name: &str) -> Option<Value> {
+        let key = (plural.to_owned(), namespace.to_owned(), name.to_owned());
+        self.shared.lock().objects.get(&key).cloned()
+    }
+
+    /// Returns all objects of a kind.
+    pub fn all(&self, plural: &str) -> Vec<Value> {
+        let state = self.shared.lock();
+        let of_kind = state.objects.iter().filter(|((other, ..), _)| other == plural);
+        of_kind.map(|(_, object)| object.clone()).collect()
+    }
+
     /// Returns the requests so far: plural name, whether it is a watch, the field selector.
     pub fn requests(&self) -> Vec<(String, bool, String)> {
         self.shared.lock().requests.clone()
@@ -225,8 +364,18 @@ fn accept(shared: &Arc<Shared>, listener: &TcpListener) {
 }
 
 /// A request, as far as it matters.
+#[derive(Debug, Clone)]
 struct Query {
+    method: String,
     plural: &'static str,
+    /// The group of the API; empty for the core.
+    group: String,
+    namespace: String,
+    /// Empty: all objects.
+    name: String,
+    subresource: String,
+    /// Whether the body is a strategic merge patch.
+    strategic: bool,
     watch: bool,
     selector: String,
     version: u64,
@@ -234,38 +383,122 @@ struct Query {
     token: String,
 }
 
-fn parse(target: &str) -> Option<Query> {
-    let (path, query) = target.split_once('?').unwrap_or((target, ""));
-    let (plural, ..) = KINDS.into_iter().find(|known| known.1 == path)?;
-    let value = |name: &str| {
-        let found = query.split('&').find_map(|part| part.strip_prefix(name)?.strip_prefix('='));
-        found.unwrap_or_default().replace("%3D", "=").replace("%3A", ":")
-    };
-    Some(Query {
-        plural,
-        watch: value("watch") == "true",
-        selector: value("fieldSelector"),
-        version: value("resourceVersion").parse().unwrap_or(0),
-        limit: value("limit").parse().unwrap_or(usize::MAX),
-        token: value("continue"),
-    })
+impl Query {
+    fn parse(method: &str, target: &str, strategic: bool) -> Option<Self> {
+        let (path, query) = target.split_once('?').unwrap_or((target, ""));
+        let words: Vec<&str> = path.split('/').skip(1).collect();
+        let (group, rest) = match words.as_slice() {
+            ["api", "v1", rest @ ..] => ("", rest),
+            ["apis", group, "v1", rest @ ..] => (*group, rest),
+            _ => return None,
+        };
+        let (namespace, rest) = match rest {
+            ["namespaces", namespace, rest @ ..] if !rest.is_empty() => (*namespace, rest),
+            rest => ("", rest),
+        };
+        let (resource, name, subresource) = match rest {
+            [resource] => (*resource, "", ""),
+            [resource, name] => (*resource, *name, ""),
+            [resource, name, subresource] => (*resource, *name, *subresource),
+            _ => return None,
+        };
+        let root = if group.is_empty() { "/api/v1".to_owned() } else { format!("/apis/{group}/v1") };
+        let (plural, ..) = KINDS.into_iter().find(|known| known.1 == format!("{root}/{resource}"))?;
+        let value = |name: &str| {
+            let found = query.split('&').find_map(|part| part.strip_prefix(name)?.strip_prefix('='));
+            found.unwrap_or_default().replace("%3D", "=").replace("%3A", ":")
+        };
+        Some(Self {
+            method: method.to_owned(),
+            plural,
+            group: group.to_owned(),
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+            subresource: subresource.to_owned(),
+            strategic,
+            watch: value("watch") == "true",
+            selector: value("fieldSelector"),
+            version: value("resourceVersion").parse().unwrap_or(0),
+            limit: value("limit").parse().unwrap_or(usize::MAX),
+            token: value("continue"),
+        })
+    }
+
+    fn key(&self) -> Key {
+        (self.plural.to_owned(), self.namespace.clone(), self.name.clone())
+    }
+
+    /// Returns the right that the request needs.
+    fn right(&self) -> Right {
+        let verb = match (self.method.as_str(), self.watch, self.name.is_empty()) {
+            ("GET", true, _) => "watch",
+            ("GET", false, true) => "list",
+            ("GET", false, false) => "get",
+            ("POST", ..) => "create",
+            ("PATCH", ..) => "patch",
+            ("DELETE", ..) => "delete",
+            _ => "update",
+        };
+        let slash = if self.subresource.is_empty() { "" } else { "/" };
+        (self.group.clone(), format!("{}{slash}{}", self.plural, self.subresource), verb.to_owned())
+    }
 }
 
 /// Answers one request, and closes the connection.
 fn serve(shared: &Shared, mut stream: TcpStream) {
     let _ = stream.set_nonblocking(false);
     let Ok(read) = stream.try_clone() else { return };
-    let mut lines = BufReader::new(read).lines().map_while(Result::ok);
-    let Some(first) = lines.next() else { return };
-    while lines.next().is_some_and(|line| !line.is_empty()) {}
-    let query = first.split(' ').nth(1).and_then(parse);
+    let mut read = BufReader::new(read);
+    let mut head: Vec<String> = Vec::new();
+    let mut line = String::new();
+    while read.read_line(&mut line).is_ok_and(|length| length > 0) && !line.trim().is_empty() {
+        head.push(std::mem::take(&mut line));
+    }
+    let Some(first) = head.first() else { return };
+    let header = |name: &str| {
+        let lines = head.iter().map(|line| line.to_ascii_lowercase());
+        lines
+            .filter_map(|line| Some(line.strip_prefix(name)?.trim_matches([':', ' ', '\r', '\n']).to_owned()))
+            .next()
+    };
+    let length = header("content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
+    let mut body = vec![0; length];
+    if read.read_exact(&mut body).is_err() {
+        return;
+    }
+    let body: Value = serde_json::from_slice(&body).unwrap_or_default();
+    let strategic = header("content-type").is_some_and(|kind| kind.contains("strategic"));
+    let mut words = first.split(' ');
+    let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
     // Who is gone needs no answer.
-    let _ = match query {
-        None => answer(&mut stream, "404 Not Found", &status(404, "NotFound")),
-        Some(query) => {
+    let _ = match Query::parse(method, target, strategic) {
+        None => answer(&mut stream, 404, &status(404, "NotFound")),
+        Some(query) if !shared.lock().allows(query.right()) => {
+            answer(&mut stream, 403, &status(403, "Forbidden"))
+        }
+        Some(query) if method == "GET" && query.name.is_empty() => {
             let request = (query.plural.to_owned(), query.watch, query.selector.clone());
             shared.lock().requests.push(request);
             if query.watch { watch(shared, &mut stream, &query) } else { list(shared, &mut stream, &query) }
+        }
+        Some(query) => {
+            let (code, body) = {
+                let mut state = shared.lock();
+                if method != "GET" {
+                    state.writes.push(format!("{method} {target}"));
+                }
+                match method {
+                    "GET" => match state.objects.get(&query.key()) {
+                        Some(object) => (200, object.clone()),
+                        None => (404, status(404, "NotFound")),
+                    },
+                    "PATCH" => state.patch(&query, &body),
+                    "POST" => state.create(&query, &body),
+                    _ => (405, status(405, "MethodNotAllowed")),
+                }
+            };
+            shared.changed.notify_all();
+            answer(&mut stream, code, &body)
         }
     };
 }
@@ -277,11 +510,12 @@ fn status(code: u16, reason: &str) -> Value {
     })
 }
 
-fn answer(stream: &mut impl Write, status: &str, body: &Value) -> std::io::Result<()> {
+fn answer(stream: &mut impl Write, code: u16, body: &Value) -> std::io::Result<()> {
     let body = body.to_string();
     write!(
         stream,
-        "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+        "HTTP/1.1 {code} {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+        if code < 300 { "OK" } else { "Failure" },
         body.len()
     )
 }
@@ -321,7 +555,7 @@ fn list(shared: &Shared, stream: &mut TcpStream, query: &Query) -> std::io::Resu
     let (_, _, api, kind) = KINDS.into_iter().find(|known| known.0 == query.plural).unwrap_or(KINDS[0]);
     let body =
         json!({ "kind": format!("{kind}List"), "apiVersion": api, "metadata": metadata, "items": page });
-    answer(stream, "200 OK", &body)
+    answer(stream, 200, &body)
 }
 
 fn watch(shared: &Shared, stream: &mut TcpStream, query: &Query) -> std::io::Result<()> {
@@ -336,7 +570,7 @@ fn watch(shared: &Shared, stream: &mut TcpStream, query: &Query) -> std::io::Res
     let gone = status(410, "Expired");
     // The real server has two ways to say it.
     if query.version < forgotten && query.plural == "services" {
-        return answer(stream, "410 Gone", &gone);
+        return answer(stream, 410, &gone);
     }
     write!(
         stream,
@@ -413,6 +647,11 @@ pub struct Kube(Spawned);
 impl Kube {
     /// Starts it. The Node object has the host's name.
     pub fn start(api: &mut ApiServer, host: &Host) -> Result<Self> {
+        Self::start_with(api, host, &[])
+    }
+
+    /// As [`Self::start`], with more arguments.
+    pub fn start_with(api: &mut ApiServer, host: &Host, more: &[&str]) -> Result<Self> {
         let path = host.dir().join("kubeconfig");
         std::fs::write(&path, api.listen(host)?)?;
         let program = find_binary("ovl-kube")?;
@@ -426,7 +665,7 @@ impl Kube {
             host.socket().as_os_str(),
         ]
         .map(|word| word.to_string_lossy().into_owned());
-        Ok(Self(host.spawn(words)?))
+        Ok(Self(host.spawn(words.into_iter().chain(more.iter().map(|&word| word.to_owned())))?))
     }
 
     /// Kills it with SIGKILL.

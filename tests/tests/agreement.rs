@@ -67,6 +67,7 @@ impl Liar {
             metrics_port: 0,
             zone: String::new(),
             mirrors: false,
+            is_node: false,
             unknown: Unknown::default(),
         })?;
         let config = StreamsConfig {

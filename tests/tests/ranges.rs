@@ -121,6 +121,7 @@ fn write_unchecked(lab: &Lab, writer: &Host, to: &[&Host], networks: Vec<Network
         metrics_port: 0,
         zone: String::new(),
         mirrors: false,
+        is_node: false,
         unknown: Unknown::default(),
     })?;
     writer.run(|| -> Result<()> {

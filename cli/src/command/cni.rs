@@ -7,21 +7,20 @@ use std::path::{Path, PathBuf};
 use std::process::{self, Command, Stdio};
 
 use clap::Subcommand;
-use ovl_control::CNI_VERSIONS;
-use ovl_proto::DEFAULT_SOCKET;
+use ovl_control::{CNI_PLUGIN as PLUGIN, CNI_VERSIONS, Conflist};
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::context::Context;
 use crate::error::{Error, Result};
 
-/// The plugin's file name, and the `type` in configurations.
-const PLUGIN: &str = "ovl-cni";
+/// The reference plugin that sets the loopback device up.
+const LOOPBACK: &str = "loopback";
 /// Path of the plugin in ovl's Debian package.
 const PACKAGED: &str = "/usr/lib/cni/ovl-cni";
 /// Directories of the reference plugins besides `--bin-dir`: those of Debian's and Fedora's packages.
 const REFERENCE_DIRS: [&str; 2] = ["/usr/lib/cni", "/usr/libexec/cni"];
-/// The `cniVersion` for older runtimes, which do not know `cniVersions`.
+/// The `cniVersion` with which portmap is asked for its versions.
 const SAFE_VERSION: &str = "1.0.0";
 
 /// Arguments of `cni`.
@@ -59,25 +58,33 @@ struct Install {
     #[arg(long, value_name = "FILE")]
     binary: Option<PathBuf>,
     /// Let the reference plugin portmap publish ports, later in the chain, and not ovl-cni
-    #[arg(long)]
+    #[arg(long, conflicts_with = "plugins_only")]
     portmap: bool,
+    /// Install no network configuration: ovl-kube writes it once pods become reachable
+    #[arg(long, conflicts_with_all = ["network", "name", "conf_dir"])]
+    plugins_only: bool,
 }
 
 /// The files that `cni install` wrote.
 #[derive(Debug, Serialize)]
 struct Installed {
     /// The network configuration.
-    conflist: PathBuf,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    conflist: Option<PathBuf>,
     /// The plugin.
     binary: PathBuf,
+    /// The reference plugin loopback, if it was missing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    loopback: Option<PathBuf>,
 }
 
 /// Installs the plugin and its configuration.
 pub(crate) fn run(context: &Context, args: Args) -> Result<()> {
     let Action::Install(install) = args.action;
     let installed = install.run(&context.socket)?;
-    context.print(&installed, |Installed { conflist, binary }| {
-        format!("wrote {}\nwrote {}\n", binary.display(), conflist.display())
+    context.print(&installed, |Installed { conflist, binary, loopback }| {
+        let all = std::iter::once(binary).chain(loopback).chain(conflist);
+        all.map(|path| format!("wrote {}\n", path.display())).collect()
     })
 }
 
@@ -98,42 +105,40 @@ impl Install {
         let plugin = fs::read(&source).map_err(|error| {
             io_error("read the plugin", &source, &error, "Name another file with --binary")
         })?;
-        // The configuration comes last: runtimes run the plugin as soon as it exists.
+        // The configuration comes last: runtimes run the plugins as soon as it exists.
         let binary = self.bin_dir.join(PLUGIN);
         replace_file(&binary, &plugin, 0o755)?;
+        let loopback = match loopback_for(&self.bin_dir) {
+            Some(source) => {
+                let content = fs::read(&source).map_err(|error| {
+                    io_error("read the plugin", &source, &error, "Install the reference plugins again")
+                })?;
+                let loopback = self.bin_dir.join(LOOPBACK);
+                replace_file(&loopback, &content, 0o755)?;
+                Some(loopback)
+            }
+            None => None,
+        };
+        if self.plugins_only {
+            return Ok(Installed { conflist: None, binary, loopback });
+        }
         replace_file(&conflist, text.as_bytes(), 0o644)?;
-        Ok(Installed { conflist, binary })
+        Ok(Installed { conflist: Some(conflist), binary, loopback })
     }
 
     fn conflist(&self, name: &str, versions: &[&str], socket: &Path) -> Value {
-        let mut plugin = json!({
-            "type": PLUGIN,
-            "network": self.network,
-            "capabilities": {
-                "bandwidth": true,
-                "dns": true,
-                "io.kubernetes.cri.pod-annotations": true,
-                "ips": true,
-                "mac": true,
-                // Published by one plugin of the chain.
-                "portMappings": !self.portmap,
-            },
-        });
-        if socket != Path::new(DEFAULT_SOCKET) {
-            plugin["socket"] = socket.to_string_lossy().into();
-        }
-        let mut plugins = vec![plugin];
-        if self.portmap {
-            plugins.push(json!({ "type": "portmap", "capabilities": { "portMappings": true } }));
-        }
-        let newest = versions.iter().find(|version| **version == SAFE_VERSION).or(versions.last());
-        json!({
-            "cniVersion": newest.unwrap_or(&SAFE_VERSION),
-            "cniVersions": versions,
-            "name": name,
-            "plugins": plugins,
-        })
+        let (network, portmap) = (self.network.as_str(), self.portmap);
+        Conflist { name, network, socket, versions, portmap }.to_json()
     }
+}
+
+/// Returns the reference plugin loopback, if `bin_dir` lacks it: runtimes call it for each pod. `None` if it is there, or not
+/// installed on this host.
+fn loopback_for(bin_dir: &Path) -> Option<PathBuf> {
+    if bin_dir.join(LOOPBACK).exists() {
+        return None;
+    }
+    REFERENCE_DIRS.iter().map(|dir| Path::new(dir).join(LOOPBACK)).find(|path| path.is_file())
 }
 
 fn supported_versions() -> Vec<&'static str> {
@@ -234,6 +239,8 @@ fn parse_name(text: &str) -> std::result::Result<String, String> {
 
 #[cfg(test)]
 mod tests {
+    use ovl_proto::DEFAULT_SOCKET;
+
     use super::*;
 
     fn install() -> Install {
@@ -244,6 +251,7 @@ mod tests {
             bin_dir: "/nowhere".into(),
             binary: None,
             portmap: true,
+            plugins_only: false,
         }
     }
 

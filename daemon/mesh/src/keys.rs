@@ -448,6 +448,7 @@ pub(crate) fn sample_record(identity: &Identity) -> NodeRecord {
         metrics_port: 0,
         zone: String::new(),
         mirrors: false,
+        is_node: false,
         unknown: ovl_proto::wire::fields::Unknown::default(),
     }
 }

@@ -268,18 +268,18 @@ pub(crate) fn node_ports(ports: &BTreeSet<NodePort>, sockets: &[BoundSocket]) ->
     taken.collect()
 }
 
-/// Returns the finding that kube-proxy, or what replaces it, translates Services as well.
-pub(crate) fn other_translator(chains: &[SurveyedChain], has_services: bool) -> Option<Found> {
-    let is_proxy = |chain: &&SurveyedChain| chain.name == "KUBE-SERVICES" || chain.table == "kube-proxy";
-    let SurveyedChain { family, table, name, .. } = chains.iter().find(is_proxy).filter(|_| has_services)?;
+/// Returns the finding that a kube-proxy translates Services as well, if ovl does so beside one (`translates`).
+pub(crate) fn other_translator(chains: &[SurveyedChain], translates: bool) -> Option<Found> {
+    let is_proxy = |chain: &&SurveyedChain| chain.name == "KUBE-FORWARD" || chain.table == "kube-proxy";
+    let SurveyedChain { family, table, name, .. } = chains.iter().find(is_proxy).filter(|_| translates)?;
     Some(Found::new(
-        Code::OtherTranslator,
-        "kube-proxy",
+        Code::KubeProxy,
+        "",
         format!(
             "kube-proxy runs on this host, or left its rules (chain {name} of the table {family} {table}): which of the two \
              translates a connection to a Service depends on the order of rules"
         ),
-        "stop kube-proxy and run `kube-proxy --cleanup`: see docs/kubernetes.md",
+        "stop kube-proxy and run `kube-proxy --cleanup`: or set `proxy = \"auto\"`: see docs/kubernetes.md",
     ))
 }
 

@@ -675,7 +675,11 @@ impl Node {
 
     /// Returns the problem to report if no member of a cluster was found.
     fn nobody_found(&self) -> String {
-        let whom = if self.config.join.is_empty() { "peers".to_owned() } else { self.config.join.join(", ") };
+        let whom = match (self.config.join.join(", "), self.config.join_nodes) {
+            (_, true) => "the Nodes of the API server, which ovl-kube of this host names".to_owned(),
+            (join, false) if join.is_empty() => "peers".to_owned(),
+            (join, false) => join,
+        };
         format!(
             "not admitted: no member of a cluster was found at {whom}. Check that ovld runs there with the same \
              cluster key and that UDP and TCP port {} is open; to begin a new cluster start one host with --bootstrap",

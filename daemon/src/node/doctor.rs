@@ -172,7 +172,7 @@ impl Node {
         let (surveyed, verified, inside, resolvers, workloads, other, ()) = tokio::join!(
             timeout(WITHIN, self.survey()),
             timeout(WITHIN, self.verify()),
-            timeout(WITHIN, self.look_at_interfaces()),
+            timeout(WITHIN, self.survey_interfaces()),
             timeout(WITHIN, self.ask_resolvers()),
             timeout(WITHIN, self.client_settings()),
             timeout(WITHIN, self.other_owner()),
@@ -385,7 +385,7 @@ impl Node {
                 .problems(&state.view, &self.config)
                 .iter()
                 .any(|it| it.code == Code::TunnelBroken.as_str());
-        let has_services = !state.view.resources.services().is_empty();
+        let translates = self.config.proxy.translates(true) && !state.view.resources.services().is_empty();
         // What is there twice is no change in flight.
         let lasting = |judge: &dyn Fn(&Survey) -> Vec<Found>| {
             let again = judge(&after);
@@ -397,7 +397,7 @@ impl Node {
             lasting(&|survey| host::traffic_control(survey, underlay.as_deref().unwrap_or_default())),
             lasting(&host::leftovers),
             lasting(&|survey| host::dropping_rules(&survey.chains, &ports, &subnets, &hosts, is_cut_off)),
-            lasting(&|survey| network::other_translator(&survey.chains, has_services).into_iter().collect()),
+            lasting(&|survey| network::other_translator(&survey.chains, translates).into_iter().collect()),
             host::taken(&before, &self.needed_ports(), &refused),
             host::neighbours(&before, &after),
             lasting(&|survey| network::diverted(&desired, &survey.leads_to, &endpoints)),
@@ -437,7 +437,7 @@ impl Node {
 
     /// Reads the interfaces of this host's endpoints inside their namespaces, twice where something is odd, because a workload
     /// may be about to change them.
-    async fn look_at_interfaces(&self) -> Vec<(Attached, Option<Inside>)> {
+    async fn survey_interfaces(&self) -> Vec<(Attached, Option<Inside>)> {
         let desired = self.desired();
         let ids: Vec<EndpointId> = {
             let state = self.state.borrow();
@@ -445,7 +445,7 @@ impl Node {
         };
         let mut odd = Vec::new();
         for id in ids {
-            if let Some((attached, inside)) = self.look_at_interface(&desired, id).await
+            if let Some((attached, inside)) = self.survey_interface(&desired, id).await
                 && !network::interface(&attached, inside.as_ref()).is_empty()
             {
                 odd.push(id);
@@ -456,13 +456,13 @@ impl Node {
             tokio::time::sleep(Duration::from_millis(300)).await;
         }
         for id in odd {
-            found.extend(self.look_at_interface(&desired, id).await);
+            found.extend(self.survey_interface(&desired, id).await);
         }
         found
     }
 
     /// `None` if the endpoint is not of a kind that ovl configures, or its namespace is another one now.
-    async fn look_at_interface(
+    async fn survey_interface(
         &self,
         desired: &Dataplane,
         id: EndpointId,

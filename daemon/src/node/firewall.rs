@@ -7,6 +7,7 @@ use ovl_dataplane::nft::BASE_TABLE;
 use ovl_proto::object::Network;
 
 use super::{Failed, Node};
+use crate::firewall::Found;
 use crate::problems::Code;
 
 /// Time between two checks.
@@ -55,9 +56,34 @@ impl Node {
     /// Maintains the rule in Docker's chain for these networks, and reports firewalls that drop their packets.
     async fn mind_firewalls(&self, networks: &[Network]) -> Result<(), Failed> {
         let tell = |command: &[String]| self.event("kernel", BASE_TABLE, &command.join(" "));
-        if let Some(problems) = self.firewalls.mind(networks, tell).await? {
+        if let Some(Found { problems, kube_proxy }) = self.firewalls.mind(networks, tell).await? {
             self.state.borrow_mut().problems.replace(Code::Firewall, problems);
+            self.give_way(kube_proxy);
         }
         Ok(())
+    }
+
+    /// Leaves the translation of Services to a kube-proxy, or takes it over again.
+    fn give_way(&self, kube_proxy: bool) {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        let translates = self.config.proxy.translates(kube_proxy);
+        let both = (kube_proxy && translates).then(|| {
+            "kube-proxy and ovl both translate the Services of this host, so each connection is translated by whichever sees \
+             it first: remove one, with `proxy = \"auto\"` in the configuration of ovld, or by deleting kube-proxy and what \
+             `kube-proxy --cleanup` deletes"
+                .to_owned()
+        });
+        state.problems.set(Code::KubeProxy, "", both);
+        if state.subsystems.set_translates(translates) {
+            let message = match translates {
+                true => "this host translates Services",
+                false if kube_proxy => "kube-proxy translates the Services of this host: ovl does not",
+                false => "this host does not translate Services, as configured",
+            };
+            self.event("kubernetes", &self.config.node, message);
+            state.reconcile.ask_full();
+            self.work.notify_one();
+        }
     }
 }

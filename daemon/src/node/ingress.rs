@@ -113,6 +113,8 @@ impl Node {
             .subsystems
             .announcements
             .health()
+            // A kube-proxy answers at the same ports.
+            .filter(|_| state.subsystems.translates())
             .map(|(name, health)| {
                 let Name { namespace, name } = name.clone();
                 (health.port, Answer { namespace, name, local: health.local })

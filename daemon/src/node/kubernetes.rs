@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use ovl_cluster::objects::MAX_OBJECT_BYTES;
-use ovl_control::{Document, Mirror, MirrorOffer, Mirrored, NodePods, NotMirrored, Reply};
+use ovl_control::{
+    ApiReport, Balanced, Document, Mirror, MirrorOffer, Mirrored, NodePods, NotMirrored, Reply,
+};
 use ovl_manifest::Problem;
 use ovl_manifest::object::{self as manifest, Identity};
 use ovl_proto::id::EndpointId;
@@ -23,7 +25,7 @@ use super::state::State;
 use super::tables::MAX_DESCRIBED;
 use super::{Failed, Node};
 use crate::endpoints::LocalEndpoint;
-use crate::kubernetes::{Verdict, chosen, closed, judge, version_of};
+use crate::kubernetes::{Verdict, balanced, chosen, closed, judge, version_of};
 use crate::problems::Code;
 
 /// What stays free of the owner table for leases and what else the host must write, in bytes.
@@ -74,7 +76,7 @@ impl Node {
         });
         let trouble = state.kubernetes.trouble().map(|why| {
             format!(
-                "ovl-kube of this host cannot follow all objects of the Kubernetes API server: {why}. What is known goes on \
+                "ovl-kube of this host cannot do all of its work at the Kubernetes API server: {why}. What is known goes on \
                  to be in force; see docs/kubernetes.md for the rights that it needs"
             )
         });
@@ -98,7 +100,36 @@ impl Node {
             };
             self.event("kubernetes", &self.config.node, message);
             note_failures(state);
+            self.report_to_api(state);
         }
+    }
+
+    /// Returns what is to be said to the API server.
+    pub(super) fn api_report(&self) -> watch::Receiver<ApiReport> {
+        let state = self.state.borrow();
+        let report = state.kubernetes.report();
+        self.report_to_api(&state);
+        report
+    }
+
+    /// Finds out what is to be said to the API server, if something hears it.
+    pub(super) fn report_to_api(&self, state: &State) {
+        if !state.kubernetes.is_heard() {
+            return;
+        }
+        let ranges = &self.config.ranges;
+        let of_all = || Balanced {
+            pools: ranges.load_balancers.clone(),
+            services: {
+                let all = state.view.resources.services().values();
+                all.filter_map(|service| balanced(service, ranges.is_balanced_by_others(service))).collect()
+            },
+        };
+        state.kubernetes.set_report(ApiReport {
+            unready: self.unready(state),
+            balanced: state.kubernetes.acts().then(of_all),
+            seeks: self.seeks_nodes(state),
+        });
     }
 
     /// Takes over objects of an API server, each by itself.
@@ -154,6 +185,7 @@ impl Node {
             |key: &ResourceKey| listed(key) || request.deleted.iter().any(|deleted| deleted.key == *key);
         guard.kubernetes.note(&heard, &reply.failed, gone);
         note_failures(&mut guard);
+        self.report_to_api(&guard);
         Ok(Reply::Mirrored(Box::new(reply)))
     }
 

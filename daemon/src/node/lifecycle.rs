@@ -242,8 +242,12 @@ impl Node {
                 self.expire_leases();
                 self.collect_docker();
                 self.end_clashes();
+                self.report_to_api(&self.state.borrow());
                 self.drop_forgotten(&mut self.state.borrow_mut());
                 notify(&[sd_notify::NotifyState::Watchdog]);
+            }
+            if count.is_multiple_of(25) {
+                self.forget_deleted_nodes();
             }
             if count.is_multiple_of(10) {
                 self.retry_ports();

@@ -26,6 +26,7 @@ mod names;
 mod netns;
 mod network;
 mod newer;
+mod nodes;
 mod objects;
 mod paths;
 mod peers;
@@ -280,6 +281,7 @@ impl Node {
                 .map_or(0, |listen| listen.port_at(config.advertise.ip())),
             zone: config.zone.clone(),
             mirrors: false,
+            is_node: config.join_nodes,
             unknown: Unknown::default().played(),
         };
         let signed = identity.sign_record(&record)?;
@@ -606,6 +608,9 @@ fn first_state(
             walk_search_lists: config.walk_search_lists,
             cluster_dns: config.ranges.dns_addresses().collect(),
             ranges: config.ranges.clone(),
+            without_policies: !config.policy.is_on(),
+            without_names: !config.dns.is_on(),
+            without_services: !config.proxy.translates(false),
         }),
         keys,
         allocator: Allocator::new(

@@ -300,11 +300,13 @@ impl Node {
             let mut promised = ReservedClaims::default();
             let mut allocator = ServiceAllocator::new(resources, &self.config.ranges, &mut promised);
             let mended = lacking.into_iter().filter_map(|name| {
-                // What a mirrored Service has is for its API server to decide.
-                let before = resources.services().get(name).filter(|it| it.metadata.source.is_none())?;
+                let before = resources.services().get(name)?;
                 let mut service = before.clone();
                 allocator.allocate(&mut service).ok()?;
-                (service != *before).then(|| (Body::Resource(Resource::Service(Box::new(service))), false))
+                // What a mirrored Service has is for its API server to decide, except for addresses of ovl's pool.
+                let is_decided = before.metadata.source.is_some() && service.spec != before.spec;
+                (service != *before && !is_decided)
+                    .then(|| (Body::Resource(Resource::Service(Box::new(service))), false))
             });
             mended.collect()
         };

@@ -13,6 +13,8 @@ use crate::problems::Code;
 
 /// How long a request waits.
 pub(super) const READY_WITHIN: Duration = Duration::from_secs(10);
+/// The problems with which no new endpoint can be created, or none is reached.
+const WITHOUT_ENDPOINTS: [Code; 3] = [Code::Address, Code::KernelDump, Code::NoBlock];
 /// How often a reason is looked for that waiting does not cure.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
@@ -76,6 +78,17 @@ impl Node {
             state.view.network(network).is_some_and(|found| found.network.driver == Driver::Bridge)
         };
         if own { Ok(()) } else { self.ready(READY_WITHIN).await }
+    }
+
+    /// Returns why new endpoints of this host would fail, or would not be reached. `None`: they would not.
+    pub(super) fn unready(&self, state: &State) -> Option<String> {
+        match self.waits_for(state) {
+            Some(Waits::For(why)) => return Some(why),
+            Some(Waits::InVain(Failed(failure))) => return Some(failure.message),
+            None => {}
+        }
+        let of = |code: &Code| state.problems.of(*code).next().map(|(_, why)| why.to_owned());
+        WITHOUT_ENDPOINTS.iter().find_map(of)
     }
 
     fn waits_for(&self, state: &State) -> Option<Waits> {

@@ -41,7 +41,7 @@ impl Node {
         Ok(self.recovery_plan())
     }
 
-    fn recovery_plan(&self) -> RecoveryPlan {
+    pub(super) fn recovery_plan(&self) -> RecoveryPlan {
         let state = self.state.borrow();
         let alloc = &state.view.alloc;
         let mut members: Vec<RecoveryMember> = alloc.members.iter().map(|id| member(&state, *id)).collect();
@@ -129,7 +129,11 @@ impl Node {
         })
     }
 
-    async fn recover_from_loss(&self, version: u64, survivors: &BTreeSet<NodeId>) -> Result<(), Failed> {
+    pub(super) async fn recover_from_loss(
+        &self,
+        version: u64,
+        survivors: &BTreeSet<NodeId>,
+    ) -> Result<(), Failed> {
         let plan = self.recovery_plan();
         match plan.state {
             RecoveryState::Recovered => return Ok(()),

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use ovl_cluster::addresses as ipam;
 use ovl_control::{
-    DaemonState, Document, FdbRow, MirrorOffer, PeerInfo, PeerState, Problem, ReconcileStatus, Reply,
-    Request, RouteRow, Status, SubnetUse,
+    ApiReport, DaemonState, Document, FdbRow, MirrorOffer, PeerInfo, PeerState, Problem, ReconcileStatus,
+    Reply, Request, RouteRow, Status, SubnetUse,
 };
 use ovl_dataplane::device::Device;
 use ovl_dataplane::state::{Dataplane, Hop};
@@ -47,6 +47,10 @@ impl Answers for Node {
 
     fn end_mirror(&self, connection: u64) {
         Node::end_mirror(self, connection);
+    }
+
+    fn api_report(&self) -> watch::Receiver<ApiReport> {
+        Node::api_report(self)
     }
 }
 
@@ -162,9 +166,11 @@ impl Node {
                 self.delete(staged, keys, namespace.as_deref(), dry_run).await?
             }
             // The socket itself handles it.
-            Request::MirrorTurn(_) => Reply::Done,
+            Request::MirrorTurn(_) | Request::ApiReport => Reply::Done,
             Request::Mirror(request) => self.mirror(staged, &request).await?,
             Request::NodePods(request) => self.node_pods(staged, &request),
+            Request::Join(request) => self.join_nodes(&request)?,
+            Request::Nodes(nodes) => self.take_nodes(nodes)?,
             Request::Get(query) => Reply::Resources(self.resources(&query)?),
             Request::Backends(query) => Reply::Backends(self.service_backends(&query)),
         })

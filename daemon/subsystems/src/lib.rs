@@ -19,6 +19,7 @@ pub mod marks;
 pub mod mtu;
 pub mod names;
 pub mod networks;
+mod off;
 pub mod policy;
 pub mod publish;
 mod rejected;

@@ -16,6 +16,7 @@ use crate::guard::Guard;
 use crate::names::Names;
 use crate::names::resolver::HOST_ADDRESSES;
 use crate::networks::{BaseFilter, Networks};
+use crate::off::Off;
 use crate::policy::Enforcement;
 use crate::publish::PublishedPorts;
 use crate::services::allocation::Ranges;
@@ -42,6 +43,12 @@ pub struct Settings {
     pub cluster_dns: Vec<IpAddr>,
     /// The ranges of Service addresses.
     pub ranges: Ranges,
+    /// Whether this host does without network policies.
+    pub without_policies: bool,
+    /// Whether this host does without the resolver of endpoints.
+    pub without_names: bool,
+    /// Whether this host does without translation of Services at first.
+    pub without_services: bool,
 }
 
 /// All subsystems of a daemon.
@@ -65,6 +72,11 @@ pub struct Subsystems {
     pub services: Translation,
     /// Announcements of LoadBalancer addresses.
     pub announcements: Announcements,
+    without_policies: bool,
+    without_names: bool,
+    without_services: bool,
+    /// Stand for those that are turned off.
+    off: [Off; 3],
 }
 
 impl Subsystems {
@@ -85,7 +97,25 @@ impl Subsystems {
             ),
             services: Translation::new(settings.ranges.clone()),
             announcements: Announcements::new(settings.ranges),
+            without_policies: settings.without_policies,
+            without_names: settings.without_names,
+            without_services: settings.without_services,
+            off: [Off; 3],
         }
+    }
+
+    /// Sets whether this host translates addresses of Services. Returns whether that is new; a full pass must follow then.
+    pub fn set_translates(&mut self, translates: bool) -> bool {
+        let before = std::mem::replace(&mut self.without_services, !translates);
+        if before == translates {
+            self.services.withdraw();
+        }
+        before == translates
+    }
+
+    /// Whether this host translates addresses of Services.
+    pub fn translates(&self) -> bool {
+        !self.without_services
     }
 
     /// Returns the subsystems in the order in which their plans are applied. Source checks and policies come first, so
@@ -103,7 +133,12 @@ impl Subsystems {
             names,
             services,
             announcements,
+            off: [no_policy, no_names, no_services],
+            ..
         } = self;
+        let policy: &mut dyn Subsystem = if self.without_policies { no_policy } else { policy };
+        let names: &mut dyn Subsystem = if self.without_names { no_names } else { names };
+        let services: &mut dyn Subsystem = if self.without_services { no_services } else { services };
         [guard, policy, base_filter, encryption, networks, publish, names, services, announcements]
     }
 }

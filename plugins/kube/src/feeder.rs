@@ -1,16 +1,21 @@
 //! Hands on to ovld what watchers tell: at once, again after ovld was restarted, and again what was not in force.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ovl_control::Balanced;
 use ovl_proto::resource::{Kind, Name, ResourceKey};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
+use crate::balance::{Addresses, Due, due};
 use crate::ovld::{Connection, Failure, name_of, names_of};
+use crate::refusals::Refusal;
+use crate::reports::Heard;
 use crate::store::{News, Store};
 use crate::watcher::Item;
+use crate::writer::Say;
 
 /// How often ovld is told again of what is not in force.
 const AGAIN: Duration = Duration::from_secs(10);
@@ -28,10 +33,21 @@ pub(crate) enum Feeds {
     Cluster,
 }
 
+/// What a feeder has beside the objects.
+#[derive(Debug, Clone)]
+pub(crate) struct Surroundings {
+    /// The control socket of ovld.
+    pub socket: PathBuf,
+    /// What ovld says.
+    pub heard: watch::Receiver<Option<Heard>>,
+    /// What is to be written to the API server.
+    pub say: mpsc::Sender<Say>,
+}
+
 /// A feeder.
 pub(crate) struct Feeder {
     feeds: Feeds,
-    socket: PathBuf,
+    surroundings: Surroundings,
     stores: Vec<Store>,
     /// Why a kind cannot be followed.
     troubles: watch::Sender<Vec<(Kind, String)>>,
@@ -40,6 +56,10 @@ pub(crate) struct Feeder {
     failures: u32,
     /// Before that time ovld is not asked again.
     not_before: Instant,
+    /// The statuses of Services that are to be written, until their objects change.
+    asked: BTreeMap<Name, Addresses>,
+    /// Whether Services, or what ovld says of them, may have changed since statuses were looked at.
+    unbalanced: bool,
 }
 
 impl Feeder {
@@ -47,22 +67,24 @@ impl Feeder {
     pub(crate) fn new(
         feeds: Feeds,
         kinds: &[Kind],
-        socket: PathBuf,
+        surroundings: Surroundings,
         troubles: watch::Sender<Vec<(Kind, String)>>,
     ) -> Self {
         Self {
             feeds,
-            socket,
+            surroundings,
             stores: kinds.iter().map(|kind| Store::new(*kind)).collect(),
             troubles,
             connection: None,
             failures: 0,
             not_before: Instant::now(),
+            asked: BTreeMap::new(),
+            unbalanced: false,
         }
     }
 
     /// Hands on what watchers tell, until there are none.
-    pub(crate) async fn run(mut self, mut items: mpsc::Receiver<Item>) {
+    pub(crate) async fn run(mut self, mut items: mpsc::Receiver<Item<Kind>>) {
         let mut again = tokio::time::interval(AGAIN);
         again.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -77,7 +99,14 @@ impl Feeder {
                     }
                 }
                 failure = closed(&mut self.connection) => self.lost(&failure),
-                _ = again.tick() => self.stores.iter_mut().for_each(Store::try_again),
+                _ = again.tick() => {
+                    self.stores.iter_mut().for_each(Store::try_again);
+                    self.asked.clear();
+                    self.unbalanced = true;
+                }
+                Ok(()) = self.surroundings.heard.changed(), if self.feeds == Feeds::Cluster => {
+                    self.unbalanced = true;
+                }
                 () = sleep_until(self.not_before), if waits => {}
             }
             if Instant::now() >= self.not_before
@@ -85,10 +114,51 @@ impl Feeder {
             {
                 self.lost(&failure);
             }
+            if self.feeds == Feeds::Cluster && std::mem::take(&mut self.unbalanced) {
+                self.balance();
+            }
         }
     }
 
-    fn take(&mut self, item: Item) {
+    /// Says the addresses of LoadBalancers to the API server.
+    fn balance(&mut self) {
+        let heard = self.surroundings.heard.borrow().clone();
+        let report = heard.and_then(|heard| heard.report);
+        let Some(balanced): Option<Balanced> = report.and_then(|report| report.balanced) else { return };
+        let Some(store) = self.stores.iter().find(|store| store.kind() == Kind::Service) else { return };
+        for due in due(store.objects(), &balanced) {
+            match due {
+                Due::Write(addresses) => {
+                    let name = &addresses.name;
+                    if self.asked.get(name) != Some(&addresses)
+                        && self.surroundings.say.try_send(Say::Addresses(addresses.clone())).is_ok()
+                    {
+                        self.asked.insert(name.clone(), addresses);
+                    }
+                }
+                Due::Refused(name, reason) => {
+                    let key = ResourceKey { kind: Kind::Service, name };
+                    self.refuse(&key, reason);
+                }
+            }
+        }
+    }
+
+    /// Says why an object is not in force. If too much is to be said, it is said later: it is tried again every few seconds.
+    fn refuse(&self, key: &ResourceKey, reason: &str) {
+        let store = self.stores.iter().find(|store| store.kind() == key.kind);
+        let uid = store.and_then(|store| store.get(&key.name)).map(|object| object.uid.clone());
+        let refusal = Refusal { key: key.clone(), uid: uid.unwrap_or_default(), reason: reason.to_owned() };
+        self.surroundings.say.try_send(Say::Refused(refusal)).ok();
+    }
+
+    fn take(&mut self, item: Item<Kind>) {
+        self.unbalanced |= matches!(
+            item,
+            Item::Listed(Kind::Service, ..)
+                | Item::Changed(Kind::Service, _)
+                | Item::Deleted(Kind::Service, _)
+        );
         match item {
             Item::Listed(kind, version, objects) => self.store(kind, |store| store.listed(version, objects)),
             Item::Changed(kind, object) => self.store(kind, |store| store.changed(object)),
@@ -138,7 +208,7 @@ impl Feeder {
         };
         let connection = match &mut self.connection {
             Some(connection) => connection,
-            none => none.insert(Connection::open(&self.socket).await?),
+            none => none.insert(Connection::open(&self.surroundings.socket).await?),
         };
         let news: Vec<News> = self.stores.iter_mut().filter_map(Store::take).collect();
         if news.is_empty() {
@@ -146,8 +216,9 @@ impl Feeder {
         }
         let told: Vec<(Kind, Vec<Name>)> =
             news.iter().map(|news| (news.kind, news.objects.iter().map(name_of).collect())).collect();
-        let failed: BTreeSet<ResourceKey> = connection.tell(cluster.as_deref(), news).await?;
+        let failed: BTreeMap<ResourceKey, String> = connection.tell(cluster.as_deref(), news).await?;
         self.failures = 0;
+        failed.iter().for_each(|(key, reason)| self.refuse(key, reason));
         for (kind, names) in told {
             self.store(kind, |store| store.note_failed(&names, &names_of(kind, &failed)));
         }

@@ -1,11 +1,15 @@
 //! The kinds that are followed: where the API server has them, and what of an object is handed on.
 
-use k8s_openapi::api::core::v1::{Namespace, Pod, Service};
+use std::fmt::{Display, Formatter};
+
+use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::Resource as _;
 use ovl_proto::resource::{Kind, Name};
 use serde_json::{Map, Value, json};
+
+use crate::status::Status;
 
 /// The kinds of the cluster's objects that one host mirrors for all. Pods are followed by the host of their node.
 pub(crate) const MIRRORED: [Kind; 4] =
@@ -22,12 +26,52 @@ pub(crate) fn path(kind: Kind) -> String {
     }
 }
 
+/// A kind that is followed.
+pub(crate) trait Followed: Copy + Display {
+    /// Returns the path of its objects in all namespaces.
+    fn path(self) -> String;
+
+    /// Reads an object that the API server sent.
+    fn read(self, value: Value) -> Result<Object, Unusable>;
+}
+
+impl Followed for Kind {
+    fn path(self) -> String {
+        path(self)
+    }
+
+    fn read(self, value: Value) -> Result<Object, Unusable> {
+        object(self, value)
+    }
+}
+
+/// The Nodes of the API server, which are no objects of ovl.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Nodes;
+
+impl Display for Nodes {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Node")
+    }
+}
+
+impl Followed for Nodes {
+    fn path(self) -> String {
+        Node::url_path(&(), None)
+    }
+
+    fn read(self, value: Value) -> Result<Object, Unusable> {
+        let (name, version) = identity(&self, &value)?;
+        Ok(Object { name, version, uid: String::new(), manifest: None, status: Status::default() })
+    }
+}
+
 /// Why an object cannot be handed on.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Unusable {
     /// It has no name.
     #[error("the API server sent a {0} without a name")]
-    NoName(Kind),
+    NoName(String),
     /// Its version is not a number.
     #[error("the API server sent {0} with the resourceVersion '{1}', which is not a number")]
     NoVersion(Name, String),
@@ -44,29 +88,45 @@ pub(crate) struct Object {
     pub uid: String,
     /// The manifest. `None` if the object does not concern ovl.
     pub manifest: Option<Value>,
+    /// The status of a Service. Empty for other kinds.
+    pub status: Status,
 }
 
 /// Reads an object that the API server sent, and leaves out what ovl has no use for.
 pub(crate) fn object(kind: Kind, mut value: Value) -> Result<Object, Unusable> {
-    let text = |path: &str| value.pointer(path).and_then(Value::as_str).unwrap_or_default().to_owned();
-    let name = Name::new(text("/metadata/namespace"), text("/metadata/name"));
+    let (name, version) = identity(&kind, &value)?;
+    let uid = text(&value, "/metadata/uid");
+    let status = if kind == Kind::Service { Status::of(&value) } else { Status::default() };
+    let manifest = if kind == Kind::Pod { pod(&value) } else { Some(others(kind, &mut value, &status)) };
+    Ok(Object { name, version, uid, manifest, status })
+}
+
+fn text(value: &Value, path: &str) -> String {
+    value.pointer(path).and_then(Value::as_str).unwrap_or_default().to_owned()
+}
+
+/// Returns the name and the version of an object.
+fn identity(kind: &dyn Display, value: &Value) -> Result<(Name, u64), Unusable> {
+    let name = Name::new(text(value, "/metadata/namespace"), text(value, "/metadata/name"));
     if name.name.is_empty() {
-        return Err(Unusable::NoName(kind));
+        return Err(Unusable::NoName(kind.to_string()));
     }
-    let version = text("/metadata/resourceVersion");
-    let Ok(version) = version.parse() else { return Err(Unusable::NoVersion(name, version)) };
-    let uid = text("/metadata/uid");
-    let manifest = if kind == Kind::Pod { pod(&value) } else { Some(others(kind, &mut value)) };
-    Ok(Object { name, version, uid, manifest })
+    let version = text(value, "/metadata/resourceVersion");
+    match version.parse() {
+        Ok(number) => Ok((name, number)),
+        Err(_) => Err(Unusable::NoVersion(name, version)),
+    }
 }
 
 /// Returns an object of a kind other than Pod, which is handed on nearly as it is.
-fn others(kind: Kind, value: &mut Value) -> Value {
+fn others(kind: Kind, value: &mut Value, status: &Status) -> Value {
     if let Some(fields) = value.as_object_mut() {
         // Lists leave them out of their items.
         fields.insert("apiVersion".to_owned(), kind.api_version().into());
         fields.insert("kind".to_owned(), kind.name().into());
         fields.remove("status");
+        // Addresses that another program gave it. What ovl wrote there itself is passed over by ovld.
+        fields.extend(status.manifest().map(|status| ("status".to_owned(), status)));
         if kind == Kind::Namespace {
             fields.remove("spec");
         }
@@ -166,7 +226,7 @@ mod tests {
 
     #[test]
     fn objects_without_a_name_or_an_ordered_version_are_refused() {
-        assert_eq!(object(Kind::Service, json!({})), Err(Unusable::NoName(Kind::Service)));
+        assert_eq!(object(Kind::Service, json!({})), Err(Unusable::NoName("Service".to_owned())));
         let value = json!({ "metadata": { "name": "web", "resourceVersion": "a7" } });
         assert_eq!(
             object(Kind::Namespace, value),

@@ -5,40 +5,61 @@
 //! * The cluster's objects: Namespaces, NetworkPolicies, Services, EndpointSlices. One host mirrors them for all; ovld says
 //!   whose turn it is.
 //!
+//! It writes back what the API server expects of a network: the addresses of LoadBalancers, Events about objects that are not
+//! in force, and the condition NetworkUnavailable of this host's Node.
+//!
 //! | module | content |
 //! | --- | --- |
 //! | [`watcher`] | lists and watches one kind at the API server |
 //! | [`position`] | what a watcher does next: decisions, without I/O |
-//! | [`kind`] | the kinds, and what of an object is handed on |
+//! | [`kind`], [`status`] | the kinds, and what of an object is handed on |
 //! | [`store`] | what the API server has, and what of that ovld was not told yet: without I/O |
 //! | [`feeder`] | tells ovld, and tells it again |
 //! | [`ovld`] | requests to ovld |
+//! | [`reports`] | the connection by which ovld says what is to be said to the API server |
+//! | [`conflist`] | the network configuration of the container runtime |
+//! | [`members`] | the hosts through which ovld joins, and which Nodes there are |
+//! | [`balance`], [`refusals`], [`condition`] | what is to be written: decisions, without I/O |
+//! | [`writer`], [`node`] | write it: statuses and Events, and the Node's condition |
 //! | [`turn`] | the connection that says that this program runs, and hears whose turn it is |
 
+mod balance;
+mod condition;
+mod conflist;
 mod feeder;
 mod kind;
+mod members;
+mod node;
 mod ovld;
 mod position;
 mod recorded;
+mod refusals;
+mod reports;
+mod status;
 mod store;
 mod turn;
 mod watcher;
+mod writer;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
 use clap::{CommandFactory as _, Parser};
+use futures_util::future::OptionFuture;
+use ipnet::IpNet;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 use ovl_proto::resource::Kind;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
-use crate::feeder::{Feeder, Feeds};
+use crate::conflist::Keeper;
+use crate::feeder::{Feeder, Feeds, Surroundings};
 use crate::turn::Turns;
+use crate::writer::Writer;
 
-/// How many items of a watcher wait at most to be handed on.
+/// How many items of a watcher wait at most to be handed on, and how many things to be written.
 const QUEUE: usize = 1000;
 
 /// Makes a Kubernetes API server one more source of what an ovl cluster knows: hands on to ovld the pods of this node, and
@@ -56,6 +77,15 @@ struct Args {
     /// The control socket of ovld
     #[arg(long, value_name = "PATH", env = "OVL_SOCKET", default_value = ovl_proto::DEFAULT_SOCKET)]
     socket: PathBuf,
+    /// The network configuration of the container runtime, written once pods become reachable; by default it is not written
+    #[arg(long, value_name = "PATH")]
+    conflist: Option<PathBuf>,
+    /// The network that pods are attached to
+    #[arg(long, value_name = "NET", default_value = "pods", requires = "conflist")]
+    network: String,
+    /// Create that network, routed and with this subnet, if there is none; may be repeated
+    #[arg(long = "subnet", value_name = "CIDR", requires = "conflist")]
+    subnets: Vec<IpNet>,
     /// How much to log
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     log: tracing::Level,
@@ -97,13 +127,31 @@ async fn run(args: Args) -> Result<()> {
     let (tell, items) = mpsc::channel(QUEUE);
     let selector = format!("spec.nodeName={node}");
     let watcher = watcher::follow(client.clone(), Kind::Pod, Some(selector), tell);
-    let feeder = Feeder::new(Feeds::Pods, &[Kind::Pod], args.socket.clone(), pod_troubles).run(items);
-    let turns = Turns::new(client, args.socket, own).run();
+    let (say, says) = mpsc::channel(QUEUE);
+    let (hear, heard) = watch::channel(None);
+    let (write_trouble, writes) = watch::channel(None);
+    let surroundings = Surroundings { socket: args.socket.clone(), heard: heard.clone(), say };
+    let feeder = Feeder::new(Feeds::Pods, &[Kind::Pod], surroundings.clone(), pod_troubles).run(items);
+    let joins = members::join(client.clone(), node.clone(), args.socket.clone(), heard.clone());
+    let keeper = args.conflist.map(|path| {
+        let (network, subnets, socket) = (args.network, args.subnets, args.socket.clone());
+        Keeper { path, network, subnets, socket }
+    });
+    let conflist = OptionFuture::from(keeper.map(|keeper| keeper.run(heard.clone())));
+    let reports = reports::listen(args.socket, hear);
+    let condition = node::keep(client.clone(), node.clone(), heard);
+    let writer = Writer::new(client.clone(), node.clone(), write_trouble).run(says);
+    let turns = Turns::new(client, surroundings, own, writes).run();
     tracing::info!(node, "follows the API server");
     tokio::select! {
         () = watcher => {}
         () = feeder => {}
         () = turns => {}
+        () = reports => {}
+        () = joins => {}
+        Some(()) = conflist => {}
+        () = condition => {}
+        () = writer => {}
         _ = terminated.recv() => {}
         _ = interrupted.recv() => {}
     }

@@ -1,12 +1,12 @@
 //! Requests to ovld over its control socket.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::Duration;
 
 use ovl_control::{
-    DeletedObject, DeletedPod, Document, ListedKind, MAX_REQUEST, Mirror, MirrorOffer, Mirrored, NodePods,
-    NotMirrored, Reply, Request,
+    ApiReport, DeletedObject, DeletedPod, Document, Join, ListedKind, MAX_REQUEST, Mirror, MirrorOffer,
+    Mirrored, NetworkCreate, NetworkInfo, NodePods, Nodes, NotMirrored, Reply, Request,
 };
 use ovl_proto::resource::{Kind, Name, ResourceKey};
 use serde_json::Value;
@@ -66,6 +66,53 @@ impl Connection {
         }
     }
 
+    /// Asks what is to be said to the API server. [`Self::report`] then tells.
+    pub(crate) async fn ask_report(&mut self) -> Result<(), Failure> {
+        self.write(&Request::ApiReport).await
+    }
+
+    /// Waits until ovld tells what is to be said to the API server.
+    pub(crate) async fn report(&mut self) -> Result<ApiReport, Failure> {
+        match self.read().await? {
+            Reply::ApiReport(report) => Ok(*report),
+            reply => Err(unexpected(reply)),
+        }
+    }
+
+    /// Names hosts to join through.
+    pub(crate) async fn join(&mut self, join: Join) -> Result<(), Failure> {
+        self.done(&Request::Join(join)).await
+    }
+
+    /// Says which Nodes there are.
+    pub(crate) async fn nodes(&mut self, names: BTreeSet<String>) -> Result<(), Failure> {
+        self.done(&Request::Nodes(Nodes { names })).await
+    }
+
+    /// Returns all networks.
+    pub(crate) async fn networks(&mut self) -> Result<Vec<NetworkInfo>, Failure> {
+        match self.request(&Request::NetworkLs).await? {
+            Reply::Networks(networks) => Ok(networks),
+            reply => Err(unexpected(reply)),
+        }
+    }
+
+    /// Creates a network.
+    pub(crate) async fn create_network(&mut self, create: NetworkCreate) -> Result<(), Failure> {
+        match self.request(&Request::NetworkCreate(create)).await? {
+            Reply::Network(_) => Ok(()),
+            reply => Err(unexpected(reply)),
+        }
+    }
+
+    /// Sends a request to which nothing is to be said.
+    async fn done(&mut self, request: &Request) -> Result<(), Failure> {
+        match self.request(request).await? {
+            Reply::Done => Ok(()),
+            reply => Err(unexpected(reply)),
+        }
+    }
+
     /// Waits until ovld closes the connection. It says nothing by itself.
     pub(crate) async fn closed(&mut self) -> Failure {
         match self.stream.fill_buf().await {
@@ -76,29 +123,23 @@ impl Connection {
     }
 
     /// Hands on what is new of some kinds. `cluster` is that of the API server; `None`: they are the pods of this node.
-    /// Returns the objects that are not in force.
+    /// Returns the objects that are not in force, each with the reason.
     pub(crate) async fn tell(
         &mut self,
         cluster: Option<&str>,
         news: Vec<News>,
-    ) -> Result<BTreeSet<ResourceKey>, Failure> {
+    ) -> Result<BTreeMap<ResourceKey, String>, Failure> {
         let Handed { staged, request } = hand_on(cluster, news)?;
         for documents in staged {
-            match self.request(&Request::Stage { documents }).await? {
-                Reply::Done => {}
-                reply => return Err(unexpected(reply)),
-            }
+            self.done(&Request::Stage { documents }).await?;
         }
         let Reply::Mirrored(mirrored) = self.request(&request).await? else {
             return Err(Failure::Unexpected);
         };
         let Mirrored { changed, stale, failed } = *mirrored;
         tracing::debug!(changed, stale, failed = failed.len(), "handed on");
-        // ovld says it in its status and its log, once. It is tried again every few seconds.
-        for NotMirrored { key, reason } in &failed {
-            tracing::debug!(%key, reason, "not in force as the API server has it");
-        }
-        Ok(failed.into_iter().map(|failed| failed.key).collect())
+        // It is tried again every few seconds.
+        Ok(failed.into_iter().map(|NotMirrored { key, reason }| (key, reason)).collect())
     }
 
     async fn request(&mut self, request: &Request) -> Result<Reply, Failure> {
@@ -196,8 +237,8 @@ pub(crate) fn name_of(object: &Value) -> Name {
 }
 
 /// Returns the names of a kind's objects among these keys.
-pub(crate) fn names_of(kind: Kind, keys: &BTreeSet<ResourceKey>) -> BTreeSet<Name> {
-    keys.iter().filter(|key| key.kind == kind).map(|key| key.name.clone()).collect()
+pub(crate) fn names_of(kind: Kind, keys: &BTreeMap<ResourceKey, String>) -> BTreeSet<Name> {
+    keys.keys().filter(|key| key.kind == kind).map(|key| key.name.clone()).collect()
 }
 
 #[cfg(test)]

@@ -63,6 +63,11 @@ impl Store {
         self.kind
     }
 
+    /// Returns all objects, by name.
+    pub(crate) fn objects(&self) -> impl Iterator<Item = &Object> {
+        self.objects.values()
+    }
+
     /// Returns an object.
     pub(crate) fn get(&self, name: &Name) -> Option<&Object> {
         self.objects.get(name)
@@ -138,10 +143,12 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::status::Status;
 
     fn object(name: &str, version: u64) -> Object {
         let manifest = Some(json!({ "name": name, "version": version }));
-        Object { name: Name::new("shop", name), version, uid: format!("uid-{name}"), manifest }
+        let status = Status::default();
+        Object { name: Name::new("shop", name), version, uid: format!("uid-{name}"), manifest, status }
     }
 
     fn names(news: &News) -> Vec<&str> {

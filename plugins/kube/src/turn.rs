@@ -1,7 +1,7 @@
 //! The connection that says to ovld that this program runs and reaches the API server, and hears whether it is this host's
 //! turn to mirror. While it is, the cluster's objects are followed.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use kube::Client;
@@ -12,8 +12,9 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use crate::QUEUE;
-use crate::feeder::{Feeder, Feeds};
-use crate::kind::MIRRORED;
+use crate::feeder::{Feeder, Feeds, Surroundings};
+use crate::kind::{MIRRORED, Nodes};
+use crate::members;
 use crate::ovld::{Connection, Failure};
 use crate::watcher;
 
@@ -30,9 +31,11 @@ type Troubles = Vec<(Kind, String)>;
 /// The turns of this host.
 pub(crate) struct Turns {
     client: Client,
-    socket: PathBuf,
+    surroundings: Surroundings,
     /// Troubles of the watcher of this node's pods, which says whether the API server is reached.
     own: watch::Receiver<Troubles>,
+    /// Why something cannot be written to the API server.
+    writes: watch::Receiver<Option<String>>,
     /// Troubles of the watchers of the cluster's objects.
     cluster: watch::Sender<Troubles>,
     /// What follows the cluster's objects, if it is this host's turn.
@@ -41,21 +44,47 @@ pub(crate) struct Turns {
 
 impl Turns {
     /// Creates the turns of this host.
-    pub(crate) fn new(client: Client, socket: PathBuf, own: watch::Receiver<Troubles>) -> Self {
-        Self { client, socket, own, cluster: watch::Sender::new(Vec::new()), mirror: JoinSet::new() }
+    pub(crate) fn new(
+        client: Client,
+        surroundings: Surroundings,
+        own: watch::Receiver<Troubles>,
+        writes: watch::Receiver<Option<String>>,
+    ) -> Self {
+        let (cluster, mirror) = (watch::Sender::new(Vec::new()), JoinSet::new());
+        Self { client, surroundings, own, writes, cluster, mirror }
+    }
+
+    /// Returns what is to be said to ovld now, and takes note of it.
+    fn offer(&mut self, cluster: &mut watch::Receiver<Troubles>) -> MirrorOffer {
+        offer(
+            &self.own.borrow_and_update(),
+            &cluster.borrow_and_update(),
+            self.writes.borrow_and_update().as_deref(),
+        )
+    }
+
+    /// Waits until a trouble begins or ends.
+    async fn changed(&mut self, cluster: &mut watch::Receiver<Troubles>) {
+        tokio::select! {
+            // A sender that is gone has ended with the program.
+            Ok(()) = self.own.changed() => {}
+            Ok(()) = self.writes.changed() => {}
+            Ok(()) = cluster.changed() => {}
+            else => std::future::pending().await,
+        }
     }
 
     /// Takes turns for ever.
     pub(crate) async fn run(mut self) {
-        let (mut own, mut cluster) = (self.own.clone(), self.cluster.subscribe());
+        let mut cluster = self.cluster.subscribe();
         // Until the first list has succeeded or failed, there is nothing to say.
-        if own.changed().await.is_err() {
+        if self.own.changed().await.is_err() {
             return;
         }
         loop {
-            let offer = offer(&own.borrow_and_update(), &cluster.borrow_and_update());
-            let failure = match connect(&self.socket, offer.clone()).await {
-                Ok((connection, acts)) => self.hold(connection, acts, offer, &mut own, &mut cluster).await,
+            let offer = self.offer(&mut cluster);
+            let failure = match connect(&self.surroundings.socket, offer.clone()).await {
+                Ok((connection, acts)) => self.hold(connection, acts, offer, &mut cluster).await,
                 Err(failure) => failure,
             };
             tracing::debug!(error = %failure, "ovld is asked again whose turn it is");
@@ -71,7 +100,6 @@ impl Turns {
         mut connection: Connection,
         acts: bool,
         mut said: MirrorOffer,
-        own: &mut watch::Receiver<Troubles>,
         cluster: &mut watch::Receiver<Troubles>,
     ) -> Failure {
         self.act(acts);
@@ -81,19 +109,19 @@ impl Turns {
                     Ok(acts) => self.act(acts),
                     Err(failure) => return failure,
                 },
-                () = changed(own, cluster) => {
-                    let mut now = offer(&own.borrow_and_update(), &cluster.borrow_and_update());
+                () = self.changed(cluster) => {
+                    let mut now = self.offer(cluster);
                     if now != said && now != MirrorOffer::default() {
                         // It may pass by itself.
                         timeout(LASTS, async { while now != MirrorOffer::default() {
-                            changed(own, cluster).await;
-                            now = offer(&own.borrow_and_update(), &cluster.borrow_and_update());
+                            self.changed(cluster).await;
+                            now = self.offer(cluster);
                         } }).await.ok();
                     }
                     if now == said {
                         continue;
                     }
-                    match connect(&self.socket, now.clone()).await {
+                    match connect(&self.surroundings.socket, now.clone()).await {
                         Ok((other, acts)) => {
                             (connection, said) = (other, now);
                             self.act(acts);
@@ -121,7 +149,10 @@ impl Turns {
         for kind in MIRRORED {
             self.mirror.spawn(watcher::follow(self.client.clone(), kind, None, tell.clone()));
         }
-        let feeder = Feeder::new(Feeds::Cluster, &MIRRORED, self.socket.clone(), self.cluster.clone());
+        let (tell, nodes) = mpsc::channel(QUEUE);
+        self.mirror.spawn(watcher::follow(self.client.clone(), Nodes, None, tell));
+        self.mirror.spawn(members::tell(self.surroundings.socket.clone(), nodes));
+        let feeder = Feeder::new(Feeds::Cluster, &MIRRORED, self.surroundings.clone(), self.cluster.clone());
         self.mirror.spawn(feeder.run(items));
     }
 }
@@ -134,22 +165,13 @@ async fn connect(socket: &Path, offer: MirrorOffer) -> Result<(Connection, bool)
     Ok((connection, acts))
 }
 
-/// Waits until a trouble begins or ends.
-async fn changed(own: &mut watch::Receiver<Troubles>, cluster: &mut watch::Receiver<Troubles>) {
-    tokio::select! {
-        // A sender that is gone has ended with the program.
-        Ok(()) = own.changed() => {}
-        Ok(()) = cluster.changed() => {}
-        else => std::future::pending().await,
-    }
-}
-
-/// Returns what is to be said of troubles with the watcher of this node's pods and with those of the cluster's objects.
-fn offer(own: &[(Kind, String)], cluster: &[(Kind, String)]) -> MirrorOffer {
+/// Returns what is to be said of troubles with the watcher of this node's pods, with those of the cluster's objects, and with
+/// what is written.
+fn offer(own: &[(Kind, String)], cluster: &[(Kind, String)], writes: Option<&str>) -> MirrorOffer {
     let sentence = |(kind, why): &(Kind, String)| format!("{kind} objects: {why}");
     MirrorOffer {
         unreachable: own.first().map(sentence),
-        trouble: cluster.first().map(sentence).filter(|_| own.is_empty()),
+        trouble: cluster.first().map(sentence).or(writes.map(str::to_owned)).filter(|_| own.is_empty()),
     }
 }
 
@@ -160,10 +182,12 @@ mod tests {
     #[test]
     fn only_trouble_with_the_own_pods_takes_the_turn_away() {
         let trouble = |kind| vec![(kind, "forbidden".to_owned())];
-        assert_eq!(offer(&[], &[]), MirrorOffer::default());
-        let said = offer(&[], &trouble(Kind::Service));
+        assert_eq!(offer(&[], &[], None), MirrorOffer::default());
+        let said = offer(&[], &trouble(Kind::Service), Some("cannot write"));
         assert_eq!((said.unreachable, said.trouble.as_deref()), (None, Some("Service objects: forbidden")));
-        let said = offer(&trouble(Kind::Pod), &trouble(Kind::Service));
+        let said = offer(&[], &[], Some("cannot write"));
+        assert_eq!((said.unreachable, said.trouble.as_deref()), (None, Some("cannot write")));
+        let said = offer(&trouble(Kind::Pod), &trouble(Kind::Service), Some("cannot write"));
         assert_eq!((said.unreachable.as_deref(), said.trouble), (Some("Pod objects: forbidden"), None));
     }
 }

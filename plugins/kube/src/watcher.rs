@@ -7,13 +7,12 @@ use futures_util::TryStreamExt as _;
 use kube::Client;
 use kube::api::{ListParams, WatchEvent, WatchParams};
 use kube::core::Request;
-use ovl_proto::resource::Kind;
 use serde::Deserialize;
 use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
-use crate::kind::{self, Object, Unusable};
+use crate::kind::{Followed, Object, Unusable};
 use crate::position::{End, Position, Step};
 
 /// How many objects a page of a list has.
@@ -27,15 +26,15 @@ const SILENT: Duration = Duration::from_secs(90);
 
 /// What a watcher tells.
 #[derive(Debug)]
-pub(crate) enum Item {
+pub(crate) enum Item<K> {
     /// All objects of a kind.
-    Listed(Kind, u64, Vec<Object>),
+    Listed(K, u64, Vec<Object>),
     /// An object was added or changed.
-    Changed(Kind, Object),
+    Changed(K, Object),
     /// An object was deleted.
-    Deleted(Kind, Object),
+    Deleted(K, Object),
     /// Why the API server cannot be followed. `None`: it can again.
-    Trouble(Kind, Option<String>),
+    Trouble(K, Option<String>),
 }
 
 /// Why a list or a watch has failed.
@@ -88,7 +87,12 @@ struct PageMeta {
 }
 
 /// Follows the objects of a kind that a field selector chooses, until nobody hears any more.
-pub(crate) async fn follow(client: Client, kind: Kind, selector: Option<String>, tell: mpsc::Sender<Item>) {
+pub(crate) async fn follow<K: Followed>(
+    client: Client,
+    kind: K,
+    selector: Option<String>,
+    tell: mpsc::Sender<Item<K>>,
+) {
     let mut position = Position::default();
     let mut troubled = false;
     loop {
@@ -113,12 +117,12 @@ pub(crate) async fn follow(client: Client, kind: Kind, selector: Option<String>,
 }
 
 /// Lists, or watches until the watch ends.
-async fn step(
+async fn step<K: Followed>(
     client: &Client,
-    kind: Kind,
+    kind: K,
     selector: Option<&str>,
     position: &mut Position,
-    tell: &mpsc::Sender<Item>,
+    tell: &mpsc::Sender<Item<K>>,
     troubled: &mut bool,
 ) -> Result<End, Failure> {
     if let Step::List = position.step() {
@@ -136,8 +140,7 @@ async fn step(
         bookmarks: true,
         ..WatchParams::default()
     };
-    let request =
-        Request::new(kind::path(kind)).watch(&params, &version.to_string()).map_err(request_error)?;
+    let request = Request::new(kind.path()).watch(&params, &version.to_string()).map_err(request_error)?;
     let events = timeout(LIST_WITHIN, client.request_events::<Value>(request)).await;
     let events = events.map_err(|_| Failure::Silent)??;
     let mut events = std::pin::pin!(events);
@@ -148,12 +151,12 @@ async fn step(
         };
         match event {
             WatchEvent::Added(value) | WatchEvent::Modified(value) => {
-                let object = kind::object(kind, value)?;
+                let object = kind.read(value)?;
                 position.seen(object.version);
                 tell.send(Item::Changed(kind, object)).await?;
             }
             WatchEvent::Deleted(value) => {
-                let object = kind::object(kind, value)?;
+                let object = kind.read(value)?;
                 position.seen(object.version);
                 tell.send(Item::Deleted(kind, object)).await?;
             }
@@ -168,7 +171,11 @@ async fn step(
 }
 
 /// Tells that a trouble is over.
-async fn settled(kind: Kind, tell: &mpsc::Sender<Item>, troubled: &mut bool) -> Result<(), Failure> {
+async fn settled<K: Followed>(
+    kind: K,
+    tell: &mpsc::Sender<Item<K>>,
+    troubled: &mut bool,
+) -> Result<(), Failure> {
     if std::mem::take(troubled) {
         tracing::info!(%kind, "follows the API server again");
     }
@@ -176,16 +183,20 @@ async fn settled(kind: Kind, tell: &mpsc::Sender<Item>, troubled: &mut bool) -> 
 }
 
 /// Lists all objects of a kind. Returns the version of the list.
-async fn list(client: &Client, kind: Kind, selector: Option<&str>) -> Result<(u64, Vec<Object>), Failure> {
+async fn list<K: Followed>(
+    client: &Client,
+    kind: K,
+    selector: Option<&str>,
+) -> Result<(u64, Vec<Object>), Failure> {
     let mut params =
         ListParams { field_selector: selector.map(str::to_owned), ..ListParams::default() }.limit(PAGE);
     let mut objects = Vec::new();
     loop {
-        let request = Request::new(kind::path(kind)).list(&params).map_err(request_error)?;
+        let request = Request::new(kind.path()).list(&params).map_err(request_error)?;
         let page = timeout(LIST_WITHIN, client.request::<Page>(request)).await;
         let Page { metadata, items } = page.map_err(|_| Failure::Silent)??;
         for value in items.unwrap_or_default() {
-            objects.push(kind::object(kind, value)?);
+            objects.push(kind.read(value)?);
         }
         // All pages have the version of the first one.
         let version = metadata.resource_version;

@@ -4,13 +4,68 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use ovl_proto::DEFAULT_SOCKET;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use crate::request::CniCall;
 use crate::stored;
 
 /// The supported versions of the CNI specification, oldest first.
 pub const CNI_VERSIONS: [&str; 4] = ["0.3.1", "0.4.0", "1.0.0", "1.1.0"];
+
+/// The plugin's file name, and the `type` in configurations.
+pub const CNI_PLUGIN: &str = "ovl-cni";
+/// The `cniVersion` for older runtimes, which do not know `cniVersions`.
+const SAFE_VERSION: &str = "1.0.0";
+
+/// A network configuration that makes container runtimes call `ovl-cni`.
+#[derive(Debug, Clone, Copy)]
+pub struct Conflist<'a> {
+    /// The name of the configuration.
+    pub name: &'a str,
+    /// The name or id of ovl's network.
+    pub network: &'a str,
+    /// The control socket of ovld.
+    pub socket: &'a Path,
+    /// The versions of the specification, oldest first.
+    pub versions: &'a [&'a str],
+    /// Whether the reference plugin portmap publishes ports, later in the chain, and not `ovl-cni`.
+    pub portmap: bool,
+}
+
+impl Conflist<'_> {
+    /// Returns the configuration as JSON.
+    pub fn to_json(&self) -> Value {
+        let mut plugin = json!({
+            "type": CNI_PLUGIN,
+            "network": self.network,
+            "capabilities": {
+                "bandwidth": true,
+                "dns": true,
+                "io.kubernetes.cri.pod-annotations": true,
+                "ips": true,
+                "mac": true,
+                // Published by one plugin of the chain.
+                "portMappings": !self.portmap,
+            },
+        });
+        if self.socket != Path::new(DEFAULT_SOCKET) {
+            plugin["socket"] = self.socket.to_string_lossy().into();
+        }
+        let mut plugins = vec![plugin];
+        if self.portmap {
+            plugins.push(json!({ "type": "portmap", "capabilities": { "portMappings": true } }));
+        }
+        let newest = self.versions.iter().find(|version| **version == SAFE_VERSION).or(self.versions.last());
+        json!({
+            "cniVersion": newest.unwrap_or(&SAFE_VERSION),
+            "cniVersions": self.versions,
+            "name": self.name,
+            "plugins": plugins,
+        })
+    }
+}
 
 /// A stored `DEL`, the content of one file.
 ///

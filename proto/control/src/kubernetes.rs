@@ -1,8 +1,13 @@
 //! The parts of requests and replies with which `ovl-kube` hands on what a Kubernetes API server has.
 
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use ovl_proto::resource::{Kind, ResourceKey, Source};
+use ovl_proto::id::NodeId;
+use ovl_proto::resource::{Kind, Name, ResourceKey, Source};
 
 /// A request to take over objects of a Kubernetes API server: the staged documents, each as the server has it, and what
 /// was deleted there.
@@ -96,6 +101,61 @@ pub struct NotMirrored {
     pub key: ResourceKey,
     /// Why, and what to do.
     pub reason: String,
+}
+
+/// Hosts to join through.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Join {
+    /// The addresses of hosts that may be members, at most [`Self::MOST`].
+    pub hosts: Vec<IpAddr>,
+    /// Whether this host is to begin a new cluster, if it is in none.
+    #[serde(default)]
+    pub begin: bool,
+}
+
+impl Join {
+    /// How many hosts are named at most: one that is a member is enough.
+    pub const MOST: usize = 16;
+}
+
+/// The Nodes of an API server.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Nodes {
+    /// The names of all Node objects.
+    pub names: BTreeSet<String>,
+}
+
+/// What ovld has to say to the API server.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ApiReport {
+    /// Why new pods of this host would fail, in a sentence. `None`: they would not.
+    pub unready: Option<String>,
+    /// The addresses of LoadBalancers. `None`: another host says them.
+    pub balanced: Option<Balanced>,
+    /// The id of this host, if it is in no cluster and is to join through the Nodes: see [`crate::Request::Join`].
+    pub seeks: Option<NodeId>,
+}
+
+/// The addresses of the Services of type LoadBalancer that ovl serves.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Balanced {
+    /// The pools of which ovl gives addresses. Whatever is not in one was written by another program.
+    pub pools: Vec<IpNet>,
+    /// The Services, by namespace and name.
+    pub services: Vec<BalancedService>,
+}
+
+/// A Service of type LoadBalancer that ovl serves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalancedService {
+    /// The Service.
+    pub name: Name,
+    /// The API's `resourceVersion` of the state for which these are its addresses.
+    pub version: u64,
+    /// Its addresses of the pool. Empty if none is free.
+    pub addresses: Vec<IpAddr>,
 }
 
 /// Where a mirrored object comes from, as `ovlctl get -o json` shows it.

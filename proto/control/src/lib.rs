@@ -2,7 +2,8 @@
 //!
 //! The client writes one [`Request`] as a line of JSON and reads one [`Reply`] as a line of JSON. Then it may write
 //! the next request. The replies to [`Request::Events`] are [`Reply::Events`] lines until the client closes the
-//! connection, and those to [`Request::MirrorTurn`] are [`Reply::MirrorTurn`] lines. A request line has at most [`MAX_REQUEST`] bytes.
+//! connection. So are those to [`Request::MirrorTurn`] [`Reply::MirrorTurn`] lines, and those to [`Request::ApiReport`]
+//! [`Reply::ApiReport`] lines. A request line has at most [`MAX_REQUEST`] bytes.
 //!
 //! `ovlctl -o json` prints the types of this crate. Field names are stable, see `docs/cli.md`.
 
@@ -21,7 +22,7 @@ mod stored;
 pub use ovl_proto::record::PeerState;
 
 pub use client::{Client, ClientError};
-pub use cni::{CNI_VERSIONS, CniDeleted};
+pub use cni::{CNI_PLUGIN, CNI_VERSIONS, CniDeleted, Conflist};
 pub use docker::DockerDeleted;
 pub use doctor::{Check, CheckResult, Diagnosis, Finding, HostDiagnosis};
 pub use kubernetes::*;

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::doctor::Diagnosis;
-use crate::kubernetes::Mirrored;
+use crate::kubernetes::{ApiReport, Mirrored};
 use crate::resources::{AppliedAll, ManifestProblem, ResourceInfo, ServiceBackends};
 use ovl_proto::id::{ClusterKeyId, Mac, NetworkId, NodeId, TunnelKey};
 use ovl_proto::object::{Backend, Driver, Mode};
@@ -83,6 +83,8 @@ pub enum Reply {
         /// Whether it is.
         acts: bool,
     },
+    /// What ovld has to say to the API server.
+    ApiReport(Box<ApiReport>),
     /// What was done with objects of an API server.
     Mirrored(Box<Mirrored>),
     /// Kubernetes objects.

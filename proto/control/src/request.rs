@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::kubernetes::{Mirror, MirrorOffer, NodePods};
+use crate::kubernetes::{Join, Mirror, MirrorOffer, NodePods, Nodes};
 use crate::resources::{Apply, Document, ResourceQuery};
 use ovl_proto::bandwidth::Bandwidth;
 use ovl_proto::id::{Mac, NodeId};
@@ -221,11 +221,19 @@ pub enum Request {
     /// Says that `ovl-kube` runs, for as long as the connection lasts. Whenever it changes whether this host is to mirror
     /// the API server's objects, and at first: [`crate::Reply::MirrorTurn`].
     MirrorTurn(MirrorOffer),
+    /// Asks what ovld has to say to the API server, for as long as the connection lasts. Whenever it changes, and at first:
+    /// [`crate::Reply::ApiReport`].
+    ApiReport,
     /// Takes over objects of a Kubernetes API server, each by itself: [`crate::Reply::Mirrored`]. Refused on a host whose
     /// turn it is not.
     Mirror(Mirror),
     /// Takes over what the API server says of the pods of this host: [`crate::Reply::Mirrored`].
     NodePods(NodePods),
+    /// Names hosts to join through, to an ovld that is to join through the Nodes of an API server: [`crate::Reply::Done`].
+    Join(Join),
+    /// Says which Nodes an API server has, on the host whose turn it is to mirror: [`crate::Reply::Done`]. Members that are
+    /// lost and whose Node was deleted are forgotten.
+    Nodes(Nodes),
     /// Lists objects by namespace and name: [`crate::Reply::Resources`].
     Get(ResourceQuery),
     /// Lists Services with their backends, by namespace and name: [`crate::Reply::Backends`]. The kind of the query

@@ -442,14 +442,14 @@ pub(crate) const FAULTS: &[Fault] = &[
     fault(
         "kube-proxy",
         "rules of kube-proxy in iptables",
-        "OVL-E067",
-        "KUBE-SERVICES",
-        Host("iptables -t nat -N KUBE-SERVICES", "iptables -t nat -X KUBE-SERVICES"),
+        "OVL-E092",
+        "KUBE-FORWARD",
+        Host("iptables -N KUBE-FORWARD", "iptables -X KUBE-FORWARD"),
     ),
     fault(
         "kube-proxy",
         "rules of kube-proxy in nftables",
-        "OVL-E067",
+        "OVL-E092",
         "kube-proxy",
         Host("nft 'table ip kube-proxy { chain services { }; }'", "nft delete table ip kube-proxy"),
     ),

@@ -60,7 +60,7 @@ pub(crate) struct World {
 impl World {
     /// Builds the lab, and waits until everything works.
     pub(crate) fn build() -> Result<Self> {
-        let (config, resolv_conf) = resolver::config(3, &[&RESOLVER.to_string()], "")?;
+        let (config, resolv_conf) = resolver::config(3, &[&RESOLVER.to_string()], "proxy = \"on\"")?;
         let lab = Lab::new(config)?;
         let disk = SmallDisk::mount(lab["h1"].state_dir())?;
         for host in lab.hosts() {

@@ -54,6 +54,7 @@ pub(crate) fn node(n: u8) -> Node {
             metrics_port: 0,
             zone: String::new(),
             mirrors: false,
+            is_node: false,
             unknown: Unknown::default(),
         },
         state: PeerState::Alive,

@@ -228,6 +228,11 @@ impl Gossip {
         state.book.set_known(&known, Instant::now());
     }
 
+    /// Sets hosts to join besides the configured ones. Of many, some are used.
+    pub fn set_joined(&self, hosts: &[SocketAddr]) {
+        self.seeds.set_found(hosts);
+    }
+
     /// Sets the MTU of the underlay device.
     pub fn set_link_mtu(&self, mtu: u16) {
         self.hub.lock().book.set_link_mtu(mtu, Instant::now());

@@ -66,7 +66,7 @@ impl Seeds {
         seeds.retain(|seed| seed.name != name);
         let now = Instant::now();
         let mut found = found.filter(|addr| addr.is_ipv4() == self.own.is_ipv4()).peekable();
-        if found.peek().is_none() {
+        if found.peek().is_none() && !name.is_empty() {
             let family = if self.own.is_ipv4() { "IPv4" } else { "IPv6" };
             warn!(%name, "ignored an address to join: it is not {family}, the family of this host's address");
         }
@@ -78,6 +78,11 @@ impl Seeds {
         }));
         drop(seeds);
         self.changed.notify_one();
+    }
+
+    /// Sets the hosts that were found otherwise than by a name. Of many, the first ones are used.
+    pub(super) fn set_found(&self, found: &[SocketAddr]) {
+        self.set("", found.iter().copied());
     }
 
     /// Resolves an entry repeatedly. Returns at once for an address.

@@ -46,6 +46,7 @@ fn record_at(identity: &Identity, address: SocketAddr, generation: u64) -> NodeR
         metrics_port: 0,
         zone: String::new(),
         mirrors: false,
+        is_node: false,
         unknown: Unknown::default(),
     }
 }

@@ -21,6 +21,7 @@ pub(crate) fn settings() -> Settings {
         walk_search_lists: true,
         cluster_dns: vec![[10, 96, 0, 10].into()],
         ranges: ranges(),
+        ..Settings::default()
     }
 }
 

@@ -1,0 +1,92 @@
+//! Which parts of the work for Kubernetes a host does: translation of Services, DNS, network policies.
+
+use ovl_dataplane::observed::Foreign;
+use serde::Deserialize;
+
+/// Whether Services are translated.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum ProxyMode {
+    /// Unless a kube-proxy does it.
+    #[default]
+    Auto,
+    /// Always.
+    On,
+    /// Never.
+    Off,
+}
+
+impl ProxyMode {
+    /// Whether ovl translates. `kube_proxy`: whether a kube-proxy translates on this host.
+    pub(crate) fn translates(self, kube_proxy: bool) -> bool {
+        match self {
+            Self::Auto => !kube_proxy,
+            Self::On => true,
+            Self::Off => false,
+        }
+    }
+}
+
+/// Whether something is done.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Switch {
+    /// It is.
+    #[default]
+    On,
+    /// It is not.
+    Off,
+}
+
+impl Switch {
+    /// Whether it is done.
+    pub(crate) fn is_on(self) -> bool {
+        self == Self::On
+    }
+}
+
+/// The chain that kube-proxy has in its modes iptables and ipvs. The kubelet has others.
+const CHAIN: &str = "KUBE-FORWARD";
+/// The nftables table of its mode nftables.
+const TABLE: &str = "kube-proxy";
+
+/// Whether a kube-proxy translates Services on this host, by its rules.
+pub(crate) fn has_kube_proxy(foreign: &Foreign) -> bool {
+    foreign.iptables.iter().any(|table| table.has_chain(CHAIN))
+        || foreign.chains.iter().any(|chain| chain.table == TABLE)
+}
+
+#[cfg(test)]
+mod tests {
+    use ovl_dataplane::observed::{Chain, Iptables};
+
+    use super::*;
+
+    #[test]
+    fn kube_proxy_is_known_by_its_rules() {
+        let iptables = |chain: &str| Iptables {
+            tool: "iptables-nft".to_owned(),
+            v4: true,
+            lines: vec![":FORWARD ACCEPT [0:0]".to_owned(), format!(":{chain} - [0:0]")],
+        };
+        let of = |iptables, chains| has_kube_proxy(&Foreign { iptables, chains });
+        assert!(!of(Vec::new(), Vec::new()));
+        assert!(!of(vec![iptables("KUBE-FIREWALL")], Vec::new()));
+        assert!(of(vec![iptables("KUBE-FORWARD")], Vec::new()));
+        let chain = Chain {
+            family: "ip".to_owned(),
+            table: "kube-proxy".to_owned(),
+            name: "filter-forward".to_owned(),
+            drops: false,
+            text: String::new(),
+        };
+        assert!(of(Vec::new(), vec![chain]));
+    }
+
+    #[test]
+    fn only_auto_gives_way() {
+        let all = [ProxyMode::Auto, ProxyMode::On, ProxyMode::Off]
+            .map(|mode| (mode.translates(false), mode.translates(true)));
+        assert_eq!(all, [(true, false), (true, true), (false, false)]);
+    }
+}

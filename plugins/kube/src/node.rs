@@ -1,0 +1,72 @@
+//! Keeps the condition NetworkUnavailable of this host's Node.
+
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{GetParams, Patch, PatchParams};
+use kube::core::Request;
+use kube::{Client, Resource as _};
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
+
+use crate::condition::{Condition, Health, due, reconsider_in};
+use crate::reports::Heard;
+use crate::writer::{WriteError, send};
+
+/// How often the Node is looked at: another program may have changed it, or it was made anew.
+const LOOK: Duration = Duration::from_secs(60);
+/// The wait after a failure: at first there may be no such Node.
+const AGAIN: Duration = Duration::from_secs(5);
+
+/// Keeps the condition of a Node for ever.
+pub(crate) async fn keep(client: Client, node: String, mut heard: watch::Receiver<Option<Heard>>) {
+    let mut failed = false;
+    loop {
+        let Some(Heard { report, since }) = heard.borrow_and_update().clone() else {
+            if heard.changed().await.is_err() {
+                return;
+            }
+            continue;
+        };
+        let health = match report {
+            None => Health::Silent,
+            Some(report) => report.unready.map_or(Health::Ready, Health::Unready),
+        };
+        let wait = match look(&client, &node, &health, since.elapsed()).await {
+            Ok(()) => {
+                failed = false;
+                reconsider_in(&health, since.elapsed()).unwrap_or(LOOK)
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut failed, true) {
+                    tracing::warn!(node, %error, "cannot say at the Node whether its network is available");
+                }
+                AGAIN
+            }
+        };
+        match timeout(wait, heard.changed()).await {
+            Ok(Err(_)) => return,
+            // What is said often is looked at not more often than that.
+            Ok(Ok(())) => sleep(Duration::from_millis(200)).await,
+            Err(_) => {}
+        }
+    }
+}
+
+/// Looks at the Node, and writes its condition if it is to be another one.
+async fn look(client: &Client, node: &str, health: &Health, lasted: Duration) -> Result<(), WriteError> {
+    let path = Node::url_path(&(), None);
+    // As a cache of the server has it.
+    let params = GetParams { resource_version: Some("0".to_owned()) };
+    let found = send(client, Request::new(path.clone()).get(node, &params)).await?;
+    let now = serde_json::to_value(Time(Timestamp::now()))?;
+    let now = now.as_str().unwrap_or_default();
+    let Some(condition) = due(Condition::of(&found).as_ref(), health, lasted, now) else { return Ok(()) };
+    let patch = Patch::Strategic(condition.patch(now));
+    let request = Request::new(path).patch_subresource("status", node, &PatchParams::default(), &patch);
+    send(client, request).await?;
+    tracing::info!(?health, "wrote the condition NetworkUnavailable of the Node");
+    Ok(())
+}
