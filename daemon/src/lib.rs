@@ -37,6 +37,7 @@ mod progress;
 mod publish;
 mod sandboxes;
 mod store;
+mod trace;
 mod web;
 mod workloads;
 #[cfg(test)]

@@ -44,6 +44,7 @@ mod sysctl;
 mod tables;
 #[cfg(test)]
 mod tests;
+mod trace;
 mod tunnel;
 mod watch;
 mod wireguard;
@@ -87,6 +88,7 @@ pub use sandbox::{
 };
 pub use simulated::SimulatedKernel;
 pub use sys::{own_addresses, return_free_memory};
+pub use trace::{TraceProbe, TraceWatch, WatchSpec, listens, remove_left_traces};
 pub use tunnel::{TunnelPeerStatus, TunnelStatus};
 
 /// A change in the kernel that ovld did not make. The channel holds at most one event of each kind.

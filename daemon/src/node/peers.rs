@@ -120,7 +120,7 @@ impl Node {
     }
 
     /// Handles an event of the streams.
-    pub(super) fn on_link(&self, event: StreamEvent) {
+    pub(super) fn on_link(self: &Rc<Self>, event: StreamEvent) {
         match event {
             StreamEvent::Up(peer) => self.greet(peer),
             StreamEvent::Down(peer) => tracing::debug!(%peer, "stream down"),
@@ -136,7 +136,7 @@ impl Node {
         }
     }
 
-    fn on_message(&self, from: NodeId, key: ClusterKeyId, message: Message) {
+    fn on_message(self: &Rc<Self>, from: NodeId, key: ClusterKeyId, message: Message) {
         if !self.may_say(from, key, &message) {
             tracing::debug!(%from, "not from a member: passed over");
             return;
@@ -156,6 +156,10 @@ impl Node {
             Message::ObjectWant(wanted) => self.send_objects(from, wanted),
             Message::Alloc(message) => self.on_alloc(from, message),
             Message::LeaseRequest { id, network, wish } => self.grant_lease(from, id, network, wish),
+            Message::TraceAsk { id, ask } => self.take_trace_ask(from, id, ask),
+            Message::TraceReply { id, result } => {
+                self.state.borrow_mut().traces.answer(id, from, result);
+            }
             // A host that is not a member cannot know which key a majority has chosen.
             Message::ClusterKey(secret) => {
                 if self.state.borrow().is_member() {
@@ -223,6 +227,8 @@ impl Node {
             | Message::ObjectIndex(_)
             | Message::LeaseRequest { .. }
             | Message::LeaseReply { .. }
+            | Message::TraceAsk { .. }
+            | Message::TraceReply { .. }
             | Message::ClusterKey(_) => false,
         }
     }
