@@ -77,8 +77,8 @@ fn render(trace: &Trace, output: Output) -> String {
     if !agree {
         say(
             "disagree",
-            "the model and the probe do not agree: please report this with `ovlctl bugreport` if no other \
-                         program is the cause",
+            "the model does not know what the probe met, such as a rule of another program. If there is none, report \
+             it with `ovlctl bugreport`",
         );
     }
     for note in notes {

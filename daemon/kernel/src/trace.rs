@@ -17,14 +17,15 @@ mod reasons;
 mod rules;
 
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use nix::sys::socket::{LinkAddr, recvfrom};
+use nix::sys::socket::{ControlMessageOwned, LinkAddr, MsgFlags, recvmsg, setsockopt, sockopt};
+use nix::sys::time::TimeSpec;
 use ovl_dataplane::passage::{PacketKind, Passage, Sighting};
 use socket2::{Domain, Socket, Type};
 use tokio::sync::oneshot;
@@ -176,6 +177,7 @@ impl Watch {
                 break;
             }
         }
+        self.passage.sightings.sort_by_key(|seen| seen.at_us);
         if let Some(reasons) = self.reasons.take() {
             self.passage.reasons = reasons.finish(&self.passage.sightings);
         }
@@ -212,6 +214,7 @@ impl Capture {
         let socket = Socket::new(Domain::PACKET, Type::DGRAM, None)?;
         socket.attach_filter(&packet::filter(cookie))?;
         socket.set_nonblocking(true)?;
+        setsockopt(&socket, sockopt::ReceiveTimestampns, &true)?;
         sys::receive_all_packets(socket.as_fd())?;
         let names = nix::net::if_::if_nameindex()?;
         let names = names.iter().map(|each| (each.index(), each.name().to_string_lossy().into_owned()));
@@ -222,8 +225,9 @@ impl Capture {
     fn drain(&mut self, at_us: u64, sightings: &mut Vec<Sighting>) {
         /// `PACKET_OUTGOING` of `linux/if_packet.h`.
         const OUTGOING: u8 = 4;
-        while let Ok((length, Some(from))) = recvfrom::<LinkAddr>(self.socket.as_raw_fd(), &mut self.buffer) {
+        while let Ok((length, from, stamp)) = receive(&self.socket, &mut self.buffer) {
             let bytes = self.buffer.get(..length).unwrap_or_default();
+            let at_us = stamp.unwrap_or(at_us);
             let Some(packet) = packet::parse(bytes, self.cookie) else { continue };
             let index = u32::try_from(from.ifindex()).unwrap_or_default();
             if sightings.len() < MOST {
@@ -240,6 +244,21 @@ impl Capture {
             }
         }
     }
+}
+
+/// Receives a packet: its length, the device, and when it was there, in microseconds since 1970.
+fn receive(socket: &Socket, buffer: &mut [u8]) -> nix::Result<(usize, LinkAddr, Option<u64>)> {
+    let mut part = [IoSliceMut::new(buffer)];
+    let mut space = nix::cmsg_space!(TimeSpec);
+    let received =
+        recvmsg::<LinkAddr>(socket.as_raw_fd(), &mut part, Some(&mut space), MsgFlags::empty())?;
+    let stamp = received.cmsgs()?.find_map(|message| match message {
+        ControlMessageOwned::ScmTimestampns(time) => {
+            u64::try_from(time.tv_sec() * 1_000_000 + time.tv_nsec() / 1000).ok()
+        }
+        _ => None,
+    });
+    Ok((received.bytes, received.address.ok_or(nix::errno::Errno::EINVAL)?, stamp))
 }
 
 fn now_us() -> u64 {

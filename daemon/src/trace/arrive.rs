@@ -188,11 +188,11 @@ fn listening(kind: ProbeKind, to: IpAddr, listens: Option<bool>, exec: &str, nam
     let (flag, word, port) = match kind {
         ProbeKind::Echo => {
             let detail = format!("{to} on {name}: the kernel answers");
-            return Step::passes(
-                Stage::Destination,
-                detail,
-                format!("{exec} ip addr show dev {name}").trim(),
-            );
+            let command = match exec.is_empty() {
+                true => "ip addr".to_owned(),
+                false => format!("{exec} ip addr show dev {name}"),
+            };
+            return Step::passes(Stage::Destination, detail, command);
         }
         ProbeKind::Tcp(port) => ("t", "TCP", port),
         ProbeKind::Udp(port) => ("u", "UDP", port),

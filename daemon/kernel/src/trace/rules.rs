@@ -128,10 +128,7 @@ impl RuleTrace {
     pub(super) fn finish(mut self) -> Vec<FilterDrop> {
         let mut drops = std::mem::take(&mut self.drops);
         for (drop, handle) in &mut drops {
-            let Some(handle) = handle else { continue };
-            if let Some(rule) = rule_text(drop, *handle) {
-                drop.rule = Some(rule);
-            }
+            look_up(drop, *handle);
         }
         drops.into_iter().map(|(drop, _)| drop).collect()
     }
@@ -291,9 +288,25 @@ pub(super) fn remove_left() -> Result<()> {
     if text.is_empty() { Ok(()) } else { change(&text) }
 }
 
-/// Returns the rule of a chain with a handle, as `nft` prints it.
-fn rule_text(drop: &FilterDrop, handle: u64) -> Option<String> {
-    let chain = list(&["-a", "-n", "list", "chain", &drop.family, &drop.table, &drop.chain]).ok()?;
+/// Completes what is known of a drop. A message has the family of the packet, and the table may be one of `inet`.
+fn look_up(drop: &mut FilterDrop, handle: Option<u64>) {
+    for family in [drop.family.clone(), "inet".to_owned()] {
+        let Ok(chain) = list(&["-a", "-n", "list", "chain", &family, &drop.table, &drop.chain]) else {
+            continue;
+        };
+        let Some(handle) = handle else {
+            drop.family = family;
+            return;
+        };
+        if let Some(rule) = rule_text(&chain, handle) {
+            (drop.family, drop.rule) = (family, Some(rule));
+            return;
+        }
+    }
+}
+
+/// Returns the rule with a handle in a chain, as `nft` prints it.
+fn rule_text(chain: &str, handle: u64) -> Option<String> {
     let behind = format!(" # handle {handle}");
     let line = chain.lines().map(str::trim).find_map(|line| line.strip_suffix(&behind))?;
     // The counters of a moment say nothing.
@@ -356,6 +369,15 @@ mod tests {
         for cut in 0..payload.len() {
             Event::read(&payload[..cut]);
         }
+    }
+
+    #[test]
+    fn rule_is_found_by_its_handle_and_has_no_counts() {
+        let chain = "table inet f {\n\tchain c { # handle 1\n\t\tudp dport 4789 counter packets 3 bytes 99 drop # handle 12\n\
+                     \t\tip protocol 1 drop # handle 2\n\t}\n}\n";
+        assert_eq!(rule_text(chain, 12).as_deref(), Some("udp dport 4789 counter drop"));
+        assert_eq!(rule_text(chain, 2).as_deref(), Some("ip protocol 1 drop"));
+        assert_eq!(rule_text(chain, 3), None);
     }
 
     #[test]
