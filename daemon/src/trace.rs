@@ -24,6 +24,8 @@ use self::step::{Arrival, Step};
 /// The maximum number of traces in which a host takes part at a time.
 const MOST: usize = 4;
 
+/// The maximum number of questions of other hosts that are answered at a time: each reads the kernel's entries.
+const MOST_ANSWERS: usize = 16;
 /// The maximum number of watches of one trace on a host.
 const MOST_WATCHES: usize = 8;
 
@@ -68,6 +70,7 @@ pub(crate) struct Traces {
     /// What is watched, by the host that asked for it and the cookie of the probe. Each backend of a Service has a watch.
     watched: HashMap<(NodeId, u32), Vec<TraceWatch>>,
     running: usize,
+    answering: usize,
 }
 
 impl Traces {
@@ -91,6 +94,18 @@ impl Traces {
             // The requester may have given up.
             let _ = tell.send(result);
         }
+    }
+
+    /// Begins to answer a question of another host. Returns false if there are too many.
+    pub(crate) fn begin_answer(&mut self) -> bool {
+        let free = self.answering < MOST_ANSWERS;
+        self.answering += usize::from(free);
+        free
+    }
+
+    /// Ends what [`Self::begin_answer`] began.
+    pub(crate) fn end_answer(&mut self) {
+        self.answering = self.answering.saturating_sub(1);
     }
 
     /// Begins a trace, or a part of one. Returns false if there are too many.

@@ -589,9 +589,15 @@ impl Node {
 
     /// Answers [`Message::TraceAsk`] of a member.
     pub(super) fn take_trace_ask(self: &Rc<Self>, from: NodeId, id: u64, ask: String) {
+        if !self.state.borrow_mut().traces.begin_answer() {
+            let result = Err("it answers other traces: try again".to_owned());
+            self.links().send(from, &Message::TraceReply { id, result });
+            return;
+        }
         let node = Rc::clone(self);
         tokio::task::spawn_local(async move {
             let result = node.answer_trace(from, &ask).await.map_err(|failed| failed.0.message);
+            node.state.borrow_mut().traces.end_answer();
             let result =
                 result.and_then(|said| serde_json::to_string(&said).map_err(|error| error.to_string()));
             let result = result.and_then(|said| match said.len() <= MAX_TRACE {

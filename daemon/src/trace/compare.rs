@@ -90,7 +90,7 @@ pub(crate) fn compare(known: Known, kind: ProbeKind) -> Trace {
         (false, None, Some((_, step))) => (Some(step.detail.clone()), Some(step.advice.clone())),
         (false, None, None) => (Some(model.why.clone()), None),
     };
-    let hops = known.hops();
+    let hops = known.hops(kind);
     let mut notes = known.notes.clone();
     let passages = [Some(&known.source), known.destination.as_ref()].into_iter().flatten();
     for end in passages {
@@ -151,7 +151,7 @@ impl Known {
         passage.map_or(&[], |passage| &passage.sightings)
     }
 
-    fn hops(&self) -> Vec<TraceHop> {
+    fn hops(&self, kind: ProbeKind) -> Vec<TraceHop> {
         let ends = [Some(&self.source), self.destination.as_ref()].into_iter().flatten();
         let mut hops: Vec<TraceHop> = ends
             .flat_map(|end| {
@@ -171,7 +171,9 @@ impl Known {
                 })
             })
             .collect();
-        hops.extend(self.answer_hop());
+        // Most programs do not answer a datagram that they do not understand.
+        let is_answered = !matches!(kind, ProbeKind::Udp(_)) || self.answered().is_some();
+        hops.extend(self.answer_hop().filter(|_| is_answered));
         hops
     }
 
@@ -409,7 +411,7 @@ impl Judge<'_> {
             ),
         };
         let why = format!("{why}{}", self.reasons());
-        Judged { arrives: Some(false), why, advice: Some(advice.to_owned()), is_foreign: true }
+        Judged { arrives: Some(false), why, advice: Some(advice.to_owned()), is_foreign: false }
     }
 
     /// The probe did not reach its destination, and no rule is known that dropped it.
@@ -457,9 +459,8 @@ impl Judge<'_> {
                 "look at `ovlctl peers` and `ovlctl status` on the other host".to_owned(),
             ),
         };
-        let is_foreign = next.is_some_and(|(_, step)| step.stage != Stage::Destination);
         let why = format!("{at}{why}{}", self.reasons());
-        Judged { arrives: Some(false), why, advice: Some(advice), is_foreign }
+        Judged { arrives: Some(false), why, advice: Some(advice), is_foreign: false }
     }
 
     /// What the kernels of both hosts said of packets that they dropped at that moment.

@@ -425,8 +425,21 @@ fn to_endpoint(here: &Here<'_>, flow: Flow<'_>, placed: Placed<'_>, is_translate
     if host != view.me {
         way.steps.push(liveness(here, placed.node));
     }
-    // What leaves the network of its sender for another host is masqueraded there.
     let is_foreign = flow.from.is_some_and(|from| from.network != network.id);
+    // Translation on this host counts here alone: on the other host the packet comes out of VXLAN with a foreign source.
+    if is_foreign && host != view.me && network.mode == Mode::L3 && carriage != Carriage::Plain {
+        way.steps.push(Step::stops(
+            Stage::Isolation,
+            format!(
+                "the sender is on another network than {}, and host {} keeps them apart: a Service or a port leads to \
+                 another network's endpoints on the own host alone",
+                network.name, placed.node.record.name
+            ),
+            "nft list chain inet ovl forward",
+            "give the Service backends on the network of its clients",
+        ));
+    }
+    // What leaves the network of its sender for another host is masqueraded.
     let gateway = view.first_gateway(network.id, view.me, way.to.0);
     let source = match gateway.filter(|_| is_foreign && host != view.me && network.mode == Mode::L3) {
         Some(gateway) => gateway,
