@@ -12,7 +12,8 @@ use ovl_proto::DEFAULT_SOCKET;
 use crate::command::resource::jsonpath::{self, Template};
 use crate::command::{
     attach, bugreport, cni, completions, detach, dns, endpoint, endpoints, events, exec, fdb, key, lifecycle,
-    man, metrics, network, peers, plan, policy, recover, resource, routes, sandbox, status, subnets, trace, verify,
+    man, metrics, network, peers, plan, policy, recover, resource, routes, sandbox, status, subnets, trace,
+    verify,
 };
 use crate::context::Context;
 use crate::error::{Error, Result};

@@ -81,8 +81,15 @@ impl Liar {
         let (tell, events) = mpsc::channel(1024);
         let streams = Streams::start(config, tell).await?;
         streams.set_peers(hosts.clone());
-        let mut liar =
-            Self { identity, streams, events, hosts: hosts.clone(), up: BTreeSet::new(), has_new_key: false, was_traced: false };
+        let mut liar = Self {
+            identity,
+            streams,
+            events,
+            hosts: hosts.clone(),
+            up: BTreeSet::new(),
+            has_new_key: false,
+            was_traced: false,
+        };
         while liar.up.len() < hosts.len() {
             liar.event().await?;
         }

@@ -250,8 +250,7 @@ impl Capture {
 fn receive(socket: &Socket, buffer: &mut [u8]) -> nix::Result<(usize, LinkAddr, Option<u64>)> {
     let mut part = [IoSliceMut::new(buffer)];
     let mut space = nix::cmsg_space!(TimeSpec);
-    let received =
-        recvmsg::<LinkAddr>(socket.as_raw_fd(), &mut part, Some(&mut space), MsgFlags::empty())?;
+    let received = recvmsg::<LinkAddr>(socket.as_raw_fd(), &mut part, Some(&mut space), MsgFlags::empty())?;
     let stamp = received.cmsgs()?.find_map(|message| match message {
         ControlMessageOwned::ScmTimestampns(time) => {
             u64::try_from(time.tv_sec() * 1_000_000 + time.tv_nsec() / 1000).ok()

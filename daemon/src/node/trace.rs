@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use ovl_cluster::view::Placed;
-use ovl_control::{DnsQuestion, PathVerdict, PeerState, Trace, TraceRequest, TraceStage, TraceVerdict};
+use ovl_control::{
+    DnsQuestion, PathVerdict, PeerPath, PeerState, Trace, TraceRequest, TraceStage, TraceVerdict,
+};
 use ovl_dataplane::passage::{PacketKind, Passage, ProbeKind};
 use ovl_dataplane::state::Dataplane;
 use ovl_kernel::{Netns, TraceProbe, TraceWatch, WatchSpec};
@@ -337,11 +339,18 @@ impl Node {
         let broken =
             state.view.nodes.values().filter(|node| node.state == PeerState::Alive).filter_map(|node| {
                 let paths = self.peer_paths(&state, &direct, node.record.id);
-                let path = paths.into_iter().find(|path| path.sent.state == PathVerdict::Broken)?;
-                let why = format!(
-                    "host {} receives nothing from this host ({}): path probes are lost",
-                    node.record.name, path.encapsulation
-                );
+                let is_broken = |path: &PeerPath| {
+                    [&path.sent, &path.received].iter().any(|way| way.state == PathVerdict::Broken)
+                };
+                let path = paths.into_iter().find(is_broken)?;
+                // Where nothing comes back, it is not known what arrives there.
+                let (name, by) = (&node.record.name, &path.encapsulation);
+                let why = match path.sent.state {
+                    PathVerdict::Broken => {
+                        format!("host {name} receives nothing from this host ({by}): path probes are lost")
+                    }
+                    _ => format!("this host receives nothing from host {name} ({by}): path probes are lost"),
+                };
                 Some((node.record.id, why))
             });
         Ok(Facts {
@@ -667,13 +676,16 @@ impl Facts {
     }
 }
 
-/// Returns the number of the way that the probe took: to the first address at which it was seen here that belongs to one. A
-/// server may send the same bytes back, later. Otherwise the first one that ends, or else the first one.
+/// Returns the number of the way that the probe took: to the last address at which it was seen here that belongs to one,
+/// because a probe that is sent again may meet another backend. What a server sends back comes from such an address.
+/// Otherwise the first one that ends, or else the first one.
 fn choose_way(ways: &[Way], ends: &BTreeMap<usize, (End, bool)>, passage: Option<&Passage>) -> Option<usize> {
     let seen = passage.into_iter().flat_map(|passage| &passage.sightings);
-    let mut probes = seen.filter(|seen| seen.kind == PacketKind::Probe);
-    probes
-        .find_map(|seen| ways.iter().position(|way| way.to.0 == seen.destination))
+    let probes: Vec<_> = seen.filter(|seen| seen.kind == PacketKind::Probe).collect();
+    let sender = probes.first().map(|seen| seen.source);
+    let is_sent = |source: IpAddr| Some(source) == sender || !ways.iter().any(|way| way.to.0 == source);
+    let mut sent = probes.iter().rev().filter(|seen| is_sent(seen.source));
+    sent.find_map(|seen| ways.iter().position(|way| way.to.0 == seen.destination))
         .or_else(|| ways.iter().enumerate().position(|(n, way)| ends_there(way, ends.get(&n))))
         .or((!ways.is_empty()).then_some(0))
 }

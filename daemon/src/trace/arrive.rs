@@ -12,7 +12,7 @@ use ovl_proto::table::Endpoint;
 use ovl_subsystems::policy::Direction;
 use ovl_subsystems::services::Client;
 
-use super::model::{Flow, Here, Interface, is_switched, policy, to_port, translation};
+use super::model::{Destinations, Flow, Here, Interface, is_switched, policy, to_port, translation};
 use super::question::with_address;
 use super::step::{Arrival, Carriage, Spot, Step};
 
@@ -32,11 +32,7 @@ pub(crate) fn inner(here: &Here<'_>, arrival: &Arrival, kind: ProbeKind) -> (IpA
     first.map_or((arrival.to, kind), |(address, port)| (address, to_port(kind, port)))
 }
 
-fn incoming(
-    here: &Here<'_>,
-    arrival: &Arrival,
-    kind: ProbeKind,
-) -> (Option<Step>, Option<Vec<(IpAddr, Option<u16>)>>) {
+fn incoming(here: &Here<'_>, arrival: &Arrival, kind: ProbeKind) -> (Option<Step>, Option<Destinations>) {
     if arrival.carriage != Carriage::Plain {
         return (None, None);
     }

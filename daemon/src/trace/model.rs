@@ -83,6 +83,9 @@ pub(crate) struct Way {
     pub arrival: Option<Arrival>,
 }
 
+/// Addresses and ports to which a packet is translated.
+pub(super) type Destinations = Vec<(IpAddr, Option<u16>)>;
+
 /// What becomes of a packet on the host of its sender.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Leaving {
@@ -190,7 +193,7 @@ pub(super) fn translation(
     flow: Flow<'_>,
     client: Client,
     is_own: bool,
-) -> (Option<Step>, Option<Vec<(IpAddr, Option<u16>)>>) {
+) -> (Option<Step>, Option<Destinations>) {
     let none = (None, None);
     let command = "nft list table inet ovl-services";
     let what = describe(here.view, flow.to);

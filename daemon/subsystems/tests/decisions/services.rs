@@ -157,9 +157,8 @@ fn lookup_finds_what_the_chains_of_the_table_do() {
     host.service("sticky", web(json!({ "clusterIPs": ["10.96.0.11"], "sessionAffinity": "ClientIP" })));
     host.plan(true);
     let ip = |text: &str| text.parse::<std::net::IpAddr>().unwrap();
-    let look = |host: &Host, client, to: &str, port, own| {
-        translate(&host.elements, client, (ip(to), 6, port), own)
-    };
+    let look =
+        |host: &Host, client, to: &str, port, own| translate(&host.elements, client, (ip(to), 6, port), own);
     let outside = Client::Remote(ip("198.51.100.1"));
     assert_eq!(look(&host, Client::Endpoint, "10.96.0.10", 80, false), Some(Translated::Refused));
     assert_eq!(look(&host, Client::Endpoint, "10.96.0.10", 81, false), None);
@@ -178,7 +177,9 @@ fn lookup_finds_what_the_chains_of_the_table_do() {
     host.world.attach(1, 1, WEB, true);
     host.plan(false);
     assert_eq!(look(&host, outside, "192.0.2.7", 80, false), to(&["10.9.0.9"]));
-    let Some(Translated::To(mut all)) = look(&host, Client::Endpoint, "10.96.0.11", 80, false) else { panic!() };
+    let Some(Translated::To(mut all)) = look(&host, Client::Endpoint, "10.96.0.11", 80, false) else {
+        panic!()
+    };
     all.sort_unstable();
     assert_eq!(Some(Translated::To(all)), to(&["10.9.0.9", "10.9.0.18"]));
 }
