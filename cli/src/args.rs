@@ -13,7 +13,7 @@ use crate::command::resource::jsonpath::{self, Template};
 use crate::command::{
     attach, bugreport, cni, completions, detach, dns, doctor, endpoint, endpoints, events, exec, fdb, key,
     lifecycle, man, metrics, network, peers, plan, policy, recover, resource, routes, sandbox, status,
-    subnets, verify,
+    subnets, trace, verify,
 };
 use crate::context::Context;
 use crate::error::{Error, Result};
@@ -149,6 +149,8 @@ enum Command {
     Exec(exec::ExecArgs),
     /// Run a shell in the network namespace of an endpoint
     Shell(exec::ShellArgs),
+    /// Follow a packet from one end to the other; exit status 1 if it does not arrive
+    Trace(trace::Args),
     /// Show the answer to a DNS query, and the reason for it
     Dns(dns::Args),
     /// Mark an endpoint as ready or not ready for Services
@@ -209,9 +211,10 @@ impl Cli {
         };
         let context = Context { socket: self.socket, output, objects, ready_within_s: self.timeout };
         match self.command {
-            // These commands report differences through the exit status.
+            // These commands report their result through the exit status.
             Command::Verify => return verify::run(&context),
             Command::Doctor(args) => return doctor::run(&context, &args),
+            Command::Trace(args) => return trace::run(&context, args),
             Command::Diff(args) => return resource::diff(&context, &args),
             // These are replaced by the program.
             Command::Exec(args) => exec::exec(&context, args).map(|never| match never {}),
@@ -331,6 +334,9 @@ mod tests {
             "policy explain 10.1.0.9 [fd00::9]:53/UDP",
             "policy explain web db",
             "policy drops --follow",
+            "trace web db",
+            "trace shop/web db:5432 --no-probe",
+            "trace host [fd00::9]:53/UDP",
             "endpoint ready web -n shop",
             "endpoint unready web --namespace shop --network blue",
             "apply -f a.yaml -f - --dry-run --lenient -n shop",

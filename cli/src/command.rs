@@ -26,4 +26,6 @@ pub(crate) mod routes;
 pub(crate) mod sandbox;
 pub(crate) mod status;
 pub(crate) mod subnets;
+mod target;
+pub(crate) mod trace;
 pub(crate) mod verify;

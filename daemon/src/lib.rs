@@ -39,6 +39,7 @@ mod progress;
 mod publish;
 mod sandboxes;
 mod store;
+mod trace;
 mod web;
 mod workloads;
 #[cfg(test)]

@@ -92,21 +92,41 @@ pub(crate) fn judge(
     let mut judgements = Vec::new();
     for from in &sources {
         for to in targets.iter().filter(|to| to.is_ipv4() == from.is_ipv4()) {
-            let [source, target] = [from, to].map(|address| ConnectionEnd::of(view, *address));
-            let judged = explain(view, &policies, &source, &target, port);
-            judgements.push(PolicyJudgement {
-                from: *from,
-                to: *to,
-                passes: judged.passes(),
-                egress: side(judged.egress, &source, Direction::Egress),
-                ingress: side(judged.ingress, &target, Direction::Ingress),
-            });
+            judgements.push(judged(view, &policies, *from, *to, port));
         }
     }
     if judgements.is_empty() {
         return Err(Failed::invalid(format!("{from} and {to} have no addresses of one family")));
     }
     Ok(judgements)
+}
+
+/// Explains the verdict of all policies on a connection between two addresses.
+pub(crate) fn judgement(
+    view: &View,
+    from: IpAddr,
+    to: IpAddr,
+    port: Option<(Protocol, u16)>,
+) -> PolicyJudgement {
+    judged(view, &Policies::new(&view.resources), from, to, port)
+}
+
+fn judged(
+    view: &View,
+    policies: &Policies,
+    from: IpAddr,
+    to: IpAddr,
+    port: Option<(Protocol, u16)>,
+) -> PolicyJudgement {
+    let [source, target] = [from, to].map(|address| ConnectionEnd::of(view, address));
+    let judged = explain(view, policies, &source, &target, port);
+    PolicyJudgement {
+        from,
+        to,
+        passes: judged.passes(),
+        egress: side(judged.egress, &source, Direction::Egress),
+        ingress: side(judged.ingress, &target, Direction::Ingress),
+    }
 }
 
 /// Lists the connections of which packets were dropped recently. `counts` has the elements of

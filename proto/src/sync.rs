@@ -68,7 +68,24 @@ pub enum Message {
         /// The diagnosis, in JSON.
         diagnosis: String,
     },
+    /// A part of a trace, which `ovlctl trace` requested on any host: what to do, as JSON of the daemon's own.
+    TraceAsk {
+        /// The requester's number.
+        id: u64,
+        /// At most [`MAX_TRACE`] bytes.
+        ask: String,
+    },
+    /// The reply to [`Self::TraceAsk`].
+    TraceReply {
+        /// The requester's number.
+        id: u64,
+        /// What was found, as JSON of the daemon's own, or an error message for the user.
+        result: Result<String, String>,
+    },
 }
+
+/// The maximum length of what is said of a trace, in bytes.
+pub const MAX_TRACE: usize = 256 << 10;
 
 variants! {
     Message {
@@ -84,6 +101,8 @@ variants! {
         10 ClusterKey { 1 0: key },
         11 ObjectParts { 1 0: parts },
         12 ObjectWant { 1 0: wanted },
+        13 TraceAsk { 1 id: id, 2 ask: ask },
+        14 TraceReply { 1 id: id, 2 result: result },
         15 DoctorRequest { 1 id: id },
         16 DoctorReply { 1 id: id, 2 diagnosis: diagnosis },
     }

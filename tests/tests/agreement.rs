@@ -36,6 +36,8 @@ struct Liar {
     up: BTreeSet<NodeId>,
     /// Whether a host sent it a cluster key.
     has_new_key: bool,
+    /// Whether a host took part in a trace for it.
+    was_traced: bool,
 }
 
 impl Liar {
@@ -80,8 +82,15 @@ impl Liar {
         let (tell, events) = mpsc::channel(1024);
         let streams = Streams::start(config, tell).await?;
         streams.set_peers(hosts.clone());
-        let mut liar =
-            Self { identity, streams, events, hosts: hosts.clone(), up: BTreeSet::new(), has_new_key: false };
+        let mut liar = Self {
+            identity,
+            streams,
+            events,
+            hosts: hosts.clone(),
+            up: BTreeSet::new(),
+            has_new_key: false,
+            was_traced: false,
+        };
         while liar.up.len() < hosts.len() {
             liar.event().await?;
         }
@@ -92,6 +101,7 @@ impl Liar {
         let event = tokio::time::timeout(SOON, self.events.recv()).await?.context("streams ended")?;
         match &event {
             StreamEvent::Message { message: Message::ClusterKey(_), .. } => self.has_new_key = true,
+            StreamEvent::Message { message: Message::TraceReply { .. }, .. } => self.was_traced = true,
             StreamEvent::Up(host) => drop(self.up.insert(*host)),
             StreamEvent::Down(host) => drop(self.up.remove(host)),
             _ => {}
@@ -249,6 +259,28 @@ fn lies_of_a_key_holder_about_the_map_change_nothing() {
     for host in &hosts {
         assert_eq!(host.ctl_json(&["status"]).unwrap()["members"], 3);
     }
+}
+
+#[test]
+fn host_that_is_no_member_gets_no_part_of_a_trace() {
+    let lab = start_lab(2).unwrap();
+    let hosts: Vec<&Host> = lab.hosts().iter().collect();
+    let addresses = addresses(&hosts).unwrap();
+    let file = lab.dir().join("liar");
+    let was_traced = on_the_underlay(&lab, async || {
+        let mut liar = Liar::connect(&file, &lab_key(&lab), &addresses).await?;
+        for host in addresses.keys() {
+            // A member gets an error at once: nothing is watched.
+            let ask = "{\"Collect\":{\"cookie\":2}}".to_owned();
+            ensure!(liar.streams.send(*host, &Message::TraceAsk { id: 7, ask }), "no stream to {host}");
+            // The second answer follows all that the host had to say before.
+            liar.map_of(*host).await?;
+            liar.map_of(*host).await?;
+        }
+        Ok(liar.was_traced)
+    })
+    .unwrap();
+    assert!(!was_traced);
 }
 
 #[test]

@@ -9,5 +9,6 @@ pub mod multicast;
 pub mod nft;
 pub mod observed;
 pub mod op;
+pub mod passage;
 pub mod resolver;
 pub mod state;

@@ -46,6 +46,7 @@ mod sysctl;
 mod tables;
 #[cfg(test)]
 mod tests;
+mod trace;
 mod tunnel;
 mod watch;
 mod wireguard;
@@ -94,6 +95,7 @@ pub use survey::{
     survey,
 };
 pub use sys::{own_addresses, return_free_memory};
+pub use trace::{TraceProbe, TraceWatch, WatchSpec, listens, remove_left_traces};
 pub use tunnel::{TunnelPeerStatus, TunnelStatus};
 
 /// A change in the kernel that ovld did not make. The channel holds at most one event of each kind.

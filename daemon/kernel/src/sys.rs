@@ -222,3 +222,29 @@ pub(super) fn netns_cookie() -> io::Result<u64> {
     };
     if done == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
 }
+
+/// Lets a packet socket receive all packets of all devices of its network namespace.
+pub(super) fn receive_all_packets(socket: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: all zeros are a valid address: that of all devices.
+    let mut on: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    on.sll_family = libc::AF_PACKET as u16;
+    on.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
+    // SAFETY: the pointer is to an address of this length.
+    let result = unsafe {
+        libc::bind(
+            socket.as_raw_fd(),
+            (&raw const on).cast(),
+            size_of::<libc::sockaddr_ll>() as libc::socklen_t,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The monotonic clock, in microseconds.
+pub(super) fn monotonic_us() -> Option<u64> {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to a value of this type that outlives the call.
+    let result = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    let us = now.tv_sec.checked_mul(1_000_000)?.checked_add(now.tv_nsec / 1000)?;
+    u64::try_from(us).ok().filter(|_| result == 0)
+}

@@ -41,6 +41,7 @@ mod routed;
 mod sandbox;
 mod state;
 mod tables;
+mod trace;
 mod tunnel;
 mod underlay;
 mod verify;
@@ -101,6 +102,7 @@ use crate::progress::Progress;
 use crate::publish::PublishedPorts;
 use crate::sandboxes::Sandboxes;
 use crate::store;
+use crate::trace::Traces;
 use crate::workloads::Workloads;
 use ovl_subsystems::{Settings, Subsystems};
 
@@ -406,6 +408,9 @@ impl Node {
 
     /// Adopts what the last run left in the kernel, and withdraws endpoints whose interfaces are gone.
     async fn adopt(&self) -> Result<()> {
+        if self.environment.owns_host() {
+            self.remove_left_traces().await;
+        }
         self.observe_connections().await;
         self.observe_resolvers();
         let kept = self.read_kept()?;
@@ -631,6 +636,7 @@ fn first_state(
         endpoints: LocalEndpoints::new(RunDir(config.run_dir.clone()).endpoints()),
         engines: Engines::new(&saved.docker),
         multicast: Multicast::default(),
+        traces: Traces::default(),
         reconcile: Progress::new(),
         caught_up: false,
         path_limits: BTreeMap::new(),

@@ -156,6 +156,10 @@ impl Node {
             Message::ObjectWant(wanted) => self.send_objects(from, wanted),
             Message::Alloc(message) => self.on_alloc(from, message),
             Message::LeaseRequest { id, network, wish } => self.grant_lease(from, id, network, wish),
+            Message::TraceAsk { id, ask } => self.take_trace_ask(from, id, ask),
+            Message::TraceReply { id, result } => {
+                self.state.borrow_mut().traces.answer(id, from, result);
+            }
             // A host that is not a member cannot know which key a majority has chosen.
             Message::ClusterKey(secret) => {
                 if self.state.borrow().is_member() {
@@ -227,7 +231,9 @@ impl Node {
             | Message::LeaseReply { .. }
             | Message::ClusterKey(_)
             | Message::DoctorRequest { .. }
-            | Message::DoctorReply { .. } => false,
+            | Message::DoctorReply { .. }
+            | Message::TraceAsk { .. }
+            | Message::TraceReply { .. } => false,
         }
     }
 

@@ -152,6 +152,7 @@ impl Node {
                 Reply::PolicyExplain(self.policy_explain(&from, &to, port.map(|port| (protocol, port)))?)
             }
             Request::PolicyDrops => Reply::PolicyDrops(self.policy_drops().await?),
+            Request::Trace(request) => Reply::Trace(Box::new(self.trace(request).await?)),
             Request::Dns(question) => Reply::Dns(Box::new(self.dns(question).await?)),
             Request::ResolvConf { endpoint, network } => {
                 Reply::Text(self.resolv_conf(&endpoint, network.as_deref())?)

@@ -37,6 +37,7 @@ use crate::networks::Bridges;
 use crate::objects::ObjectStore;
 use crate::problems::{Code, Problems};
 use crate::progress::Progress;
+use crate::trace::Traces;
 use crate::workloads::Workloads;
 use ovl_subsystems::{Change, Cluster, SubsystemList, Subsystems};
 
@@ -146,6 +147,8 @@ pub(crate) struct State {
     pub engines: Engines,
     /// Multicast groups of this host's endpoints.
     pub multicast: Multicast,
+    /// Parts of traces that are in flight.
+    pub traces: Traces,
     /// Pending work of the reconcile loop, and the results so far.
     pub reconcile: Progress,
     /// Whether gossip has caught up. Nothing is removed from the kernel before that.

@@ -8,6 +8,7 @@
 mod rules;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use ovl_dataplane::device::Device;
 use ovl_dataplane::flows;
@@ -34,6 +35,12 @@ pub fn is_needed(op: &Op) -> bool {
         Op::Sysctl(SysctlOp::AllowLocalnet(_)) => true,
         _ => false,
     }
+}
+
+/// Returns the endpoint's address and port to which packets to an address and port of this host are translated, by a table
+/// with these elements. `None` if the port is not published.
+pub fn published(elements: &Elements, to: (IpAddr, u8, u16)) -> Option<(IpAddr, u16)> {
+    rules::published(elements, to)
 }
 
 fn is_ours(table: Table) -> bool {

@@ -13,5 +13,5 @@ pub mod permits;
 mod translation;
 
 pub use announcements::Announcements;
-pub use elements::{Services, inside};
+pub use elements::{Client, Services, Translated, inside, translate};
 pub use translation::Translation;

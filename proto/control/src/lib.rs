@@ -18,6 +18,7 @@ mod reply;
 mod request;
 mod resources;
 mod stored;
+mod trace;
 
 pub use ovl_proto::record::PeerState;
 
@@ -29,6 +30,7 @@ pub use kubernetes::*;
 pub use reply::*;
 pub use request::*;
 pub use resources::*;
+pub use trace::*;
 
 /// The maximum length of a request line in bytes.
 pub const MAX_REQUEST: usize = 4 << 20;

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::doctor::Diagnosis;
 use crate::kubernetes::{ApiReport, Mirrored};
 use crate::resources::{AppliedAll, ManifestProblem, ResourceInfo, ServiceBackends};
+use crate::trace::Trace;
 use ovl_proto::id::{ClusterKeyId, Mac, NetworkId, NodeId, TunnelKey};
 use ovl_proto::object::{Backend, Driver, Mode};
 use ovl_proto::publish::Published;
@@ -72,6 +73,8 @@ pub enum Reply {
     PolicyExplain(Vec<PolicyJudgement>),
     /// Connections that network policies recently refused on this host, the latest first.
     PolicyDrops(Vec<PolicyDrop>),
+    /// The way of a packet.
+    Trace(Box<Trace>),
     /// The answer to a DNS query.
     Dns(Box<DnsAnswer>),
     /// What was done with each object.

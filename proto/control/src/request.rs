@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::kubernetes::{Join, Mirror, MirrorOffer, NodePods, Nodes};
 use crate::resources::{Apply, Document, ResourceQuery};
+use crate::trace::TraceRequest;
 use ovl_proto::bandwidth::Bandwidth;
 use ovl_proto::id::{Mac, NodeId};
 use ovl_proto::object::{Backend, Driver, Mode};
@@ -175,6 +176,8 @@ pub enum Request {
     },
     /// Lists connections that network policies recently refused on this host: [`crate::Reply::PolicyDrops`].
     PolicyDrops,
+    /// Follows a packet from one end to the other: [`crate::Reply::Trace`].
+    Trace(TraceRequest),
     /// Resolves a DNS query and explains the answer: [`crate::Reply::Dns`].
     Dns(DnsQuestion),
     /// Returns the content of an endpoint's resolv.conf(5): [`crate::Reply::Text`].

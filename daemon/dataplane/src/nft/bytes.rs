@@ -135,6 +135,25 @@ impl Value {
     pub fn of(fields: &[Field<'_>]) -> Self {
         Self::Data(write(fields).0)
     }
+
+    /// The number, if it is one: [`Field::Number`].
+    pub fn as_number(&self) -> Option<u32> {
+        match self {
+            Self::Data(bytes) => Some(u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?)),
+            Self::None | Self::Verdict(_) => None,
+        }
+    }
+
+    /// The address and the port, if it is [`Field::Ip`] and [`Field::Port`].
+    pub fn as_target(&self) -> Option<(IpAddr, u16)> {
+        let Self::Data(bytes) = self else { return None };
+        let (address, rest): (IpAddr, &[u8]) = match bytes.len() {
+            8 => (<[u8; 4]>::try_from(bytes.get(..4)?).ok()?.into(), bytes.get(4..)?),
+            20 => (<[u8; 16]>::try_from(bytes.get(..16)?).ok()?.into(), bytes.get(16..)?),
+            _ => return None,
+        };
+        Some((address, u16::from_be_bytes(rest.get(..2)?.try_into().ok()?)))
+    }
 }
 
 /// Where to go on.

@@ -20,7 +20,7 @@ use ovl_proto::table::Endpoint;
 use crate::marks::FROM_WORKLOAD;
 use ovl_dataplane::device::Device;
 use ovl_dataplane::ledger::Entries;
-use ovl_dataplane::nft::{Chain, Data, Field, Key, Set, Shape, Skeleton, Table, Type, Value};
+use ovl_dataplane::nft::{Chain, Data, Elements, Field, Key, Set, Shape, Skeleton, Table, Type, Value};
 use ovl_dataplane::op::ANSWERS_LOCALHOST;
 
 static ANY4: Set = Set::new(
@@ -85,6 +85,18 @@ fn chain(name: &str, hook: Option<&str>, rules: &[&str]) -> Chain {
         hook: hook.map(str::to_owned),
         rules: rules.iter().map(|&rule| rule.to_owned()).collect(),
     }
+}
+
+/// Returns the endpoint's address and port to which packets to a port of this host are translated. `None` if the port is
+/// not published.
+pub(super) fn published(
+    elements: &Elements,
+    (address, protocol, port): (IpAddr, u8, u16),
+) -> Option<(IpAddr, u16)> {
+    let [at, any] = if address.is_ipv4() { [&AT4, &ANY4] } else { [&AT6, &ANY6] };
+    let (protocol, port) = (Field::Protocol(protocol), Field::Port(port));
+    let found = |set, key: &[Field<'_>]| elements.of(set)?.get(&Key::of(key))?.as_target();
+    found(at, &[Field::Ip(address), protocol, port]).or_else(|| found(any, &[protocol, port]))
 }
 
 /// Returns the table of published ports without elements. It exists while any port is published.

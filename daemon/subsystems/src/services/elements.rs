@@ -5,6 +5,7 @@
 //! at [`resolve::resolve`] for one Service.
 
 mod context;
+mod lookup;
 mod resolve;
 mod skeleton;
 
@@ -32,6 +33,8 @@ use ovl_dataplane::state::Dataplane;
 use self::context::{At, NetworkContext, of_family};
 use self::resolve::{Resolved, Slots};
 use self::skeleton::Sticky;
+
+pub use self::lookup::{Client, Translated, translate};
 
 /// Makes connection tracking take a TCP segment outside of the window for one of its connection. Otherwise such a segment
 /// of a backend is not translated back, and the client, who knows of no connection with the backend's address, resets it:

@@ -7,7 +7,7 @@ use ovl_dataplane::op::{NftOp, Op, SysctlOp};
 use ovl_proto::object::Mode;
 use ovl_proto::record::PeerState;
 use ovl_proto::resource::{Kind, Name};
-use ovl_subsystems::services::Services;
+use ovl_subsystems::services::{Client, Services, Translated, translate};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -141,6 +141,47 @@ fn a_service_chooses_its_backends_with_equal_probability() {
     host.world.drop(Kind::Service, "web");
     assert_eq!(host.plan(false), ["nft delete table inet ovl-services"]);
     host.assert_sent();
+}
+
+#[test]
+fn lookup_finds_what_the_chains_of_the_table_do() {
+    let mut host = Host::new();
+    host.world.view.networks.get_mut(&NET).unwrap().network.mode = Mode::L3;
+    let spec = json!({
+        "type": "NodePort",
+        "externalIPs": ["192.0.2.7"],
+        "externalTrafficPolicy": "Local",
+        "ports": [{ "port": 80, "targetPort": 8080, "nodePort": 30080 }],
+    });
+    host.service("web", web(spec));
+    host.service("sticky", web(json!({ "clusterIPs": ["10.96.0.11"], "sessionAffinity": "ClientIP" })));
+    host.plan(true);
+    let ip = |text: &str| text.parse::<std::net::IpAddr>().unwrap();
+    let look =
+        |host: &Host, client, to: &str, port, own| translate(&host.elements, client, (ip(to), 6, port), own);
+    let outside = Client::Remote(ip("198.51.100.1"));
+    assert_eq!(look(&host, Client::Endpoint, "10.96.0.10", 80, false), Some(Translated::Refused));
+    assert_eq!(look(&host, Client::Endpoint, "10.96.0.10", 81, false), None);
+    host.world.attach(2, 2, WEB, true);
+    host.plan(false);
+    let to = |all: &[&str]| Some(Translated::To(all.iter().map(|each| (ip(each), 8080)).collect()));
+    for at in ["10.96.0.10", "10.96.0.11", "192.0.2.7"] {
+        assert_eq!(look(&host, Client::Endpoint, at, 80, false), to(&["10.9.0.18"]), "{at}");
+    }
+    assert_eq!(look(&host, outside, "192.0.2.7", 80, false), Some(Translated::Dropped));
+    assert_eq!(look(&host, Client::Host, "192.0.2.7", 80, false), to(&["10.9.0.18"]));
+    // A node port is at the addresses of the host alone, and what comes from the host reaches all backends.
+    assert_eq!(look(&host, outside, "198.51.100.9", 30080, true), Some(Translated::Dropped));
+    assert_eq!(look(&host, Client::Host, "198.51.100.9", 30080, true), to(&["10.9.0.18"]));
+    assert_eq!(look(&host, outside, "198.51.100.9", 30080, false), None);
+    host.world.attach(1, 1, WEB, true);
+    host.plan(false);
+    assert_eq!(look(&host, outside, "192.0.2.7", 80, false), to(&["10.9.0.9"]));
+    let Some(Translated::To(mut all)) = look(&host, Client::Endpoint, "10.96.0.11", 80, false) else {
+        panic!()
+    };
+    all.sort_unstable();
+    assert_eq!(Some(Translated::To(all)), to(&["10.9.0.9", "10.9.0.18"]));
 }
 
 #[test]

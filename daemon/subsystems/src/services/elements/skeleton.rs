@@ -197,6 +197,15 @@ pub(super) fn number(kind: BackendKind, count: u32) -> u32 {
     (kind as u32) << 16 | count
 }
 
+/// Returns the kind, the number of backends, and whether there is affinity, of a number that [`number`] or
+/// [`Sticky::number`] returned. `None` if it is neither.
+pub(super) fn kind_and_count(number: u32) -> Option<(BackendKind, u32, bool)> {
+    match number >> 29 {
+        0 => Some((*KINDS.get((number >> 16) as usize)?, number & 0xffff, false)),
+        kind => Some((*KINDS.get(kind as usize - 1)?, number & MAX_STICKY as u32, true)),
+    }
+}
+
 /// The number for a port without backends: the connection is refused.
 pub(super) const REFUSE: u32 = 0x10 << 16;
 /// The number for a port with backends on other hosts only: the packet is dropped, so that a load balancer tries

@@ -1,0 +1,140 @@
+//! Traces: the way of a packet from one end to the other, as it should be and as a probe was seen on it.
+//!
+//! [`Traces`] owns the parts of traces that are in flight on this host: what was asked of other hosts, and what is being
+//! watched for them. What is decided has no state: [`question`] finds the ends, [`model`] and
+//! [`arrive`] the steps of the way, and [`compare`] the verdict.
+
+pub(crate) mod arrive;
+pub(crate) mod compare;
+pub(crate) mod model;
+pub(crate) mod question;
+pub(crate) mod step;
+
+use std::collections::HashMap;
+
+use ovl_control::{Trace, TraceRequest};
+use ovl_dataplane::passage::{Passage, ProbeKind};
+use ovl_kernel::TraceWatch;
+use ovl_proto::id::NodeId;
+use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
+
+use self::step::{Arrival, Step};
+
+/// The maximum number of traces in which a host takes part at a time.
+const MOST: usize = 4;
+
+/// The maximum number of questions of other hosts that are answered at a time: each reads the kernel's entries.
+const MOST_ANSWERS: usize = 16;
+/// The maximum number of watches of one trace on a host.
+const MOST_WATCHES: usize = 8;
+
+/// What one host asks another one for.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Ask {
+    /// To run a trace whose sender is there.
+    Run(TraceRequest),
+    /// What becomes of a packet that arrives there, and to watch for the probe if `watch` is set.
+    Arm {
+        /// The cookie of the probe.
+        cookie: u32,
+        /// What arrives.
+        arrival: Arrival,
+        /// What the probe is.
+        kind: ProbeKind,
+        /// Whether a probe will be sent.
+        watch: bool,
+    },
+    /// What was seen of a probe. This ends the watch.
+    Collect {
+        /// The cookie of the probe.
+        cookie: u32,
+    },
+}
+
+/// The answer to an [`Ask`].
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Said {
+    /// To [`Ask::Run`].
+    Trace(Box<Trace>),
+    /// To [`Ask::Arm`]: the steps, and whether the destination is a workload.
+    Armed(Vec<Step>, bool),
+    /// To [`Ask::Collect`].
+    Collected(Box<Passage>),
+}
+
+/// The parts of traces that are in flight.
+#[derive(Debug, Default)]
+pub(crate) struct Traces {
+    asked: HashMap<u64, (NodeId, oneshot::Sender<Result<String, String>>)>,
+    /// What is watched, by the host that asked for it and the cookie of the probe. Each backend of a Service has a watch.
+    watched: HashMap<(NodeId, u32), Vec<TraceWatch>>,
+    running: usize,
+    answering: usize,
+}
+
+impl Traces {
+    /// Notes that a host was asked, and returns where its answer is told.
+    pub(crate) fn ask(&mut self, id: u64, host: NodeId) -> oneshot::Receiver<Result<String, String>> {
+        let (tell, answer) = oneshot::channel();
+        self.asked.insert(id, (host, tell));
+        answer
+    }
+
+    /// Forgets what was asked.
+    pub(crate) fn give_up(&mut self, id: u64) {
+        self.asked.remove(&id);
+    }
+
+    /// Takes an answer. That of a host that was not asked is passed over.
+    pub(crate) fn answer(&mut self, id: u64, from: NodeId, result: Result<String, String>) {
+        if self.asked.get(&id).is_some_and(|(host, _)| *host == from)
+            && let Some((_, tell)) = self.asked.remove(&id)
+        {
+            // The requester may have given up.
+            let _ = tell.send(result);
+        }
+    }
+
+    /// Begins to answer a question of another host. Returns false if there are too many.
+    pub(crate) fn begin_answer(&mut self) -> bool {
+        let free = self.answering < MOST_ANSWERS;
+        self.answering += usize::from(free);
+        free
+    }
+
+    /// Ends what [`Self::begin_answer`] began.
+    pub(crate) fn end_answer(&mut self) {
+        self.answering = self.answering.saturating_sub(1);
+    }
+
+    /// Begins a trace, or a part of one. Returns false if there are too many.
+    pub(crate) fn begin(&mut self) -> bool {
+        let free = self.running < MOST;
+        self.running += usize::from(free);
+        free
+    }
+
+    /// Ends what [`Self::begin`] began.
+    pub(crate) fn end(&mut self) {
+        self.running = self.running.saturating_sub(1);
+    }
+
+    /// Whether a host watches for a probe already.
+    pub(crate) fn is_watched(&self, by: NodeId, cookie: u32) -> bool {
+        self.watched.contains_key(&(by, cookie))
+    }
+
+    /// Keeps a watch for a host, unless it has too many.
+    pub(crate) fn keep(&mut self, by: NodeId, cookie: u32, watch: TraceWatch) {
+        let watches = self.watched.entry((by, cookie)).or_default();
+        if watches.len() < MOST_WATCHES {
+            watches.push(watch);
+        }
+    }
+
+    /// Returns the watches of a host. `None` if there are none.
+    pub(crate) fn take(&mut self, by: NodeId, cookie: u32) -> Option<Vec<TraceWatch>> {
+        self.watched.remove(&(by, cookie))
+    }
+}
