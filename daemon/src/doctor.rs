@@ -63,11 +63,7 @@ const CHECKS: &[(&str, &str, &[Code])] = &[
         &[Code::EndpointIsolated, Code::OtherMac, Code::EndpointInterface, Code::MulticastGroups],
     ),
     ("services", "backends", &[Code::NoBackends]),
-    (
-        "services",
-        "ports",
-        &[Code::PublishedPort, Code::HealthPort, Code::NodePortTaken, Code::KubeProxy],
-    ),
+    ("services", "ports", &[Code::PublishedPort, Code::HealthPort, Code::NodePortTaken, Code::KubeProxy]),
     ("services", "addresses", &[Code::ServiceDenied, Code::PoolUsedUp, Code::PoolOverlap]),
     ("names", "resolver", &[Code::ResolverDown, Code::ResolverShare]),
     ("names", "upstream", &[Code::UpstreamResolver, Code::ResolverSlow, Code::ResolvConf]),

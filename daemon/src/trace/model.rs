@@ -16,7 +16,7 @@ use ovl_dataplane::nft::Table;
 use ovl_dataplane::observed::Inside;
 use ovl_dataplane::passage::ProbeKind;
 use ovl_dataplane::state::{Dataplane, Hop, Link};
-use ovl_proto::id::NodeId;
+use ovl_proto::id::{NetworkId, NodeId};
 use ovl_proto::object::{Mode, Network};
 use ovl_proto::resource::Protocol;
 use ovl_proto::table::Endpoint;
@@ -431,16 +431,7 @@ fn to_endpoint(here: &Here<'_>, flow: Flow<'_>, placed: Placed<'_>, is_translate
     let is_foreign = flow.from.is_some_and(|from| from.network != network.id);
     // Translation on this host counts here alone: on the other host the packet comes out of VXLAN with a foreign source.
     if is_foreign && host != view.me && network.mode == Mode::L3 && carriage != Carriage::Plain {
-        way.steps.push(Step::stops(
-            Stage::Isolation,
-            format!(
-                "the sender is on another network than {}, and host {} keeps them apart: a Service or a port leads to \
-                 another network's endpoints on the own host alone",
-                network.name, placed.node.record.name
-            ),
-            "nft list chain inet ovl forward",
-            "give the Service backends on the network of its clients",
-        ));
+        way.steps.push(kept_apart(here, network, placed.node));
     }
     // What leaves the network of its sender for another host is masqueraded.
     let gateway = view.first_gateway(network.id, view.me, way.to.0);
@@ -575,6 +566,28 @@ fn nobody(here: &Here<'_>, network: &Network, to: IpAddr) -> Step {
         format!("no endpoint of network {} has the address {to}{held}", network.name),
         format!("ip neigh show {to}"),
         "`ovlctl endpoints` lists all endpoints and their addresses",
+    )
+}
+
+/// Returns the step of a packet of another network on the host of its destination. A host that has one network alone does not
+/// keep networks apart, and it does not tell others of its bridge networks.
+fn kept_apart(here: &Here<'_>, network: &Network, node: &Node) -> Step {
+    let (view, name) = (here.view, &node.record.name);
+    let is_there = |id: NetworkId| view.hosts_on(id).any(|there| there.record.id == node.record.id);
+    let command = "nft list chain inet ovl forward";
+    if view.networks.keys().filter(|id| is_there(**id)).count() < 2 {
+        let detail = format!("host {name} keeps {} apart from other networks, if it has any", network.name);
+        return Step::unknown(Stage::Isolation, detail, command);
+    }
+    Step::stops(
+        Stage::Isolation,
+        format!(
+            "the sender is on another network than {}, and host {name} keeps them apart: a Service or a port leads to \
+             another network's endpoints on the own host alone",
+            network.name
+        ),
+        command,
+        "give the Service backends on the network of its clients",
     )
 }
 
