@@ -81,13 +81,14 @@ pub(crate) fn compare(known: Known, kind: ProbeKind) -> Trace {
         _ => true,
     };
     // A filter of another program is what the model does not know, so the probe says more.
-    let (reason, advice) = match (arrived, &judged, first_stop) {
+    let cause = if known.is_probed { known.stop_not_passed() } else { first_stop.map(|(_, step)| step) };
+    let (reason, advice) = match (arrived, &judged, cause) {
         (true, _, _) => (None, None),
-        (false, Some(judged), Some((_, step))) if !judged.is_foreign => {
+        (false, Some(judged), Some(step)) if !judged.is_foreign => {
             (Some(step.detail.clone()), Some(step.advice.clone()))
         }
         (false, Some(judged), _) => (Some(judged.why.clone()), judged.advice.clone()),
-        (false, None, Some((_, step))) => (Some(step.detail.clone()), Some(step.advice.clone())),
+        (false, None, Some(step)) => (Some(step.detail.clone()), Some(step.advice.clone())),
         (false, None, None) => (Some(model.why.clone()), None),
     };
     let hops = known.hops(kind);
@@ -140,6 +141,23 @@ impl Known {
         let ends = [Some(&self.source), self.destination.as_ref()].into_iter().flatten();
         let all = ends.flat_map(|end| end.steps.iter().map(move |step| (&*end.host, step)));
         all.chain(self.answer.iter().map(|step| (&*self.source.host, step)))
+    }
+
+    /// The first step that stops the packet by the model, and that the probe was not seen behind: a path that is found broken
+    /// may have been repaired a moment ago.
+    fn stop_not_passed(&self) -> Option<&Step> {
+        let ends = [Some(&self.source), self.destination.as_ref()].into_iter().flatten();
+        let steps = ends.flat_map(|end| {
+            end.steps.iter().map(|step| {
+                let spot = end.passage.as_ref().zip(step.spot.as_ref());
+                (step, spot.is_some_and(|(passage, spot)| spot.first(passage).is_some()))
+            })
+        });
+        let mut all: Vec<(&Step, bool)> = steps.collect();
+        all.extend(self.answer.iter().map(|step| (step, false)));
+        let last = all.iter().rposition(|(_, seen)| *seen).unwrap_or_default();
+        let mut behind = all.into_iter().skip(last).map(|(step, _)| step);
+        behind.find(|step| step.state == TraceState::Stops)
     }
 
     fn source_seen(&self) -> &[Sighting] {
@@ -612,6 +630,25 @@ mod tests {
                 .unwrap()
                 .starts_with("last seen on h1 (device of the underlay), it did not reach h2")
         );
+    }
+
+    #[test]
+    fn what_the_probe_has_passed_is_not_the_cause() {
+        let mut lost = unanswered(known());
+        lost.source.steps.push(Step::stops(
+            Stage::Host,
+            "path probes are lost",
+            "ovlctl peers",
+            "open a port",
+        ));
+        let mut seen_elsewhere = lost.clone();
+        let end = lost.destination.as_mut().unwrap();
+        end.passage.as_mut().unwrap().sightings.retain(|seen| !seen.inside);
+        end.steps.push(Step::stops(Stage::Destination, "eth0 is down", "ip", "set it up"));
+        assert_eq!(compare(lost, ProbeKind::Echo).reason.as_deref(), Some("eth0 is down"));
+        seen_elsewhere.destination.as_mut().unwrap().passage = Some(Passage::default());
+        let reason = compare(seen_elsewhere, ProbeKind::Echo).reason;
+        assert_eq!(reason.as_deref(), Some("path probes are lost"));
     }
 
     #[test]
