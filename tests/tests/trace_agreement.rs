@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use netns_lab::{EchoServer, Host, Lab, Workload};
+use netns_lab::{EchoServer, Host, Lab, Workload, wait_until};
 use ovl_tests::routed::create_routed_network;
 use ovl_tests::{Attached, SOON, attach, create_network, start_lab, text, wait_clean};
 use serde_json::{Value, json};
@@ -220,9 +220,11 @@ fn look(world: &World, random: &mut Random, tally: &mut Tally) -> Result<()> {
     };
     let asked = random.pick(world.lab.hosts());
     let args = ["trace", "-o", "json", &from.name, &kind.to(to)];
-    let output = asked.ctl(&args)?;
-    let traced: Value = serde_json::from_str(&output.stdout)
-        .with_context(|| format!("{}{}", output.stdout, output.stderr))?;
+    // On a machine that is busy with other tests, a trace may not end within its five seconds, and says to try again.
+    let traced = wait_until(SOON, "a trace", || -> Result<Option<Value>> {
+        let output = asked.ctl(&args)?;
+        serde_json::from_str(&output.stdout).with_context(|| format!("{}{}", output.stdout, output.stderr))
+    })?;
     let says = traced["arrived"] == true;
     // Of a Service, the trace is about the backend that it met. Another one may be out of reach, so the same result must come
     // once: each attempt meets any of the backends.

@@ -429,13 +429,16 @@ fn to_endpoint(here: &Here<'_>, flow: Flow<'_>, placed: Placed<'_>, is_translate
         way.steps.push(liveness(here, placed.node));
     }
     let is_foreign = flow.from.is_some_and(|from| from.network != network.id);
+    // What leaves the network of its sender for another host is masqueraded: by the kernel's choice with the source of the route
+    // for IPv6, which is in the network, and with an address of another device for IPv4.
+    let crosses = is_foreign && host != view.me && network.mode == Mode::L3;
+    let gateway = view.first_gateway(network.id, view.me, way.to.0).filter(|_| crosses);
+    let is_inside = gateway.is_some() && way.to.0.is_ipv6();
     // Translation on this host counts here alone: on the other host the packet comes out of VXLAN with a foreign source.
-    if is_foreign && host != view.me && network.mode == Mode::L3 && carriage != Carriage::Plain {
+    if crosses && !is_inside && carriage != Carriage::Plain {
         way.steps.push(kept_apart(here, network, placed.node));
     }
-    // What leaves the network of its sender for another host is masqueraded.
-    let gateway = view.first_gateway(network.id, view.me, way.to.0);
-    let source = match gateway.filter(|_| is_foreign && host != view.me && network.mode == Mode::L3) {
+    let source = match gateway {
         Some(gateway) => gateway,
         None => flow.source,
     };
