@@ -291,7 +291,7 @@ fn way(here: &Here<'_>, flow: Flow<'_>, to: (IpAddr, Option<u16>), is_translated
         }
         None => match (host_with(view, to.0), network_of(view, to.0)) {
             (Some(node), _) => to_host(here, flow, node, &mut way),
-            (None, Some(network)) => way.steps.push(nobody(here, network, to.0)),
+            (None, Some(network)) => way.steps.push(no_endpoint(here, network, to.0)),
             (None, None) => outside(flow, to.0, &mut way),
         },
     }
@@ -557,7 +557,7 @@ fn not_wanted(stage: Stage, what: &str, command: String) -> Step {
 }
 
 /// Returns the step for an address of a network that no endpoint has.
-fn nobody(here: &Here<'_>, network: &Network, to: IpAddr) -> Step {
+fn no_endpoint(here: &Here<'_>, network: &Network, to: IpAddr) -> Step {
     let holder = here.view.holder_of(network.id, to).map(|holder| here.view.name_of(holder));
     let held = holder.map_or_else(String::new, |name| format!(" (host {name} holds its block)"));
     let is_known = here.view.all_with_address(network.id, to).next();
