@@ -64,3 +64,17 @@ impl From<ovl_kernel::KernelError> for Failed {
         Self::kernel(error.to_string())
     }
 }
+
+/// Runs work of the kernel's crate that blocks in another thread.
+///
+/// # Errors
+///
+/// The work fails, or its thread ends.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> ovl_kernel::Result<T> + Send + 'static,
+) -> Result<T, Failed> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result.map_err(Failed::from),
+        Err(error) => Err(Failed::internal(error.to_string())),
+    }
+}

@@ -4,12 +4,12 @@
 //! [`Firewalls`] owns the turn: one task at a time inspects them. What follows from what is found is decided by
 //! [`ovl_subsystems::firewall::decide`]. Begin to read at [`Firewalls::mind`].
 
-use ovl_kernel::{self as kernel, KernelError};
+use ovl_kernel as kernel;
 use ovl_proto::object::Network;
 use ovl_subsystems::firewall::{Decision, decide};
 use tokio::sync::Mutex;
 
-use crate::failed::Failed;
+use crate::failed::{Failed, blocking};
 use crate::modes::has_kube_proxy;
 
 /// What was found of other programs.
@@ -57,15 +57,5 @@ impl Firewalls {
             blocking(move || kernel::run_commands(&commands)).await?;
         }
         Ok(Some(Found { problems, kube_proxy: has_kube_proxy(&foreign) }))
-    }
-}
-
-/// Runs blocking work in another thread.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, KernelError> + Send + 'static,
-) -> Result<T, Failed> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result.map_err(Failed::from),
-        Err(error) => Err(Failed::internal(error.to_string())),
     }
 }

@@ -53,7 +53,12 @@ const TABLE: &str = "kube-proxy";
 /// Whether a kube-proxy translates Services on this host, by its rules.
 pub(crate) fn has_kube_proxy(foreign: &Foreign) -> bool {
     foreign.iptables.iter().any(|table| table.has_chain(CHAIN))
-        || foreign.chains.iter().any(|chain| chain.table == TABLE)
+        || foreign.chains.iter().any(|chain| is_of_kube_proxy(&chain.table, &chain.name))
+}
+
+/// Whether a chain of nftables is one of a kube-proxy, in any of its modes.
+pub(crate) fn is_of_kube_proxy(table: &str, chain: &str) -> bool {
+    table == TABLE || chain == CHAIN
 }
 
 #[cfg(test)]

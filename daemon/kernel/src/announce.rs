@@ -8,7 +8,7 @@
 //! port, and every host sends its own.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, OwnedFd};
 
 use etherparse::{Icmpv6Type, PacketBuilder};
@@ -155,20 +155,24 @@ fn on_bridge(op: &Op) -> Option<(Device, IpAddr, Mac)> {
     }
 }
 
+/// Returns an ARP request to all machines of a link. An announcement has one address as both sender and target; a probe has
+/// 0.0.0.0 as its sender (RFC 5227).
+pub(super) fn arp_request(mac: Mac, sender: Ipv4Addr, target: Ipv4Addr) -> Vec<u8> {
+    let mut frame = Vec::with_capacity(42);
+    frame.extend(BROADCAST);
+    frame.extend(mac.0);
+    // EtherType ARP; hardware type Ethernet, protocol IPv4, their address lengths; operation request.
+    frame.extend([0x08, 0x06, 0, 1, 0x08, 0, 6, 4, 0, 1]);
+    frame.extend(mac.0);
+    frame.extend(sender.octets());
+    frame.extend([0; 6]);
+    frame.extend(target.octets());
+    frame
+}
+
 fn frame(address: IpAddr, mac: Mac) -> Option<Vec<u8>> {
     match address {
-        IpAddr::V4(address) => {
-            let mut frame = Vec::with_capacity(42);
-            frame.extend(BROADCAST);
-            frame.extend(mac.0);
-            // EtherType ARP; hardware type Ethernet, protocol IPv4, their address lengths; operation request.
-            frame.extend([0x08, 0x06, 0, 1, 0x08, 0, 6, 4, 0, 1]);
-            frame.extend(mac.0);
-            frame.extend(address.octets());
-            frame.extend([0; 6]);
-            frame.extend(address.octets());
-            Some(frame)
-        }
+        IpAddr::V4(address) => Some(arp_request(mac, address, address)),
         IpAddr::V6(address) => {
             let builder = PacketBuilder::ethernet2(mac.0, ALL_NODES)
                 .ipv6(address.octets(), ALL_NODES_ADDRESS, 255)

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,7 @@ use nix::libc;
 use nix::sys::socket::{AddressFamily, LinkAddr, SockFlag, SockType, recvfrom, socket};
 use ovl_proto::id::Mac;
 
+use super::announce::arp_request;
 use super::error::{KernelError, Result};
 use super::sys;
 
@@ -21,7 +22,6 @@ use super::sys;
 const TRIES: u32 = 2;
 const WAIT: Duration = Duration::from_millis(250);
 
-const BROADCAST: [u8; 6] = [0xff; 6];
 const ARP: u16 = libc::ETH_P_ARP as u16;
 const IPV6: u16 = libc::ETH_P_IPV6 as u16;
 const NEIGHBOUR_SOLICITATION: u8 = 135;
@@ -63,18 +63,7 @@ pub fn other_owner(index: u32, mac: Mac, own: &BTreeSet<Mac>, address: IpAddr) -
 
 fn frame(address: IpAddr, mac: Mac) -> Option<Vec<u8>> {
     match address {
-        IpAddr::V4(address) => {
-            let mut frame = Vec::with_capacity(42);
-            frame.extend(BROADCAST);
-            frame.extend(mac.0);
-            // EtherType ARP; hardware type Ethernet, protocol IPv4, their address lengths; operation request.
-            frame.extend([0x08, 0x06, 0, 1, 0x08, 0, 6, 4, 0, 1]);
-            frame.extend(mac.0);
-            frame.extend([0; 4]);
-            frame.extend([0; 6]);
-            frame.extend(address.octets());
-            Some(frame)
-        }
+        IpAddr::V4(address) => Some(arp_request(mac, Ipv4Addr::UNSPECIFIED, address)),
         IpAddr::V6(address) => {
             let [.., a, b, c] = address.octets();
             // The solicited-node multicast address (RFC 4291, section 2.7.1), and its MAC address (RFC 2464).

@@ -137,9 +137,9 @@ pub fn survey(wanted: &Wanted) -> Result<Survey> {
         sysctls.into_iter().filter_map(|name| Some((name.clone(), sysctl::read(&name)?))).collect();
     nftables(&mut survey);
     survey.sockets = sockets(&wanted.ports);
-    for (name, table) in [("arp_cache", "arp_cache"), ("ndisc_cache", "ndisc_cache")] {
+    for table in ["arp_cache", "ndisc_cache"] {
         if let Ok(text) = fs::read_to_string(format!("/proc/thread-self/net/stat/{table}")) {
-            survey.neighbours.insert(name, neighbour_use(&text));
+            survey.neighbours.insert(table, neighbour_use(&text));
         }
     }
     Ok(survey)

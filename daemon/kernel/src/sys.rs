@@ -115,7 +115,7 @@ pub(super) fn send_frame(socket: BorrowedFd<'_>, index: u32, protocol: u16, fram
     if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Lets a packet socket receive the frames with an EtherType that arrive by a device.
+/// Lets a packet socket receive the frames with an EtherType that arrive by a device; 0: by any of its network namespace.
 pub(super) fn bind_packet(socket: BorrowedFd<'_>, index: u32, protocol: u16) -> io::Result<()> {
     // SAFETY: all zeros are a valid address.
     let mut at: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
@@ -221,23 +221,6 @@ pub(super) fn netns_cookie() -> io::Result<u64> {
         )
     };
     if done == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
-}
-
-/// Lets a packet socket receive all packets of all devices of its network namespace.
-pub(super) fn receive_all_packets(socket: BorrowedFd<'_>) -> io::Result<()> {
-    // SAFETY: all zeros are a valid address: that of all devices.
-    let mut on: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-    on.sll_family = libc::AF_PACKET as u16;
-    on.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
-    // SAFETY: the pointer is to an address of this length.
-    let result = unsafe {
-        libc::bind(
-            socket.as_raw_fd(),
-            (&raw const on).cast(),
-            size_of::<libc::sockaddr_ll>() as libc::socklen_t,
-        )
-    };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// The monotonic clock, in microseconds.

@@ -24,6 +24,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use nix::libc;
 use nix::sys::socket::{ControlMessageOwned, LinkAddr, MsgFlags, recvmsg, setsockopt, sockopt};
 use nix::sys::time::TimeSpec;
 use ovl_dataplane::passage::{PacketKind, Passage, Sighting};
@@ -215,7 +216,7 @@ impl Capture {
         socket.attach_filter(&packet::filter(cookie))?;
         socket.set_nonblocking(true)?;
         setsockopt(&socket, sockopt::ReceiveTimestampns, &true)?;
-        sys::receive_all_packets(socket.as_fd())?;
+        sys::bind_packet(socket.as_fd(), 0, libc::ETH_P_ALL as u16)?;
         let names = nix::net::if_::if_nameindex()?;
         let names = names.iter().map(|each| (each.index(), each.name().to_string_lossy().into_owned()));
         Ok(Self { socket, cookie, inside, names: names.collect(), buffer: vec![0; READ] })

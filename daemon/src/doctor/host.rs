@@ -20,12 +20,11 @@ pub(crate) fn forwarding(survey: &Survey, needed: &BTreeSet<String>) -> Vec<Foun
         // ovld sets it, and says if it cannot.
         return Vec::new();
     }
-    let off = needed.iter().filter(|device| {
-        let name = format!("net.ipv4.conf.{}.forwarding", device.replace('.', "/"));
-        survey.sysctls.get(&name).is_some_and(|value| value == "0")
-    });
-    off.map(|device| {
-        let setting = format!("net.ipv4.conf.{}.forwarding", device.replace('.', "/"));
+    let settings = needed
+        .iter()
+        .map(|device| (device, format!("net.ipv4.conf.{}.forwarding", device.replace('.', "/"))));
+    let off = settings.filter(|(_, setting)| survey.sysctls.get(setting).is_some_and(|value| value == "0"));
+    off.map(|(device, setting)| {
         Found::new(
             Code::Forwarding,
             device,

@@ -11,6 +11,7 @@ use ovl_kernel::{BoundSocket, SurveyedChain};
 use ovl_proto::resource::Protocol;
 
 use super::Found;
+use crate::modes::is_of_kube_proxy;
 use crate::problems::Code;
 
 /// A change of the kernel that ovld undid this often within [`WINDOW_MS`] is made again and again.
@@ -270,7 +271,7 @@ pub(crate) fn node_ports(ports: &BTreeSet<NodePort>, sockets: &[BoundSocket]) ->
 
 /// Returns the finding that a kube-proxy translates Services as well, if ovl does so beside one (`translates`).
 pub(crate) fn other_translator(chains: &[SurveyedChain], translates: bool) -> Option<Found> {
-    let is_proxy = |chain: &&SurveyedChain| chain.name == "KUBE-FORWARD" || chain.table == "kube-proxy";
+    let is_proxy = |chain: &&SurveyedChain| is_of_kube_proxy(&chain.table, &chain.name);
     let SurveyedChain { family, table, name, .. } = chains.iter().find(is_proxy).filter(|_| translates)?;
     Some(Found::new(
         Code::KubeProxy,
@@ -279,7 +280,7 @@ pub(crate) fn other_translator(chains: &[SurveyedChain], translates: bool) -> Op
             "kube-proxy runs on this host, or left its rules (chain {name} of the table {family} {table}): which of the two \
              translates a connection to a Service depends on the order of rules"
         ),
-        "stop kube-proxy and run `kube-proxy --cleanup`: or set `proxy = \"auto\"`: see docs/kubernetes.md",
+        "stop kube-proxy and run `kube-proxy --cleanup`, or set `proxy = \"auto\"`: see docs/kubernetes.md",
     ))
 }
 

@@ -39,6 +39,7 @@ use crate::doctor::host::{self, NeededPort, OpenPort};
 use crate::doctor::names::{self, Answered, ClientSettings};
 use crate::doctor::network::{self, Attached, Backed, NodePort};
 use crate::doctor::{Found, Remark, diagnose};
+use crate::failed::blocking;
 use crate::problems::Code;
 
 /// Time for the diagnosis of one host.
@@ -656,14 +657,4 @@ fn read_of_workload(path: &Path) -> Option<String> {
     file.metadata().ok().filter(|found| found.is_file())?;
     file.take(MOST).read_to_end(&mut bytes).ok()?;
     Some(String::from_utf8_lossy(&bytes).into_owned())
-}
-
-/// Runs blocking work in another thread.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> kernel::Result<T> + Send + 'static,
-) -> Result<T, Failed> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result.map_err(Failed::from),
-        Err(error) => Err(Failed::internal(error.to_string())),
-    }
 }

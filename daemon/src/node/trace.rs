@@ -22,6 +22,7 @@ use ovl_proto::sync::{MAX_TRACE, Message};
 use ovl_proto::table::Endpoint;
 
 use super::{Failed, Node};
+use crate::failed::blocking;
 use crate::trace::arrive::{arrive, inner, receiver};
 use crate::trace::compare::{End, Known, Others, compare};
 use crate::trace::model::{Flow, Here, Interface, Leaving, Way, leave, to_port};
@@ -703,14 +704,4 @@ fn is_unknown(steps: &[Step]) -> bool {
 async fn finish(watch: TraceWatch) -> Result<Passage, Failed> {
     let joined = tokio::task::spawn_blocking(move || watch.finish()).await;
     joined.map_err(|error| Failed::internal(error.to_string()))
-}
-
-/// Runs blocking work in another thread.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, ovl_kernel::KernelError> + Send + 'static,
-) -> Result<T, Failed> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result.map_err(Failed::from),
-        Err(error) => Err(Failed::internal(error.to_string())),
-    }
 }

@@ -16,15 +16,15 @@ const UDP: u8 = 17;
 const ICMPV6: u8 = 58;
 
 /// Lengths of headers without options, in bytes.
-const IPV4: u32 = 20;
-const IPV6: u32 = 40;
+pub(super) const IPV4: u32 = 20;
+pub(super) const IPV6: u32 = 40;
 const UDP_HEADER: u32 = 8;
 const ICMP_HEADER: u32 = 8;
 /// UDP, VXLAN and Ethernet, which are before a packet in VXLAN.
-const AROUND: u32 = 8 + 8 + 14;
+pub(super) const AROUND: u32 = 8 + 8 + 14;
 /// The offsets of the cookie in a transport header and what follows: of a TCP sequence number, and of a TCP acknowledgement
 /// or a payload.
-const IN_TRANSPORT: [u32; 2] = [4, 8];
+pub(super) const IN_TRANSPORT: [u32; 2] = [4, 8];
 
 /// A packet that belongs to a trace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

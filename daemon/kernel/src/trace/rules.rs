@@ -17,6 +17,8 @@ use crate::attribute::{attributes, messages, text, u8_at};
 use crate::error::{KernelError, Result};
 use crate::filter;
 
+use super::packet::{AROUND, IN_TRANSPORT, IPV4, IPV6};
+
 /// The prefix of the names of these tables. Another number follows for each trace.
 const TABLE: &str = "ovl-trace-";
 /// The families in which a probe can be dropped.
@@ -242,7 +244,8 @@ fn rules(table: &str, cookie: u32, vxlan_ports: &[u16]) -> String {
             );
             let mut mark = |condition: &str, offset: u32| {
                 for number in numbers {
-                    let _ = writeln!(text, "\t\t{condition}@th,{offset},32 {number:#x} meta nftrace set 1");
+                    let bits = offset * 8;
+                    let _ = writeln!(text, "\t\t{condition}@th,{bits},32 {number:#x} meta nftrace set 1");
                 }
             };
             for at in IN_TRANSPORT {
@@ -263,12 +266,6 @@ fn rules(table: &str, cookie: u32, vxlan_ports: &[u16]) -> String {
     }
     text
 }
-
-/// Lengths of headers in bits, as in [`super::packet`].
-const IPV4: u32 = 160;
-const IPV6: u32 = 320;
-const AROUND: u32 = 240;
-const IN_TRANSPORT: [u32; 2] = [32, 64];
 
 /// Returns the commands that delete the tables of a trace, whether they exist or not.
 fn deletion(table: &str) -> String {
