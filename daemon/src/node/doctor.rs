@@ -28,12 +28,12 @@ use ovl_proto::resource::{Kind, Name as ResourceName, ServiceType};
 use ovl_proto::sync::Message;
 use ovl_subsystems::names::resolver::{ADDRESS_V4, HOST_ADDRESSES, LOOPBACK, PORT_HOST};
 use tokio::net::UdpSocket;
-use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
 use super::peers::millis;
 use super::state::State;
 use super::{Failed, Node};
+use crate::asked::Asked;
 use crate::doctor::cluster::{self, Member};
 use crate::doctor::host::{self, NeededPort, OpenPort};
 use crate::doctor::names::{self, Answered, ClientSettings};
@@ -60,6 +60,22 @@ const MOST_RESOLVERS: usize = 6;
 const MOST_ASKING: usize = 64;
 /// The largest diagnosis of another host that is accepted, in bytes.
 const MOST_BYTES: usize = 1 << 20;
+
+/// Diagnoses that are waited for.
+#[derive(Debug)]
+pub(crate) struct Diagnoses {
+    /// Those of other hosts.
+    asked: Asked<HostDiagnosis>,
+    /// Hosts that wait for that of this one, with the numbers of their requests.
+    asking: Vec<(NodeId, u64)>,
+}
+
+impl Diagnoses {
+    /// None yet. For `last` see [`Asked::new`].
+    pub(crate) fn new(last: u64) -> Self {
+        Self { asked: Asked::new(last), asking: Vec::new() }
+    }
+}
 
 /// What was read of the host.
 struct Surveyed {
@@ -97,14 +113,13 @@ impl Node {
                 if state.view.nodes.get(&member).is_some_and(|node| node.state == PeerState::Left) {
                     continue;
                 }
-                let (tell, answer) = oneshot::channel();
-                state.next_request += 1;
-                let id = state.next_request;
+                let (id, answer) = state.diagnoses.asked.ask(member);
                 if self.links().send(member, &Message::DoctorRequest { id }) {
-                    state.diagnoses.insert(id, (member, tell));
                     ids.push(id);
+                } else {
+                    // An answer that cannot come ends the wait at once.
+                    state.diagnoses.asked.give_up(id);
                 }
-                // An answer that cannot come ends the wait at once, because its sender is dropped.
                 waiting.push((state.view.name_of(member), answer));
             }
         }
@@ -115,7 +130,7 @@ impl Node {
             answers.push((name, answer.ok().and_then(Result::ok)));
         }
         let mut state = self.state.borrow_mut();
-        ids.iter().for_each(|id| drop(state.diagnoses.remove(id)));
+        ids.iter().for_each(|id| state.diagnoses.asked.give_up(*id));
         answers
     }
 
@@ -123,7 +138,7 @@ impl Node {
     /// ask meanwhile.
     pub(super) fn send_diagnosis(self: &Rc<Self>, to: NodeId, id: u64) {
         let is_first = {
-            let waiting = &mut self.state.borrow_mut().diagnosing;
+            let waiting = &mut self.state.borrow_mut().diagnoses.asking;
             if waiting.len() < MOST_ASKING {
                 waiting.push((to, id));
             }
@@ -135,7 +150,7 @@ impl Node {
         let node = Rc::clone(self);
         tokio::task::spawn_local(async move {
             let diagnosis = node.diagnosis().await;
-            let waiting = std::mem::take(&mut node.state.borrow_mut().diagnosing);
+            let waiting = std::mem::take(&mut node.state.borrow_mut().diagnoses.asking);
             match serde_json::to_string(&diagnosis) {
                 Ok(diagnosis) => {
                     for (to, id) in waiting {
@@ -151,17 +166,18 @@ impl Node {
     /// its record has.
     pub(super) fn take_diagnosis(&self, from: NodeId, id: u64, diagnosis: &str) {
         let mut state = self.state.borrow_mut();
-        if state.diagnoses.get(&id).is_none_or(|(asked, _)| *asked != from) || diagnosis.len() > MOST_BYTES {
+        if !state.diagnoses.asked.waits_for(id, from) || diagnosis.len() > MOST_BYTES {
             return;
         }
-        let Some((_, waiting)) = state.diagnoses.remove(&id) else { return };
         match serde_json::from_str::<HostDiagnosis>(diagnosis) {
             Ok(diagnosis) => {
                 let host = state.view.name_of(from);
-                // The request may be over.
-                waiting.send(HostDiagnosis { host, ..diagnosis }).ok();
+                state.diagnoses.asked.answer(id, from, HostDiagnosis { host, ..diagnosis });
             }
-            Err(error) => tracing::warn!(%from, %error, "cannot read a diagnosis"),
+            Err(error) => {
+                state.diagnoses.asked.give_up(id);
+                tracing::warn!(%from, %error, "cannot read a diagnosis");
+            }
         }
     }
 
