@@ -343,8 +343,7 @@ impl Node {
                 self.event("peer", &self.config.node, "admitted to the cluster");
             }
             self.drop_forgotten(state);
-            // The map determines which entries are used.
-            state.changed(What::ThisHost);
+            state.map_changed(&before);
             self.publish_hints(state);
             newly
         };

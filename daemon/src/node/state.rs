@@ -11,6 +11,7 @@ use ovl_cluster::liveness::Signs;
 use ovl_cluster::view::{Placed, View};
 use ovl_consensus::{Output, Replica as Allocator};
 use ovl_mesh::gossip::Hints;
+use ovl_proto::alloc::{AllocMap, Block};
 use ovl_proto::id::{EndpointId, NetworkId, NodeId};
 use ovl_proto::object::Mode;
 use ovl_proto::record::{NodeRecord, SignedRecord};
@@ -290,19 +291,50 @@ impl State {
                 networks.into_iter().for_each(|network| self.changed(Change::Rights(network)));
                 self.reconcile.mark_rights();
             }
-            Change::Rights(_) | Change::Network(_) | Change::Built(_) | Change::Tunnel => {
+            Change::Rights(_)
+            | Change::HostRights { .. }
+            | Change::Network(_)
+            | Change::Built(_)
+            | Change::Tunnel => {
                 self.reconcile.mark_rights();
             }
             Change::Attaching(_)
             | Change::Resources(_)
             | Change::Backends(_)
-            | Change::Announcers
             | Change::Groups(_)
             | Change::Uplink => {}
         }
         self.workloads.changed(&change, &self.view);
         let (cluster, subsystems) = self.parts();
         subsystems.into_iter().for_each(|subsystem| subsystem.changed(&change, &cluster));
+    }
+
+    /// Reports what a new allocation map changes.
+    pub(crate) fn map_changed(&mut self, before: &AllocMap) {
+        let (me, after) = (self.view.me, &self.view.alloc);
+        let is_member = |map: &AllocMap| map.members.contains(&me);
+        if before.origin() != after.origin() || is_member(before) != is_member(after) {
+            return self.changed(Change::ThisHost);
+        }
+        let members: Vec<NodeId> = before.members.symmetric_difference(&after.members).copied().collect();
+        let blocks = before.blocks.keys().chain(after.blocks.keys());
+        let blocks: BTreeSet<Block> =
+            blocks.filter(|block| before.blocks.get(block) != after.blocks.get(block)).copied().collect();
+        let mode = |block: &Block| self.view.networks.get(&block.network).map(|found| found.network.mode);
+        let (routed, switched): (BTreeSet<Block>, BTreeSet<Block>) =
+            blocks.into_iter().partition(|block| mode(block) == Some(Mode::L3));
+        // The endpoints whose addresses are in a block on which nothing else depends. Most blocks were free before.
+        let holders = switched.iter().flat_map(|Block { network, prefix }| {
+            let all = self.view.all_endpoints_on(*network);
+            all.filter(|placed| placed.endpoint.addresses.iter().any(|net| prefix.contains(&net.addr())))
+        });
+        let holders: Vec<(NodeId, Entry)> =
+            holders.map(|placed| (placed.node.record.id, Entry::Endpoint(placed.endpoint.clone()))).collect();
+        members.into_iter().for_each(|host| self.changed(Change::Host(host)));
+        let routed: BTreeSet<NetworkId> = routed.into_iter().map(|block| block.network).collect();
+        routed.into_iter().for_each(|network| self.changed(Change::Network(network)));
+        holders.iter().for_each(|(host, entry)| self.changed(Change::Entry { host: *host, entry }));
+        self.reconcile.mark_rights();
     }
 
     /// Reports that the right to an address may have changed: the endpoints with it may be valid now or no longer.
@@ -329,7 +361,7 @@ impl State {
                 Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) | Entry::Opaque(_) => None,
             }));
         }
-        networks.into_iter().for_each(|network| self.changed(Change::Rights(network)));
+        networks.into_iter().for_each(|network| self.changed(Change::HostRights { host, network }));
     }
 
     /// Finds an endpoint of any host by network, Kubernetes namespace and name.

@@ -79,16 +79,13 @@ impl Subsystem for Enforcement {
             }
             // With a network or a host, the right to many addresses may change.
             Change::Rights(_)
+            | Change::HostRights { .. }
             | Change::Network(_)
             | Change::Built(_)
             | Change::Host(_)
             | Change::Tunnel
             | Change::ThisHost => self.all_changed = true,
-            Change::Entry { .. }
-            | Change::Backends(_)
-            | Change::Announcers
-            | Change::Groups(_)
-            | Change::Uplink => {}
+            Change::Entry { .. } | Change::Backends(_) | Change::Groups(_) | Change::Uplink => {}
         }
     }
 

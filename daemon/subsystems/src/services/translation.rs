@@ -45,19 +45,21 @@ impl Translation {
 }
 
 impl Subsystem for Translation {
-    fn changed(&mut self, change: &Change<'_>, _: &Cluster<'_>) {
+    fn changed(&mut self, change: &Change<'_>, cluster: &Cluster<'_>) {
         match *change {
             Change::Backends(settled) => self.changed.extend(settled.services.iter().cloned()),
-            Change::Entry { .. }
-            | Change::Rights(_)
+            // Endpoints of other hosts are backends, of which `Backends` tells.
+            Change::Entry { host, .. } => self.context_changed |= host == cluster.view.me,
+            Change::Rights(_)
             | Change::Network(_)
             | Change::Built(_)
             | Change::Host(_)
             | Change::Tunnel
             | Change::ThisHost => self.context_changed = true,
-            Change::Attaching(_)
+            // `Host` or `ThisHost` follows.
+            Change::HostRights { .. }
+            | Change::Attaching(_)
             | Change::Resources(_)
-            | Change::Announcers
             | Change::Groups(_)
             | Change::Uplink => {}
         }
