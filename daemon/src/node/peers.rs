@@ -18,6 +18,7 @@ use ovl_proto::record::{NodeRecord, Presence, SignedRecord};
 use ovl_proto::sync::Message;
 use ovl_proto::table::{Entry, Key};
 
+use super::asking::Topic;
 use super::state::{Clash, Peer, State};
 use super::{Node, Stop, newer};
 use crate::problems::Code;
@@ -166,8 +167,15 @@ impl Node {
                     self.take_key(&secret);
                 }
             }
-            Message::DoctorRequest { id } => self.send_diagnosis(from, id),
-            Message::DoctorReply { id, diagnosis } => self.take_diagnosis(from, id, &diagnosis),
+            Message::DoctorRequest { id } => {
+                self.answer_member((from, id), Topic::Diagnosis, async |node| node.diagnosis().await);
+            }
+            Message::ReportRequest { id } => {
+                self.answer_member((from, id), Topic::Report, async |node| node.report().await);
+            }
+            Message::DoctorReply { id, diagnosis: answer } | Message::ReportReply { id, report: answer } => {
+                self.take_answer(from, id, answer);
+            }
             Message::LeaseReply { id, result } => {
                 let mut state = self.state.borrow_mut();
                 // Accept the reply only from the holder that was asked. The requester may have given up.
@@ -232,6 +240,8 @@ impl Node {
             | Message::ClusterKey(_)
             | Message::DoctorRequest { .. }
             | Message::DoctorReply { .. }
+            | Message::ReportRequest { .. }
+            | Message::ReportReply { .. }
             | Message::TraceAsk { .. }
             | Message::TraceReply { .. } => false,
         }

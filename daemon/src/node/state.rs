@@ -10,7 +10,6 @@ use std::rc::Rc;
 use ovl_cluster::liveness::Signs;
 use ovl_cluster::view::{Placed, View};
 use ovl_consensus::{Output, RecoveryEnd, Replica as Allocator};
-use ovl_control::HostDiagnosis;
 use ovl_mesh::gossip::Hints;
 use ovl_proto::alloc::Refusal;
 use ovl_proto::id::{EndpointId, NetworkId, NodeId};
@@ -25,6 +24,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::Failed;
+use super::asking::{Asked, Asking};
 use crate::addresses::Addresses;
 use crate::clocks::RefusedObjects;
 use crate::endpoints::{FullName, LocalEndpoints};
@@ -133,10 +133,10 @@ pub(crate) struct State {
     pub recovering: Option<oneshot::Sender<RecoveryEnd>>,
     /// Lease requests that are in flight, with the holder that was asked.
     pub leases: HashMap<u64, (NodeId, oneshot::Sender<Result<IpAddr, String>>)>,
-    /// Diagnoses that other hosts were asked for, with the host that was asked.
-    pub diagnoses: HashMap<u64, (NodeId, oneshot::Sender<HostDiagnosis>)>,
-    /// Hosts that wait for a diagnosis of this one, with the numbers of their requests.
-    pub diagnosing: Vec<(NodeId, u64)>,
+    /// Questions to other hosts that are in flight.
+    pub asked: Asked,
+    /// Questions of other hosts that are being answered.
+    pub asking: Asking,
     /// Addresses that are reserved or lent.
     pub addresses: Addresses,
     /// Number of the next request to a peer.
