@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
+use std::num::NonZero;
 use std::process::Child;
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -23,6 +24,7 @@ struct Terminal {
 
 impl Terminal {
     fn start(host: &Host, args: &[&str]) -> Result<Self> {
+        let (lines, columns) = (NonZero::new(24).unwrap(), NonZero::new(80).unwrap());
         let size = Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
         let pair = openpty(&size, None)?;
         let mut command = host.ctl_command(args)?;
@@ -32,7 +34,7 @@ impl Terminal {
         // The command holds copies of the other end, which would keep this one from its end of file.
         drop(command);
         let keys = File::from(pair.master);
-        let screen = Arc::new(Mutex::new(vt100::Parser::new(24, 80, 0)));
+        let screen = Arc::new(Mutex::new(vt100::Parser::new(lines, columns, 0)));
         let (mut output, written) = (keys.try_clone()?, Arc::clone(&screen));
         thread::spawn(move || {
             let mut bytes = [0; 4096];
