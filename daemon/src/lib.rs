@@ -6,6 +6,8 @@
 #![warn(missing_docs)]
 
 mod addresses;
+mod asked;
+mod clashes;
 mod clocks;
 mod config;
 mod control;

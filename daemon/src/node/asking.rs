@@ -8,18 +8,15 @@ use ovl_control::PeerState;
 use ovl_proto::id::NodeId;
 use ovl_proto::sync::Message;
 use serde::Serialize;
-use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::Node;
+use crate::asked::Asked;
 
 /// The most requests of other hosts that wait for one answer.
 const MOST_ASKING: usize = 64;
 /// The largest answer of another host that is accepted, in bytes.
 const MOST_BYTES: usize = 1 << 20;
-
-/// Questions to other hosts that are in flight, with the host that was asked.
-pub(crate) type Asked = HashMap<u64, (NodeId, oneshot::Sender<String>)>;
 
 /// Something that hosts ask of one another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -46,8 +43,21 @@ impl Topic {
     }
 }
 
-/// Hosts that wait for an answer of this one, with the numbers of their requests.
-pub(crate) type Asking = HashMap<Topic, Vec<(NodeId, u64)>>;
+/// Questions that are waited for.
+#[derive(Debug)]
+pub(crate) struct Questions {
+    /// Those to other hosts.
+    asked: Asked<String>,
+    /// Hosts that wait for an answer of this one, with the numbers of their requests.
+    asking: HashMap<Topic, Vec<(NodeId, u64)>>,
+}
+
+impl Questions {
+    /// None yet. For `last` see [`Asked::new`].
+    pub(crate) fn new(last: u64) -> Self {
+        Self { asked: Asked::new(last), asking: HashMap::new() }
+    }
+}
 
 impl Node {
     /// Asks all members but this host. Returns their names with the answers. Those that are down do not answer.
@@ -60,14 +70,13 @@ impl Node {
                 if state.view.nodes.get(&member).is_some_and(|node| node.state == PeerState::Left) {
                     continue;
                 }
-                let (tell, answer) = oneshot::channel();
-                state.next_request += 1;
-                let id = state.next_request;
+                let (id, answer) = state.questions.asked.ask(member);
                 if self.links().send(member, &topic.request(id)) {
-                    state.asked.insert(id, (member, tell));
                     ids.push(id);
+                } else {
+                    // An answer that cannot come ends the wait at once.
+                    state.questions.asked.give_up(id);
                 }
-                // An answer that cannot come ends the wait at once, because its sender is dropped.
                 waiting.push((state.view.name_of(member), answer));
             }
         }
@@ -78,19 +87,14 @@ impl Node {
             answers.push((name, answer.ok().and_then(Result::ok)));
         }
         let mut state = self.state.borrow_mut();
-        ids.iter().for_each(|id| drop(state.asked.remove(id)));
+        ids.iter().for_each(|id| state.questions.asked.give_up(*id));
         answers
     }
 
     /// Takes an answer from the host that was asked.
     pub(super) fn take_answer(&self, from: NodeId, id: u64, answer: String) {
-        let mut state = self.state.borrow_mut();
-        if state.asked.get(&id).is_none_or(|(asked, _)| *asked != from) || answer.len() > MOST_BYTES {
-            return;
-        }
-        if let Some((_, waiting)) = state.asked.remove(&id) {
-            // The request may be over.
-            waiting.send(answer).ok();
+        if answer.len() <= MOST_BYTES {
+            self.state.borrow_mut().questions.asked.answer(id, from, answer);
         }
     }
 
@@ -103,7 +107,7 @@ impl Node {
     ) {
         let is_first = {
             let mut state = self.state.borrow_mut();
-            let waiting = state.asking.entry(topic).or_default();
+            let waiting = state.questions.asking.entry(topic).or_default();
             if waiting.len() < MOST_ASKING {
                 waiting.push((to, id));
             }
@@ -115,7 +119,7 @@ impl Node {
         let node = Rc::clone(self);
         tokio::task::spawn_local(async move {
             let answer = serde_json::to_string(&answer(Rc::clone(&node)).await);
-            let waiting = node.state.borrow_mut().asking.remove(&topic).unwrap_or_default();
+            let waiting = node.state.borrow_mut().questions.asking.remove(&topic).unwrap_or_default();
             match answer {
                 Ok(answer) => {
                     for (to, id) in waiting {
