@@ -167,6 +167,8 @@ struct File {
     #[serde(default)]
     policy: Switch,
     metrics_listen: Option<String>,
+    ui_listen: Option<String>,
+    ui_token_file: Option<PathBuf>,
     #[serde(default)]
     stub_domains: BTreeMap<String, Vec<String>>,
 }
@@ -252,6 +254,10 @@ pub struct Config {
     pub(crate) policy: Switch,
     /// Where metrics are served over HTTP. `None` if they are not.
     pub(crate) metrics_listen: Option<Listen>,
+    /// Where the page is served over HTTP: on loopback, or at a Unix socket. `None` if it is not.
+    pub(crate) ui_listen: Option<Listen>,
+    /// File with the token that browsers must send. `None` if they need none.
+    pub(crate) ui_token_file: Option<PathBuf>,
     /// Domains that are forwarded to resolvers of their own.
     pub(crate) stub_domains: Vec<StubDomain>,
 }
@@ -277,6 +283,11 @@ impl Config {
             None => SocketAddr::new(own_address(&join).context(NoAddress)?, DEFAULT_PORT),
         };
         let (services, follows_cidrs) = service_ranges(file.service_range)?;
+        let listen = |key: &str, text: Option<String>| {
+            text.map(|text| Listen::parse(&text).map_err(|why| anyhow::anyhow!("{key}: {why}"))).transpose()
+        };
+        let state_dir = args.state_dir.or(file.state_dir).unwrap_or_else(|| "/var/lib/ovl".into());
+        let ui_listen = listen("ui_listen", file.ui_listen)?;
         let insecure = args.insecure || file.insecure;
         let cluster_key = args.cluster_key.or(file.cluster_key);
         match (&cluster_key, insecure) {
@@ -295,7 +306,6 @@ impl Config {
                     .into_string()
                     .map_err(|name| anyhow::anyhow!("the host name {name:?} is not UTF-8: use --node"))?,
             },
-            state_dir: args.state_dir.or(file.state_dir).unwrap_or_else(|| "/var/lib/ovl".into()),
             run_dir: args.run_dir.or(file.run_dir).unwrap_or_else(|| "/run/ovl".into()),
             advertise,
             bootstrap: args.bootstrap || file.bootstrap || (join.is_empty() && !join_nodes),
@@ -346,10 +356,13 @@ impl Config {
             proxy: file.proxy,
             dns: file.dns,
             policy: file.policy,
-            metrics_listen: file
-                .metrics_listen
-                .map(|text| Listen::parse(&text).map_err(|why| anyhow::anyhow!("metrics_listen: {why}")))
-                .transpose()?,
+            metrics_listen: listen("metrics_listen", file.metrics_listen)?,
+            // All users of the host reach loopback. A Unix socket is for root alone.
+            ui_token_file: file
+                .ui_token_file
+                .or_else(|| matches!(ui_listen, Some(Listen::Tcp(_))).then(|| state_dir.join("ui-token"))),
+            ui_listen,
+            state_dir,
             stub_domains: file.stub_domains.iter().map(stubs::parse).collect::<Result<_>>()?,
         };
         config.check()?;
@@ -393,6 +406,11 @@ impl Config {
         }
         if let Some(address) = self.dns_listen.iter().find(|address| !address.ip().is_loopback()) {
             bail!("dns_listen: {address} is not on loopback: who asks there sees the names of all networks");
+        }
+        if let Some(listen) = self.ui_listen.as_ref().filter(|listen| !listen.is_local()) {
+            bail!(
+                "ui_listen: {listen} is not on loopback: docs/page.md says how to reach the page from elsewhere"
+            );
         }
         if self.pool.prefix_len() > if self.pool.addr().is_ipv4() { 24 } else { 64 } {
             bail!("pool: {} is too small to cut networks from", self.pool);

@@ -33,6 +33,7 @@ mod names;
 mod networks;
 mod node;
 mod objects;
+mod page;
 mod paths;
 mod policy;
 mod ports;

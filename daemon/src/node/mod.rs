@@ -7,6 +7,7 @@
 mod addresses;
 mod alloc;
 mod apply;
+mod asking;
 mod attach;
 mod clocks;
 mod cni;
@@ -28,6 +29,8 @@ mod network;
 mod newer;
 mod nodes;
 mod objects;
+mod overview;
+mod page;
 mod paths;
 mod peers;
 mod policy;
@@ -97,6 +100,7 @@ use crate::multicast::Multicast;
 use crate::names::Resolver;
 use crate::networks::Bridges;
 use crate::objects::ObjectStore;
+use crate::page::Token;
 use crate::paths::{Carrier, PathFaults, Paths};
 use crate::ports::Ports;
 use crate::problems::{Code, Problems};
@@ -160,6 +164,8 @@ pub(crate) struct Node {
     events: Events,
     /// Durations for metrics.
     measured: RefCell<Measured>,
+    /// What a browser must send to see the page. `None` if nothing, or if the page is not served.
+    page_token: RefCell<Option<Rc<Token>>>,
     /// Wakes the reconcile loop.
     work: Notify,
     /// Wakes the task that saves the state.
@@ -345,6 +351,7 @@ impl Node {
                 false => Events::in_memory(),
             },
             measured: RefCell::default(),
+            page_token: RefCell::default(),
             work: Notify::new(),
             saver: Notify::new(),
             keys: Notify::new(),
@@ -629,7 +636,7 @@ fn first_state(
         maps: alloc::Maps::default(),
         recovery: recover::Recovery::default(),
         leases: Asked::new(first()),
-        diagnoses: doctor::Diagnoses::new(first()),
+        questions: asking::Questions::new(first()),
         addresses: Addresses::new(saved.leases.iter().copied()),
         endpoints: LocalEndpoints::new(RunDir(config.run_dir.clone()).endpoints()),
         engines: Engines::new(&saved.docker),

@@ -320,6 +320,15 @@ impl Node {
         }
     }
 
+    /// Lists all networks by name.
+    pub(super) fn networks(&self) -> Vec<NetworkInfo> {
+        let state = self.state.borrow();
+        let mut all: Vec<_> =
+            state.view.networks.values().map(|found| self.network_info(&state, found)).collect();
+        all.sort_by(|a, b| a.name.cmp(&b.name));
+        all
+    }
+
     /// Returns a network as users see it.
     pub(super) fn network_info(&self, state: &State, found: &NetworkState) -> NetworkInfo {
         let network = &found.network;

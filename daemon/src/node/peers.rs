@@ -19,6 +19,7 @@ use ovl_proto::sync::Message;
 use ovl_proto::table::{Entry, Key};
 use tokio::time::Instant;
 
+use super::asking::Topic;
 use super::state::{Peer, State};
 use super::{Node, Stop, newer};
 use crate::problems::Code;
@@ -159,8 +160,15 @@ impl Node {
                     self.take_key(&secret);
                 }
             }
-            Message::DoctorRequest { id } => self.send_diagnosis(from, id),
-            Message::DoctorReply { id, diagnosis } => self.take_diagnosis(from, id, &diagnosis),
+            Message::DoctorRequest { id } => {
+                self.answer_member((from, id), Topic::Diagnosis, async |node| node.diagnosis().await);
+            }
+            Message::ReportRequest { id } => {
+                self.answer_member((from, id), Topic::Report, async |node| node.report().await);
+            }
+            Message::DoctorReply { id, diagnosis: answer } | Message::ReportReply { id, report: answer } => {
+                self.take_answer(from, id, answer);
+            }
             Message::LeaseReply { id, result } => {
                 self.state.borrow_mut().leases.answer(id, from, result);
             }
@@ -219,6 +227,8 @@ impl Node {
             | Message::ClusterKey(_)
             | Message::DoctorRequest { .. }
             | Message::DoctorReply { .. }
+            | Message::ReportRequest { .. }
+            | Message::ReportReply { .. }
             | Message::TraceAsk { .. }
             | Message::TraceReply { .. } => false,
         }

@@ -119,8 +119,8 @@ pub(crate) struct State {
     pub recovery: super::recover::Recovery,
     /// Addresses that other hosts were asked for.
     pub leases: Asked<Result<IpAddr, String>>,
-    /// Diagnoses of other hosts and of this one that are waited for.
-    pub diagnoses: super::doctor::Diagnoses,
+    /// Questions of hosts to one another that are waited for.
+    pub questions: super::asking::Questions,
     /// Addresses that are reserved or lent.
     pub addresses: Addresses,
     /// Endpoints of this host.
