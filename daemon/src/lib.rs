@@ -6,6 +6,8 @@
 #![warn(missing_docs)]
 
 mod addresses;
+mod asked;
+mod clashes;
 mod clocks;
 mod config;
 mod control;
@@ -31,6 +33,7 @@ mod names;
 mod networks;
 mod node;
 mod objects;
+mod page;
 mod paths;
 mod policy;
 mod ports;

@@ -82,6 +82,19 @@ pub enum Message {
         /// What was found, as JSON of the daemon's own, or an error message for the user.
         result: Result<String, String>,
     },
+    /// A request for what the receiver says of itself: how it sees other hosts, and counters. The reply is
+    /// [`Self::ReportReply`].
+    ReportRequest {
+        /// The requester's number.
+        id: u64,
+    },
+    /// The reply to [`Self::ReportRequest`].
+    ReportReply {
+        /// The requester's number.
+        id: u64,
+        /// The report, in JSON.
+        report: String,
+    },
 }
 
 /// The maximum length of what is said of a trace, in bytes.
@@ -105,6 +118,8 @@ variants! {
         14 TraceReply { 1 id: id, 2 result: result },
         15 DoctorRequest { 1 id: id },
         16 DoctorReply { 1 id: id, 2 diagnosis: diagnosis },
+        150 ReportRequest { 1 id: id },
+        151 ReportReply { 1 id: id, 2 report: report },
     }
 }
 

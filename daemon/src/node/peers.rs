@@ -19,7 +19,8 @@ use ovl_proto::sync::Message;
 use ovl_proto::table::{Entry, Key};
 use tokio::time::Instant;
 
-use super::state::{Clash, Peer, State};
+use super::asking::Topic;
+use super::state::{Peer, State};
 use super::{Node, Stop, newer};
 use crate::problems::Code;
 use ovl_subsystems::Change as What;
@@ -34,8 +35,6 @@ const NEVER_ADMITTED_MS: u64 = 10 * 60 * 1000;
 const MAX_UNKNOWN: usize = 64;
 /// The same while this host is not a member: it does not know who is one.
 const MAX_HOSTS: usize = 4096;
-/// Time in milliseconds after which a clash is over. While it lasts, gossip reports it every ten seconds.
-const CLASH_OVER_MS: u64 = 15_000;
 
 impl Node {
     /// Handles an event of gossip.
@@ -73,7 +72,7 @@ impl Node {
         let mut state = self.state.borrow_mut();
         let now = state.now();
         state.problems.set(Code::IdentityClash, node.to_string(), Some(sentence));
-        state.clashes.insert(node, Clash { seen: now, later });
+        state.clashes.note(node, later, now);
         let own = state.record().map(|record| record.address);
         let mine = node == state.view.me && began != later;
         drop(state);
@@ -100,14 +99,7 @@ impl Node {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             let now = state.now();
-            let mut ended = Vec::new();
-            state.clashes.retain(|node, clash| {
-                let over = now.saturating_sub(clash.seen) > CLASH_OVER_MS;
-                if over {
-                    ended.push((*node, clash.later));
-                }
-                !over
-            });
+            let ended = state.clashes.end(now);
             for (node, _) in &ended {
                 state.problems.set(Code::IdentityClash, node.to_string(), None);
             }
@@ -160,7 +152,7 @@ impl Node {
             Message::LeaseRequest { id, network, wish } => self.grant_lease(from, id, network, wish),
             Message::TraceAsk { id, ask } => self.take_trace_ask(from, id, ask),
             Message::TraceReply { id, result } => {
-                self.state.borrow_mut().traces.answer(id, from, result);
+                self.state.borrow_mut().traces.asked.answer(id, from, result);
             }
             // A host that is not a member cannot know which key a majority has chosen.
             Message::ClusterKey(secret) => {
@@ -168,16 +160,17 @@ impl Node {
                     self.take_key(&secret);
                 }
             }
-            Message::DoctorRequest { id } => self.send_diagnosis(from, id),
-            Message::DoctorReply { id, diagnosis } => self.take_diagnosis(from, id, &diagnosis),
+            Message::DoctorRequest { id } => {
+                self.answer_member((from, id), Topic::Diagnosis, async |node| node.diagnosis().await);
+            }
+            Message::ReportRequest { id } => {
+                self.answer_member((from, id), Topic::Report, async |node| node.report().await);
+            }
+            Message::DoctorReply { id, diagnosis: answer } | Message::ReportReply { id, report: answer } => {
+                self.take_answer(from, id, answer);
+            }
             Message::LeaseReply { id, result } => {
-                let mut state = self.state.borrow_mut();
-                // Accept the reply only from the holder that was asked. The requester may have given up.
-                if state.leases.get(&id).is_some_and(|(holder, _)| *holder == from)
-                    && let Some((_, waiting)) = state.leases.remove(&id)
-                {
-                    waiting.send(result).ok();
-                }
+                self.state.borrow_mut().leases.answer(id, from, result);
             }
         }
     }
@@ -234,6 +227,8 @@ impl Node {
             | Message::ClusterKey(_)
             | Message::DoctorRequest { .. }
             | Message::DoctorReply { .. }
+            | Message::ReportRequest { .. }
+            | Message::ReportReply { .. }
             | Message::TraceAsk { .. }
             | Message::TraceReply { .. } => false,
         }
@@ -273,6 +268,7 @@ impl Node {
         match state.peers.get_mut(&id) {
             Some(peer) => peer.signed = signed,
             None => {
+                let number = state.peers.values().map(|peer| peer.number + 1).max().unwrap_or(0);
                 state.peers.insert(
                     id,
                     Peer {
@@ -284,10 +280,9 @@ impl Node {
                         probe_sent_at: 0,
                         heard: false,
                         proved: false,
-                        number: state.next_peer,
+                        number,
                     },
                 );
-                state.next_peer += 1;
             }
         }
         let moved = old.as_ref().is_none_or(|old| {
@@ -546,7 +541,7 @@ impl Node {
         let (known, link) = {
             let state = self.state.borrow();
             let Some(own) = state.view.own() else { return };
-            if let Some(limit) = state.path_limits.get(&peer) {
+            if let Some(limit) = state.path_faults.limit_to(peer) {
                 mtu = mtu.min(limit.saturating_add(vxlan_overhead(own.record.vtep)));
             }
             let known = match own.table.get(&key) {

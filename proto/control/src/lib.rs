@@ -14,6 +14,7 @@ mod doctor;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod kubernetes;
+mod overview;
 mod reply;
 mod request;
 mod resources;
@@ -27,6 +28,7 @@ pub use cni::{CNI_PLUGIN, CNI_VERSIONS, CniDeleted, Conflist};
 pub use docker::DockerDeleted;
 pub use doctor::{Check, CheckResult, Diagnosis, Finding, HostDiagnosis};
 pub use kubernetes::*;
+pub use overview::*;
 pub use reply::*;
 pub use request::*;
 pub use resources::*;

@@ -73,7 +73,7 @@ impl Subsystem for Enforcement {
                     match key.kind {
                         Kind::NetworkPolicy | Kind::Namespace => self.all_changed = true,
                         Kind::Pod => self.touch_pod(cluster.view, &key.name),
-                        Kind::Service | Kind::EndpointSlice => {}
+                        Kind::Service | Kind::EndpointSlice | Kind::ServiceCidr => {}
                     }
                 }
             }

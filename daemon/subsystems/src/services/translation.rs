@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
-use ovl_proto::resource::Name;
+use ovl_proto::resource::{Kind, Name};
 
 use super::allocation::Ranges;
 use super::permits::Denial;
@@ -56,12 +56,11 @@ impl Subsystem for Translation {
             | Change::Host(_)
             | Change::Tunnel
             | Change::ThisHost => self.context_changed = true,
+            Change::Resources(keys) => {
+                self.context_changed |= keys.iter().any(|key| key.kind == Kind::ServiceCidr);
+            }
             // `Host` or `ThisHost` follows.
-            Change::HostRights { .. }
-            | Change::Attaching(_)
-            | Change::Resources(_)
-            | Change::Groups(_)
-            | Change::Uplink => {}
+            Change::HostRights { .. } | Change::Attaching(_) | Change::Groups(_) | Change::Uplink => {}
         }
     }
 
