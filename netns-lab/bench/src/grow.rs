@@ -102,7 +102,7 @@ pub(crate) fn measure_bytes(bench: &Bench) -> Result<Figure> {
     }
     Ok(Figure {
         setup: format!(
-            "bytes that all hosts send in the {} s from the request, less what they send in as much time when idle. Needed \
+            "bytes that all hosts send in the {} s from the request, less what they send in as much time afterwards. Needed \
              is the size of the manifest once for each other host",
             WINDOW.as_secs()
         ),
@@ -146,16 +146,14 @@ const WINDOW: Duration = Duration::from_secs(10);
 
 /// Returns the bytes that all hosts send because of a change.
 fn cost(lab: &Lab, change: impl FnOnce() -> Result<()>) -> Result<f64> {
-    let before = sent(lab)?;
-    thread::sleep(WINDOW);
-    let idle = sent(lab)? - before;
     let (before, start) = (sent(lab)?, Instant::now());
     change()?;
-    let took = start.elapsed();
-    thread::sleep(WINDOW.saturating_sub(took));
-    let all = sent(lab)? - before;
-    let windows = start.elapsed().as_secs_f64() / WINDOW.as_secs_f64();
-    Ok((all - idle * windows).max(0.0))
+    thread::sleep(WINDOW.saturating_sub(start.elapsed()));
+    let (after, windows) = (sent(lab)?, start.elapsed().as_secs_f64() / WINDOW.as_secs_f64());
+    // Afterwards, because hosts that build a network begin to probe the paths in it.
+    thread::sleep(WINDOW);
+    let idle = sent(lab)? - after;
+    Ok((after - before - idle * windows).max(0.0))
 }
 
 /// Returns the bytes that all hosts have sent: what arrived at the ports of the switch.
