@@ -6,6 +6,7 @@
 #![warn(missing_docs)]
 
 mod addresses;
+mod capture;
 mod clocks;
 mod config;
 mod control;
@@ -18,6 +19,7 @@ mod events;
 mod exchange;
 mod failed;
 mod firewall;
+mod flows;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod health;

@@ -8,11 +8,13 @@ mod addresses;
 mod alloc;
 mod apply;
 mod attach;
+mod capture;
 mod clocks;
 mod cni;
 mod docker;
 mod doctor;
 mod firewall;
+mod flows;
 mod guard;
 mod ingress;
 mod inside;
@@ -78,6 +80,7 @@ use tokio::time::Instant;
 
 use self::state::{RunDir, State};
 use crate::addresses::Addresses;
+use crate::capture::Captures;
 use crate::clocks::RefusedObjects;
 use crate::config::{Config, OWN_DOMAIN};
 use crate::encryption::{self, Tunnel};
@@ -88,6 +91,7 @@ use crate::events::Events;
 use crate::exchange::Exchanges;
 use crate::failed::Failed;
 use crate::firewall::Firewalls;
+use crate::flows::FlowFollowers;
 use crate::health::HealthAnswers;
 use crate::kubernetes::Kubernetes;
 use crate::metrics::Measured;
@@ -637,6 +641,8 @@ fn first_state(
         engines: Engines::new(&saved.docker),
         multicast: Multicast::default(),
         traces: Traces::default(),
+        captures: Captures::default(),
+        flows: FlowFollowers::default(),
         reconcile: Progress::new(),
         caught_up: false,
         path_limits: BTreeMap::new(),

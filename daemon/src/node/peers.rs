@@ -160,6 +160,14 @@ impl Node {
             Message::TraceReply { id, result } => {
                 self.state.borrow_mut().traces.answer(id, from, result);
             }
+            Message::TimeRequest { id } => self.send_time(from, id),
+            Message::TimeReply { id, now_ns } => self.state.borrow_mut().captures.time(from, id, now_ns),
+            Message::CaptureStart { id, ask } => self.take_capture_start(from, id, ask),
+            Message::CaptureBatch { id, batch } => self.take_capture_batch(from, id, &batch),
+            Message::CaptureTaken { id, batches } => {
+                self.state.borrow().captures.taken(from, id, batches);
+            }
+            Message::CaptureStop { id } => self.state.borrow_mut().captures.stop(from, id),
             // A host that is not a member cannot know which key a majority has chosen.
             Message::ClusterKey(secret) => {
                 if self.state.borrow().is_member() {
@@ -233,7 +241,13 @@ impl Node {
             | Message::DoctorRequest { .. }
             | Message::DoctorReply { .. }
             | Message::TraceAsk { .. }
-            | Message::TraceReply { .. } => false,
+            | Message::TraceReply { .. }
+            | Message::TimeRequest { .. }
+            | Message::TimeReply { .. }
+            | Message::CaptureStart { .. }
+            | Message::CaptureBatch { .. }
+            | Message::CaptureTaken { .. }
+            | Message::CaptureStop { .. } => false,
         }
     }
 
