@@ -141,8 +141,8 @@ async fn run(args: Args) -> Result<()> {
         Keeper { path, network, subnets, more: args.more, socket }
     });
     let conflist = OptionFuture::from(keeper.map(|keeper| keeper.run(heard.clone())));
+    let condition = node::keep(client.clone(), node.clone(), args.socket.clone(), heard);
     let reports = reports::listen(args.socket, hear);
-    let condition = node::keep(client.clone(), node.clone(), heard);
     let writer = Writer::new(client.clone(), node.clone(), write_trouble).run(says);
     let turns = Turns::new(client, surroundings, own, writes).run();
     tracing::info!(node, "follows the API server");
