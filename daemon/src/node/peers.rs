@@ -154,6 +154,16 @@ impl Node {
             Message::TraceReply { id, result } => {
                 self.state.borrow_mut().traces.asked.answer(id, from, result);
             }
+            Message::TimeRequest { id } => self.send_time(from, id),
+            Message::TimeReply { id, now_ns } => {
+                self.state.borrow_mut().captures.times.answer(id, from, now_ns)
+            }
+            Message::CaptureStart { id, ask } => self.take_capture_start(from, id, ask),
+            Message::CaptureBatch { id, batch } => self.take_capture_batch(from, id, &batch),
+            Message::CaptureTaken { id, batches } => {
+                self.state.borrow().captures.taken(from, id, batches);
+            }
+            Message::CaptureStop { id } => self.state.borrow_mut().captures.stop(from, id),
             // A host that is not a member cannot know which key a majority has chosen.
             Message::ClusterKey(secret) => {
                 if self.state.borrow().is_member() {
@@ -230,7 +240,13 @@ impl Node {
             | Message::ReportRequest { .. }
             | Message::ReportReply { .. }
             | Message::TraceAsk { .. }
-            | Message::TraceReply { .. } => false,
+            | Message::TraceReply { .. }
+            | Message::TimeRequest { .. }
+            | Message::TimeReply { .. }
+            | Message::CaptureStart { .. }
+            | Message::CaptureBatch { .. }
+            | Message::CaptureTaken { .. }
+            | Message::CaptureStop { .. } => false,
         }
     }
 

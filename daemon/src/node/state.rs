@@ -26,12 +26,14 @@ use tokio::time::Instant;
 use super::Failed;
 use crate::addresses::Addresses;
 use crate::asked::Asked;
+use crate::capture::Captures;
 use crate::clashes::Clashes;
 use crate::clocks::{LastWall, RefusedObjects};
 use crate::endpoints::{FullName, LocalEndpoints};
 use crate::engines::Engines;
 use crate::environment::Environment;
 use crate::exchange::Exchanges;
+use crate::flows::FlowFollowers;
 use crate::kubernetes::Kubernetes;
 use crate::multicast::Multicast;
 use crate::networks::Bridges;
@@ -131,6 +133,10 @@ pub(crate) struct State {
     pub multicast: Multicast,
     /// Parts of traces that are in flight.
     pub traces: Traces,
+    /// Captures that are in flight.
+    pub captures: Captures,
+    /// Clients that follow flows.
+    pub flows: FlowFollowers,
     /// Pending work of the reconcile loop, and the results so far.
     pub reconcile: Progress,
     /// Whether gossip has caught up. Nothing is removed from the kernel before that.

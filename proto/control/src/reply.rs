@@ -6,7 +6,9 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::capture::{CapturePlan, CapturedFrom};
 use crate::doctor::Diagnosis;
+use crate::flows::Flows;
 use crate::kubernetes::{ApiReport, Mirrored};
 use crate::overview::{Overview, Reports};
 use crate::resources::{AppliedAll, ManifestProblem, ResourceInfo, ServiceBackends};
@@ -82,6 +84,14 @@ pub enum Reply {
     PolicyDrops(Vec<PolicyDrop>),
     /// The way of a packet.
     Trace(Box<Trace>),
+    /// Which packets a capture means.
+    CapturePlan(Box<CapturePlan>),
+    /// What a host captured.
+    Captured(Box<CapturedFrom>),
+    /// Who talks to whom.
+    Flows(Box<Flows>),
+    /// The names of what has addresses, by address. What is not known is not listed.
+    Names(BTreeMap<IpAddr, String>),
     /// The answer to a DNS query.
     Dns(Box<DnsAnswer>),
     /// What was done with each object.
