@@ -214,7 +214,8 @@ impl Node {
                 (id, state.captures.ask_time(id, host))
             };
             let asked = wall_ns();
-            let said = match self.links().send(host, &Message::TimeRequest { id }) {
+            let sent = self.links().send(host, &Message::TimeRequest { id });
+            let said = match sent {
                 true => tokio::time::timeout(TIME_WITHIN, answer).await,
                 false => break,
             };
