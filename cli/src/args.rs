@@ -12,8 +12,8 @@ use ovl_proto::DEFAULT_SOCKET;
 use crate::command::resource::jsonpath::{self, Template};
 use crate::command::{
     attach, bugreport, capture, cni, completions, detach, dns, doctor, endpoint, endpoints, events, exec,
-    fdb, flows, key, lifecycle, man, metrics, network, peers, plan, policy, recover, resource, routes,
-    sandbox, status, subnets, trace, verify,
+    fdb, flows, key, lifecycle, man, metrics, network, page, peers, plan, policy, recover, resource, routes,
+    sandbox, status, subnets, top, trace, verify,
 };
 use crate::context::Context;
 use crate::error::{Error, Result};
@@ -133,6 +133,10 @@ enum Command {
     Doctor(doctor::Args),
     /// Show recent events
     Events(events::Args),
+    /// Show hosts, endpoints and networks with what passes them, live; q quits
+    Top(top::Args),
+    /// Print the address of the page that shows the cluster in a browser
+    Page,
     /// Print the daemon's metrics in the Prometheus text format
     Metrics,
     /// Write an archive for fault diagnosis: states, rules and logs of this host, without keys
@@ -233,6 +237,8 @@ impl Cli {
             Command::Routes => routes::run(&context),
             Command::Plan => plan::run(&context),
             Command::Events(args) => events::run(&context, &args),
+            Command::Top(args) => top::run(&context, &args),
+            Command::Page => page::run(&context),
             Command::Metrics => metrics::run(&context),
             Command::Bugreport(args) => bugreport::run(&context, &args),
             Command::Network(args) => network::run(&context, args),
@@ -376,6 +382,10 @@ mod tests {
             "key rotate --cluster new.key",
             "key rotate --cluster - --no-wait",
             "key status",
+            "top",
+            "top endpoints --interval 5",
+            "top --once -o json",
+            "page",
             "completions bash",
             "man /a",
         ] {
@@ -445,6 +455,8 @@ mod tests {
             "cni install --name a/b",
             "key",
             "key rotate --cluster",
+            "top processes",
+            "top --interval 0",
             "completions tcl",
         ] {
             assert!(parse(&format!("ovlctl {line}")).is_err(), "{line}");

@@ -71,6 +71,13 @@ impl Error {
     }
 }
 
+impl std::fmt::Display for Error {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (Self::Failed(message) | Self::Usage(message) | Self::Program(message, _)) = self;
+        f.write_str(message)
+    }
+}
+
 /// The commands that are never suggested for a misspelt one.
 const NOT_SUGGESTED: [&str; 3] = ["leave", "teardown", "recover"];
 

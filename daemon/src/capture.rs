@@ -19,8 +19,9 @@ use ovl_proto::object::Mode;
 use ovl_proto::resource::{Name, Protocol};
 use ovl_proto::{DEFAULT_PORT, SEALED_VXLAN_PORT};
 use ovl_subsystems::encryption::tunnel;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 
+use crate::asked::Asked;
 use crate::failed::Failed;
 use crate::trace::question::{self, Source, Target};
 
@@ -34,18 +35,26 @@ const MOST_ADDRESSES: usize = 64;
 const LONGEST_S: u32 = 24 * 3600;
 
 /// The captures of this host, and what other hosts were asked for.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Captures {
     /// Captures for other hosts, by the requester and its number.
     running: HashMap<(NodeId, u64), Rc<Capture>>,
     /// Captures for clients of this host.
     own: usize,
-    /// What other hosts were asked for.
+    /// The number of the last request to another host.
+    last: u64,
+    /// What other hosts were asked to capture.
     asked: HashMap<u64, (NodeId, mpsc::Sender<CaptureBatch>)>,
-    times: HashMap<u64, (NodeId, oneshot::Sender<u64>)>,
+    /// The time that other hosts were asked for.
+    pub times: Asked<u64>,
 }
 
 impl Captures {
+    /// None yet. For `last` see [`Asked::new`].
+    pub(crate) fn new(last: u64) -> Self {
+        Self { running: HashMap::new(), own: 0, last, asked: HashMap::new(), times: Asked::new(last) }
+    }
+
     /// Begins a capture for a client. Returns false if there are too many.
     pub(crate) fn begin(&mut self) -> bool {
         let free = self.is_free();
@@ -85,11 +94,12 @@ impl Captures {
         }
     }
 
-    /// Notes that another host was asked, and returns where its batches are told.
-    pub(crate) fn ask(&mut self, id: u64, host: NodeId) -> mpsc::Receiver<CaptureBatch> {
+    /// Notes that another host is asked, and returns the number of the request and where its batches are told.
+    pub(crate) fn ask(&mut self, host: NodeId) -> (u64, mpsc::Receiver<CaptureBatch>) {
         let (tell, batches) = mpsc::channel(2 * WINDOW as usize);
-        self.asked.insert(id, (host, tell));
-        batches
+        self.last = self.last.wrapping_add(1);
+        self.asked.insert(self.last, (host, tell));
+        (self.last, batches)
     }
 
     /// Takes a batch of a host that was asked. Returns false if nothing waits for it, so that the host is to stop. One that sends
@@ -106,24 +116,6 @@ impl Captures {
     /// Forgets what a host was asked for.
     pub(crate) fn give_up(&mut self, id: u64) {
         self.asked.remove(&id);
-        self.times.remove(&id);
-    }
-
-    /// Notes that a host was asked for its time.
-    pub(crate) fn ask_time(&mut self, id: u64, host: NodeId) -> oneshot::Receiver<u64> {
-        let (tell, time) = oneshot::channel();
-        self.times.insert(id, (host, tell));
-        time
-    }
-
-    /// Takes the time of a host that was asked.
-    pub(crate) fn time(&mut self, from: NodeId, id: u64, now_ns: u64) {
-        if self.times.get(&id).is_some_and(|(host, _)| *host == from)
-            && let Some((_, tell)) = self.times.remove(&id)
-        {
-            // The requester may have given up.
-            let _ = tell.send(now_ns);
-        }
     }
 }
 

@@ -204,6 +204,23 @@ impl RefusedObjects {
     }
 }
 
+/// A step of the wall clock by this time is a change of it by an operator or another program, in milliseconds.
+const STEP_MS: u64 = 5000;
+
+/// The wall clock at one moment: milliseconds since 1970, and of this run.
+#[derive(Debug, Default)]
+pub(crate) struct LastWall(Option<(u64, u64)>);
+
+impl LastWall {
+    /// Takes the next moment. Returns what the wall clock would say if it had gone on as the time of this run did. `None` if
+    /// it did, about.
+    pub(crate) fn step(&mut self, wall_ms: u64, now: u64) -> Option<u64> {
+        let (wall_before, before) = self.0.replace((wall_ms, now))?;
+        let expected = wall_before.saturating_add(now.saturating_sub(before));
+        (wall_ms.abs_diff(expected) > STEP_MS).then_some(expected)
+    }
+}
+
 /// Whether a stamp is void: see [`Clocks::void_after`].
 pub(crate) fn is_void(stamp: Stamp, void_after: Option<u64>) -> bool {
     void_after.is_some_and(|limit| stamp.wall_ms > limit)
@@ -215,6 +232,16 @@ mod tests {
 
     const NOW: u64 = 1_800_000_000_000;
     const DAY: u64 = 24 * 60 * 60 * 1000;
+
+    #[test]
+    fn steps_of_the_wall_clock_are_noticed_once() {
+        let mut wall = LastWall::default();
+        assert_eq!(wall.step(NOW, 0), None);
+        assert_eq!(wall.step(NOW + 1200, 1000), None);
+        assert_eq!(wall.step(NOW + DAY, 2000), Some(NOW + 2200));
+        assert_eq!(wall.step(NOW + DAY + 1000, 3000), None);
+        assert_eq!(wall.step(NOW, 4000), Some(NOW + DAY + 2000));
+    }
 
     fn node(n: u8) -> NodeId {
         NodeId([n; 10])

@@ -89,6 +89,35 @@ pub(crate) struct Args {
 /// In place of a host to join through: the Nodes of a Kubernetes API server.
 const JOIN_NODES: &str = "kubernetes";
 
+/// In place of a range of Services: the ServiceCIDRs of a Kubernetes API server.
+const FOLLOW_CIDRS: &str = "kubernetes";
+
+/// An item of `service_range`.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum ServiceRange {
+    Range(IpNet),
+    Word(String),
+}
+
+/// Returns the configured ranges of Services, and whether those of ServiceCIDRs are followed.
+fn service_ranges(items: Option<Vec<ServiceRange>>) -> Result<(Vec<IpNet>, bool)> {
+    let Some(items) = items else { return Ok((DEFAULT_SERVICE_RANGES.to_vec(), false)) };
+    let (mut ranges, mut follows) = (Vec::new(), false);
+    for item in items {
+        match item {
+            ServiceRange::Range(range) => ranges.push(range),
+            ServiceRange::Word(word) if word == FOLLOW_CIDRS => follows = true,
+            ServiceRange::Word(word) => {
+                bail!(
+                    "service_range: '{word}' is neither a prefix such as 10.96.0.0/16 nor \"{FOLLOW_CIDRS}\""
+                )
+            }
+        }
+    }
+    Ok((ranges, follows))
+}
+
 /// The configuration file. Its keys have the names of the flags.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -113,7 +142,7 @@ struct File {
     #[serde(default, with = "humantime_serde::option")]
     forget_after: Option<Duration>,
     pool: Option<IpNet>,
-    service_range: Option<Vec<IpNet>>,
+    service_range: Option<Vec<ServiceRange>>,
     load_balancer_pool: Option<Vec<IpNet>>,
     external_ranges: Option<Vec<IpNet>>,
     node_port_range: Option<String>,
@@ -138,6 +167,8 @@ struct File {
     #[serde(default)]
     policy: Switch,
     metrics_listen: Option<String>,
+    ui_listen: Option<String>,
+    ui_token_file: Option<PathBuf>,
     #[serde(default)]
     stub_domains: BTreeMap<String, Vec<String>>,
 }
@@ -223,6 +254,10 @@ pub struct Config {
     pub(crate) policy: Switch,
     /// Where metrics are served over HTTP. `None` if they are not.
     pub(crate) metrics_listen: Option<Listen>,
+    /// Where the page is served over HTTP: on loopback, or at a Unix socket. `None` if it is not.
+    pub(crate) ui_listen: Option<Listen>,
+    /// File with the token that browsers must send. `None` if they need none.
+    pub(crate) ui_token_file: Option<PathBuf>,
     /// Domains that are forwarded to resolvers of their own.
     pub(crate) stub_domains: Vec<StubDomain>,
 }
@@ -247,6 +282,12 @@ impl Config {
             Some(text) => parse_address("advertise", &text, DEFAULT_PORT)?,
             None => SocketAddr::new(own_address(&join).context(NoAddress)?, DEFAULT_PORT),
         };
+        let (services, follows_cidrs) = service_ranges(file.service_range)?;
+        let listen = |key: &str, text: Option<String>| {
+            text.map(|text| Listen::parse(&text).map_err(|why| anyhow::anyhow!("{key}: {why}"))).transpose()
+        };
+        let state_dir = args.state_dir.or(file.state_dir).unwrap_or_else(|| "/var/lib/ovl".into());
+        let ui_listen = listen("ui_listen", file.ui_listen)?;
         let insecure = args.insecure || file.insecure;
         let cluster_key = args.cluster_key.or(file.cluster_key);
         match (&cluster_key, insecure) {
@@ -265,7 +306,6 @@ impl Config {
                     .into_string()
                     .map_err(|name| anyhow::anyhow!("the host name {name:?} is not UTF-8: use --node"))?,
             },
-            state_dir: args.state_dir.or(file.state_dir).unwrap_or_else(|| "/var/lib/ovl".into()),
             run_dir: args.run_dir.or(file.run_dir).unwrap_or_else(|| "/run/ovl".into()),
             advertise,
             bootstrap: args.bootstrap || file.bootstrap || (join.is_empty() && !join_nodes),
@@ -288,7 +328,8 @@ impl Config {
                 None => "10.128.0.0/9".parse().context("the default pool")?,
             },
             ranges: Ranges {
-                services: file.service_range.unwrap_or_else(|| DEFAULT_SERVICE_RANGES.to_vec()),
+                services,
+                follows_cidrs,
                 load_balancers: file.load_balancer_pool.unwrap_or_default(),
                 external: file.external_ranges.unwrap_or_default(),
                 node_ports: match file.node_port_range {
@@ -315,10 +356,13 @@ impl Config {
             proxy: file.proxy,
             dns: file.dns,
             policy: file.policy,
-            metrics_listen: file
-                .metrics_listen
-                .map(|text| Listen::parse(&text).map_err(|why| anyhow::anyhow!("metrics_listen: {why}")))
-                .transpose()?,
+            metrics_listen: listen("metrics_listen", file.metrics_listen)?,
+            // All users of the host reach loopback. A Unix socket is for root alone.
+            ui_token_file: file
+                .ui_token_file
+                .or_else(|| matches!(ui_listen, Some(Listen::Tcp(_))).then(|| state_dir.join("ui-token"))),
+            ui_listen,
+            state_dir,
             stub_domains: file.stub_domains.iter().map(stubs::parse).collect::<Result<_>>()?,
         };
         config.check()?;
@@ -362,6 +406,11 @@ impl Config {
         }
         if let Some(address) = self.dns_listen.iter().find(|address| !address.ip().is_loopback()) {
             bail!("dns_listen: {address} is not on loopback: who asks there sees the names of all networks");
+        }
+        if let Some(listen) = self.ui_listen.as_ref().filter(|listen| !listen.is_local()) {
+            bail!(
+                "ui_listen: {listen} is not on loopback: docs/page.md says how to reach the page from elsewhere"
+            );
         }
         if self.pool.prefix_len() > if self.pool.addr().is_ipv4() { 24 } else { 64 } {
             bail!("pool: {} is too small to cut networks from", self.pool);

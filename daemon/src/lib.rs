@@ -6,7 +6,9 @@
 #![warn(missing_docs)]
 
 mod addresses;
+mod asked;
 mod capture;
+mod clashes;
 mod clocks;
 mod config;
 mod control;
@@ -33,6 +35,7 @@ mod names;
 mod networks;
 mod node;
 mod objects;
+mod page;
 mod paths;
 mod policy;
 mod ports;

@@ -10,6 +10,7 @@
 //! read at [`Paths::tick`] and [`Paths::take`].
 
 mod choice;
+mod faults;
 pub(crate) mod frame;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
@@ -24,6 +25,7 @@ use ovl_proto::id::NodeId;
 use ovl_udp::trial::{Offload, Trial};
 
 use self::choice::{Watched, choose};
+pub(crate) use self::faults::PathFaults;
 use self::frame::{Arrived, Frame, Report, Size, Verdict};
 use self::search::{Search, Step};
 

@@ -167,12 +167,14 @@ pub(crate) enum Code {
     KubeProxy,
     /// Another program's traffic control delays or drops packets of ovl.
     TrafficControl,
+    /// The page is not served, because its address cannot be listened at or its token cannot be read.
+    PageAddress,
 }
 
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    pub(crate) const ALL: [Self; 79] = [
+    pub(crate) const ALL: [Self; 80] = [
         Self::HostDown,
         Self::NoMajority,
         Self::VersionsDiffer,
@@ -252,11 +254,13 @@ impl Code {
         Self::ApiUnreachable,
         Self::KubeProxy,
         Self::TrafficControl,
+        Self::PageAddress,
     ];
 
     /// Returns the code as users see it, such as `OVL-E011`. The tens digit names the area: 0 the cluster, 1 this host, 2
     /// members, 3 cluster key (34 to 36, 38 and 39: paths, 37: members again), 4 networks, 5 encryption, 6 published ports and Services, 7 names, 8 settings
-    /// of the host, 9 Kubernetes, 10 settings of the host again.
+    /// of the host, 9 Kubernetes, 10 settings of the host
+    /// again, 12 what shows the cluster.
     pub(crate) const fn as_str(self) -> &'static str {
         match self {
             Self::HostDown => "OVL-E001",
@@ -338,6 +342,7 @@ impl Code {
             Self::ApiUnreachable => "OVL-E091",
             Self::KubeProxy => "OVL-E092",
             Self::TrafficControl => "OVL-E100",
+            Self::PageAddress => "OVL-E120",
         }
     }
 
@@ -399,6 +404,7 @@ impl Code {
             | Self::NetworkOverlap
             | Self::MulticastGroups
             | Self::BridgeConflict
+            | Self::PageAddress
             | Self::NotEncrypted
             | Self::SegmentsDamaged
             | Self::ServiceDenied

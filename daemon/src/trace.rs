@@ -17,9 +17,9 @@ use ovl_dataplane::passage::{Passage, ProbeKind};
 use ovl_kernel::TraceWatch;
 use ovl_proto::id::NodeId;
 use serde::{Deserialize, Serialize};
-use tokio::sync::oneshot;
 
 use self::step::{Arrival, Step};
+use crate::asked::Asked;
 
 /// The maximum number of traces in which a host takes part at a time.
 const MOST: usize = 4;
@@ -64,9 +64,10 @@ pub(crate) enum Said {
 }
 
 /// The parts of traces that are in flight.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Traces {
-    asked: HashMap<u64, (NodeId, oneshot::Sender<Result<String, String>>)>,
+    /// What other hosts were asked for.
+    pub asked: Asked<Result<String, String>>,
     /// What is watched, by the host that asked for it and the cookie of the probe. Each backend of a Service has a watch.
     watched: HashMap<(NodeId, u32), Vec<TraceWatch>>,
     running: usize,
@@ -74,26 +75,9 @@ pub(crate) struct Traces {
 }
 
 impl Traces {
-    /// Notes that a host was asked, and returns where its answer is told.
-    pub(crate) fn ask(&mut self, id: u64, host: NodeId) -> oneshot::Receiver<Result<String, String>> {
-        let (tell, answer) = oneshot::channel();
-        self.asked.insert(id, (host, tell));
-        answer
-    }
-
-    /// Forgets what was asked.
-    pub(crate) fn give_up(&mut self, id: u64) {
-        self.asked.remove(&id);
-    }
-
-    /// Takes an answer. That of a host that was not asked is passed over.
-    pub(crate) fn answer(&mut self, id: u64, from: NodeId, result: Result<String, String>) {
-        if self.asked.get(&id).is_some_and(|(host, _)| *host == from)
-            && let Some((_, tell)) = self.asked.remove(&id)
-        {
-            // The requester may have given up.
-            let _ = tell.send(result);
-        }
+    /// None yet. For `last` see [`Asked::new`].
+    pub(crate) fn new(last: u64) -> Self {
+        Self { asked: Asked::new(last), watched: HashMap::new(), running: 0, answering: 0 }
     }
 
     /// Begins to answer a question of another host. Returns false if there are too many.

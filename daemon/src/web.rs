@@ -1,7 +1,7 @@
-//! The HTTP server for programs that watch ovld: metrics, and the list of hosts that have some.
+//! The HTTP server for programs and people that watch ovld: metrics, and the page.
 //!
-//! It reads and writes; what a path stands for is for [`Pages`]. There is no TLS and no login: a Unix socket is protected by
-//! its directory, and TCP is for a loopback address, a proxy or a trusted network.
+//! It reads and writes; what a path stands for, and who may see it, is for [`Pages`]. There is no TLS: a Unix socket is
+//! protected by its mode, and TCP is for a loopback address, a proxy or a trusted network.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -13,9 +13,10 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http_body_util::Full;
+use http_body_util::channel::Channel;
+use http_body_util::{Either, Full};
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{ACCEPT, ALLOW, CONTENT_TYPE, HeaderValue};
+use hyper::header::{ALLOW, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
@@ -23,11 +24,14 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_io_timeout::TimeoutStream;
 
 /// Maximum number of connections at a time. Further ones wait.
 const MAX_CONNECTIONS: usize = 64;
 /// Time in which a request must arrive. Between two requests of a connection, it is the time that a client may be idle.
 const REQUEST_WITHIN: Duration = Duration::from_secs(10);
+/// Time in which a client must take some of what is sent to it.
+const TAKEN_WITHIN: Duration = Duration::from_secs(10);
 /// Time after which a connection is closed. Clients open another one.
 const LIFETIME: Duration = Duration::from_secs(600);
 /// Maximum size of a request's head, in bytes. hyper wants at least 8 KiB.
@@ -55,6 +59,14 @@ impl Listen {
         }
     }
 
+    /// Whether only this host reaches it.
+    pub(crate) fn is_local(&self) -> bool {
+        match self {
+            Self::Tcp(at) => at.ip().is_loopback(),
+            Self::Unix(_) => true,
+        }
+    }
+
     /// Returns the port at which other hosts reach the server at this address of the host; 0 if they do not.
     pub(crate) fn port_at(&self, address: IpAddr) -> u16 {
         match self {
@@ -75,24 +87,60 @@ impl fmt::Display for Listen {
     }
 }
 
-/// A document that a path stands for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Page {
-    /// The media type.
-    pub(crate) content_type: &'static str,
-    /// The document.
-    pub(crate) text: String,
+/// What a client asks for. The method is GET or HEAD.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Asked<'a> {
+    /// The path.
+    pub(crate) path: &'a str,
+    /// The query behind the path, without `?`. Empty if there is none.
+    pub(crate) query: &'a str,
+    /// The header.
+    pub(crate) headers: &'a HeaderMap,
+}
+
+impl<'a> Asked<'a> {
+    /// Returns a field of the header. The empty string if it is absent or not ASCII.
+    pub(crate) fn header(&self, name: HeaderName) -> &'a str {
+        self.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default()
+    }
+}
+
+/// An answer.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    status: StatusCode,
+    content_type: &'static str,
+    body: Body,
+}
+
+/// The content of an answer: a document, or one that is written as time passes.
+type Body = Either<Full<Bytes>, Channel<Bytes>>;
+
+impl Answer {
+    /// A document.
+    pub(crate) fn document(content_type: &'static str, content: impl Into<Bytes>) -> Self {
+        Self { status: StatusCode::OK, content_type, body: Either::Left(Full::new(content.into())) }
+    }
+
+    /// Something else than what was asked for, with a sentence for people.
+    pub(crate) fn other(status: StatusCode, sentence: &str) -> Self {
+        let body = Either::Left(Full::new(Bytes::from(format!("{sentence}\n"))));
+        Self { status, content_type: "text/plain; charset=utf-8", body }
+    }
+
+    /// A stream of events (`text/event-stream` of the HTML standard), which others write to.
+    pub(crate) fn events(events: Channel<Bytes>) -> Self {
+        Self { status: StatusCode::OK, content_type: "text/event-stream", body: Either::Right(events) }
+    }
 }
 
 /// What answers requests.
 pub(crate) trait Pages: 'static {
-    /// Returns what a path stands for. `None` if it stands for nothing. `accepted` are the media types that the client
-    /// accepts, as its header says.
-    ///
-    /// # Errors
-    ///
-    /// Why the document cannot be made now.
-    async fn page(self: &Rc<Self>, path: &str, accepted: &str) -> Result<Option<Page>, String>;
+    /// Fields of the header of each answer, besides those of HTTP itself. Names are in lower case.
+    const HEADERS: &'static [(&'static str, &'static str)];
+
+    /// Answers a request.
+    async fn answer(self: &Rc<Self>, asked: &Asked<'_>) -> Answer;
 }
 
 /// Serves clients until the task is dropped.
@@ -157,44 +205,45 @@ fn listen_unix(path: &Path) -> io::Result<UnixListener> {
 
 fn spawn(pages: &Rc<impl Pages>, stream: Box<dyn Stream>, place: OwnedSemaphorePermit) {
     let pages = Rc::clone(pages);
+    let mut stream = TimeoutStream::new(stream);
+    stream.set_write_timeout(Some(TAKEN_WITHIN));
     tokio::task::spawn_local(async move {
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(REQUEST_WITHIN)
             .max_buf_size(MAX_HEAD)
-            .serve_connection(TokioIo::new(stream), service_fn(|request| answer(Rc::clone(&pages), request)));
+            .serve_connection(
+                TokioIo::new(Box::pin(stream)),
+                service_fn(|request| answer(Rc::clone(&pages), request)),
+            );
         // An error means that the client went away or sent no HTTP; it has no recipient then.
         let _ = tokio::time::timeout(LIFETIME, connection).await;
         drop(place);
     });
 }
 
-async fn answer(
-    pages: Rc<impl Pages>,
-    request: Request<Incoming>,
-) -> Result<Response<Full<Bytes>>, Infallible> {
-    if request.method() != Method::GET && request.method() != Method::HEAD {
-        let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, "everything here is read with GET\n");
-        response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
-        return Ok(response);
+async fn answer<P: Pages>(pages: Rc<P>, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+    let asked = Asked {
+        path: request.uri().path(),
+        query: request.uri().query().unwrap_or_default(),
+        headers: request.headers(),
+    };
+    let is_read = request.method() == Method::GET || request.method() == Method::HEAD;
+    let answer = match is_read {
+        true => pages.answer(&asked).await,
+        false => Answer::other(StatusCode::METHOD_NOT_ALLOWED, "everything here is read with GET"),
+    };
+    let mut response = Response::new(answer.body);
+    *response.status_mut() = answer.status;
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(answer.content_type));
+    if !is_read {
+        headers.insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
     }
-    let accepted = request.headers().get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    Ok(match pages.page(request.uri().path(), accepted).await {
-        Ok(Some(page)) => respond(StatusCode::OK, page),
-        Ok(None) => plain(StatusCode::NOT_FOUND, "there are /metrics and /targets\n"),
-        Err(why) => plain(StatusCode::SERVICE_UNAVAILABLE, &format!("{why}\n")),
-    })
-}
-
-fn plain(status: StatusCode, text: &str) -> Response<Full<Bytes>> {
-    respond(status, Page { content_type: "text/plain; charset=utf-8", text: text.to_owned() })
-}
-
-fn respond(status: StatusCode, page: Page) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(Bytes::from(page.text)));
-    *response.status_mut() = status;
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(page.content_type));
-    response
+    for (name, value) in P::HEADERS {
+        headers.insert(HeaderName::from_static(name), HeaderValue::from_static(value));
+    }
+    Ok(response)
 }
 
 #[cfg(test)]

@@ -120,6 +120,19 @@ pub enum Message {
         /// The requester's number.
         id: u64,
     },
+    /// A request for what the receiver says of itself: how it sees other hosts, and counters. The reply is
+    /// [`Self::ReportReply`].
+    ReportRequest {
+        /// The requester's number.
+        id: u64,
+    },
+    /// The reply to [`Self::ReportRequest`].
+    ReportReply {
+        /// The requester's number.
+        id: u64,
+        /// The report, in JSON.
+        report: String,
+    },
 }
 
 /// The maximum length of what is said of a trace, in bytes.
@@ -149,6 +162,8 @@ variants! {
         133 CaptureBatch { 1 id: id, 2 batch: batch },
         134 CaptureTaken { 1 id: id, 2 batches: batches },
         135 CaptureStop { 1 id: id },
+        150 ReportRequest { 1 id: id },
+        151 ReportReply { 1 id: id, 2 report: report },
     }
 }
 

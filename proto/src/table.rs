@@ -17,7 +17,7 @@ use crate::wire::fields::{Unknown, deserialize_numbered, serialize_numbered};
 use crate::wire::{self, Bytes, WireError};
 
 /// The revision of a table, ordered by the owner's epoch, then by change.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 pub struct Revision {
     /// The generation of the owner when it started this epoch of the table.
     pub epoch: u64,

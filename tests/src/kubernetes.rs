@@ -25,7 +25,7 @@ const POLL: Duration = Duration::from_millis(20);
 pub const CLUSTER: &str = "11111111-2222-4333-8444-555555555555";
 
 /// The kinds that the server has: plural name, path of all objects, `apiVersion`, `kind`.
-const KINDS: [(&str, &str, &str, &str); 8] = [
+const KINDS: [(&str, &str, &str, &str); 9] = [
     ("namespaces", "/api/v1/namespaces", "v1", "Namespace"),
     ("pods", "/api/v1/pods", "v1", "Pod"),
     ("services", "/api/v1/services", "v1", "Service"),
@@ -36,6 +36,7 @@ const KINDS: [(&str, &str, &str, &str); 8] = [
         "networking.k8s.io/v1",
         "NetworkPolicy",
     ),
+    ("servicecidrs", "/apis/networking.k8s.io/v1/servicecidrs", "networking.k8s.io/v1", "ServiceCIDR"),
     ("nodes", "/api/v1/nodes", "v1", "Node"),
     ("leases", "/apis/coordination.k8s.io/v1/leases", "coordination.k8s.io/v1", "Lease"),
     ("events", "/apis/events.k8s.io/v1/events", "events.k8s.io/v1", "Event"),

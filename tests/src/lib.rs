@@ -1,6 +1,7 @@
 //! Helpers that the multi-host tests share. They use only `ovlctl` and standard tools such as `ip` and `ping`, and no
 //! code of ovl.
 
+pub mod browser;
 mod capture;
 pub mod cni;
 mod flow;

@@ -7,8 +7,8 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
-use netns_lab::{Host, Lab};
-use ovl_tests::{SOON, assert_contains, attach, create_network, ping_all_pairs, start_lab};
+use netns_lab::{Host, Lab, LabConfig};
+use ovl_tests::{SOON, assert_contains, attach, create_network, ping_all_pairs, start_lab_with};
 
 /// Makes a report of a host, unpacks it, and returns its directory.
 fn report(lab: &Lab, host: &Host, name: &str) -> PathBuf {
@@ -53,7 +53,7 @@ fn forms(secret: &[u8]) -> Vec<Vec<u8>> {
 /// The secrets in a key file: its bytes, its text, and what its words stand for in base64.
 fn secrets(host: &Host) -> Vec<Vec<u8>> {
     let state = host.state_dir();
-    let files = ["identity", "tunnel.key", "cluster-keys"].map(|name| state.join(name));
+    let files = ["identity", "tunnel.key", "cluster-keys", "ui-token"].map(|name| state.join(name));
     let mut all = Vec::new();
     for path in files.into_iter().chain([host.dir().join("cluster.key")]) {
         let Ok(content) = fs::read(&path) else { continue };
@@ -86,7 +86,9 @@ fn secrets(host: &Host) -> Vec<Vec<u8>> {
 
 #[test]
 fn report_has_states_and_logs_and_no_key() {
-    let lab = start_lab(2).unwrap();
+    let mut config = LabConfig::hosts(2);
+    config.config = "ui_listen = \"127.0.0.1:9641\"\n".to_owned();
+    let lab = start_lab_with(config).unwrap();
     create_network(&lab, "blue", &["--subnet", "10.1.0.0/24", "--encrypted"]).unwrap();
     let all: Vec<_> = lab
         .hosts()
@@ -119,7 +121,9 @@ fn report_has_states_and_logs_and_no_key() {
     };
     assert_eq!(find(&content), None);
     // It would be found.
-    for key in [h1.dir().join("cluster.key"), h1.state_dir().join("identity")] {
+    let keys =
+        [h1.dir().join("cluster.key"), h1.state_dir().join("identity"), h1.state_dir().join("ui-token")];
+    for key in keys {
         assert!(find(&[&content[..], &fs::read(&key).unwrap()].concat()).is_some(), "{}", key.display());
     }
 

@@ -94,13 +94,32 @@ impl Filter {
     }
 }
 
-/// Lists the table with `nft`, without counters. `None` if there is no table.
+/// Lists the table with `nft`, without counters and what packets added. `None` if there is no table.
 fn list() -> Result<Option<String>> {
     let done = run(&["-s", "-n", "list", "table", "inet", BASE_TABLE], "")?;
     if !done.success && done.errors.contains("No such file or directory") {
         return Ok(None);
     }
-    done.check().map(Some)
+    done.check().map(|listing| Some(without_added(&listing)))
+}
+
+/// Removes the elements of dynamic sets, which packets add, from a listing of `nft`. The elements of a set are its last part,
+/// after its flags.
+fn without_added(listing: &str) -> String {
+    let mut kept = String::with_capacity(listing.len());
+    let mut dynamic = false;
+    for line in listing.lines() {
+        if let Some(flags) = line.strip_prefix("\t\tflags ") {
+            dynamic = flags.split(',').any(|flag| flag == "dynamic");
+        } else if line == "\t}" {
+            dynamic = false;
+        } else if dynamic && (line.starts_with("\t\telements = ") || line.starts_with("\t\t\t")) {
+            continue;
+        }
+        kept.push_str(line);
+        kept.push('\n');
+    }
+    kept
 }
 
 /// The result of a run of `nft`.
@@ -199,4 +218,23 @@ fn read_some(stream: &mut Option<impl Read>, to: &mut Vec<u8>) -> io::Result<()>
         length => to.extend_from_slice(chunk.get(..length).unwrap_or_default()),
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_packets_added_is_not_compared() {
+        let listing = |added: &str| {
+            format!(
+                "table inet ovl {{\n\tset vteps4 {{\n\t\ttype ipv4_addr\n\t\telements = {{ 192.0.2.2,\n\t\t\t     \
+                 192.0.2.3 }}\n\t}}\n\n\tset paths4 {{\n\t\ttypeof iif . ip saddr\n\t\tflags dynamic,timeout\n{added}\t}}\n\n\
+                 \tset ports {{\n\t\ttype inet_service\n\t\telements = {{ 80 }}\n\t}}\n}}\n"
+            )
+        };
+        let two = "\t\telements = { \"eth0\" . 192.0.2.2,\n\t\t\t     \"eth1\" . 192.0.2.2 }\n";
+        assert_eq!(without_added(&listing(two)), listing(""));
+        assert_eq!(without_added(&listing("")), listing(""));
+    }
 }

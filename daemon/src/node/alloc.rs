@@ -1,6 +1,7 @@
 //! The consensus replica's I/O: its messages, its promises on disk, and the requests that wait for it. Also leases:
 //! addresses from a block of another host.
 
+use std::collections::HashMap;
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::Duration;
@@ -45,6 +46,17 @@ const UNPROVED_MS: u64 = 10_000;
 /// How many ids of hosts an error lists.
 const SHOWN_IDS: usize = 5;
 
+/// What this host waits for in the agreement on the allocation map.
+#[derive(Debug, Default)]
+pub(crate) struct Maps {
+    /// Requests for changes that are in flight.
+    changes: HashMap<u64, oneshot::Sender<Result<u64, Refusal>>>,
+    /// The version of the map at the last tick, if peers announced a later one.
+    behind_since: Option<u64>,
+    /// A later map that could not be verified: its version, and the time of the first try, in milliseconds of this run.
+    unproved: Option<(u64, u64)>,
+}
+
 /// Whether an address satisfies a lease request.
 fn fits(wish: LeaseWish, address: IpAddr) -> bool {
     match wish {
@@ -55,7 +67,7 @@ fn fits(wish: LeaseWish, address: IpAddr) -> bool {
 
 /// Reports a map that this host cannot verify, unless it learns another one soon.
 fn note_unproved(state: &mut State, now: u64) {
-    let Some((version, since)) = state.unproved else { return };
+    let Some((version, since)) = state.maps.unproved else { return };
     if now.saturating_sub(since) < UNPROVED_MS {
         return;
     }
@@ -130,18 +142,20 @@ impl Node {
     /// Who decides a map sends it to all hosts. When all hosts took each hint for a reason to ask, a decision cost as many
     /// requests, and whole maps, as the square of the number of hosts.
     pub(super) fn ask_later_map(&self) {
-        let connected = self.links().connected();
         let peer = {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             let version = state.view.alloc.version;
-            let has_later =
-                |id: &&NodeId| state.peers.get(*id).is_some_and(|peer| peer.hints.alloc > version);
-            let later: Vec<NodeId> = connected.iter().filter(has_later).copied().collect();
+            let later = state.peers.iter().filter(|(_, peer)| peer.hints.alloc > version);
+            let mut later: Vec<NodeId> = later.map(|(id, _)| *id).collect();
+            if !later.is_empty() {
+                let connected = self.links().connected();
+                later.retain(|id| connected.contains(id));
+            }
             let turn = usize::try_from(state.now() / 200).unwrap_or(0);
-            let again = state.behind_since.replace(version) == Some(version);
+            let again = state.maps.behind_since.replace(version) == Some(version);
             if later.is_empty() {
-                state.behind_since = None;
+                state.maps.behind_since = None;
             }
             later.get(turn % later.len().max(1)).copied().filter(|_| again)
         };
@@ -172,7 +186,7 @@ impl Node {
             let (now, alive) = (state.now(), state.alive());
             let (id, output) = state.allocator.request(now, change, &alive);
             if let Some(waiting) = waiting {
-                state.claims.insert(id, waiting);
+                state.maps.changes.insert(id, waiting);
             }
             output
         };
@@ -280,7 +294,7 @@ impl Node {
             match event {
                 Event::Learned => self.on_learned(),
                 Event::Done { id, result } => {
-                    if let Some(waiting) = self.state.borrow_mut().claims.remove(&id) {
+                    if let Some(waiting) = self.state.borrow_mut().maps.changes.remove(&id) {
                         // The requester may have timed out.
                         waiting.send(result).ok();
                     }
@@ -298,7 +312,7 @@ impl Node {
                 Event::Unproved { version } => {
                     let mut state = self.state.borrow_mut();
                     let now = state.now();
-                    state.unproved.get_or_insert((version, now));
+                    state.maps.unproved.get_or_insert((version, now));
                     tracing::debug!(version, "refused an allocation map: it is not proved");
                 }
             }
@@ -311,7 +325,7 @@ impl Node {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             let was_member = state.is_member();
-            state.unproved = None;
+            state.maps.unproved = None;
             state.problems.set(Code::MapNotVerified, "", None);
             let before = std::mem::replace(&mut state.view.alloc, state.allocator.map().clone());
             if before.members != state.view.alloc.members {
@@ -331,8 +345,7 @@ impl Node {
                 self.event("peer", &self.config.node, "admitted to the cluster");
             }
             self.drop_forgotten(state);
-            // The map determines which entries are used.
-            state.changed(What::ThisHost);
+            state.map_changed(&before);
             self.publish_hints(state);
             newly
         };
@@ -478,17 +491,13 @@ impl Node {
         network: NetworkId,
         wish: LeaseWish,
     ) -> Result<IpAddr, String> {
-        let (tell, answer) = oneshot::channel();
-        let (id, name) = {
+        let ((id, answer), name) = {
             let mut state = self.state.borrow_mut();
-            state.next_request += 1;
-            let id = state.next_request;
-            state.leases.insert(id, (holder, tell));
-            (id, state.view.name_of(holder))
+            (state.leases.ask(holder), state.view.name_of(holder))
         };
         let sent = self.links().send(holder, &Message::LeaseRequest { id, network, wish });
         let answer = if sent { tokio::time::timeout(LEASE_TIMEOUT, answer).await.ok() } else { None };
-        self.state.borrow_mut().leases.remove(&id);
+        self.state.borrow_mut().leases.give_up(id);
         match answer {
             Some(Ok(Ok(address))) if !fits(wish, address) => {
                 Err(format!("host {name} offers {address}, which was not asked for"))

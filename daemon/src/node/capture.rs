@@ -169,12 +169,7 @@ impl Node {
             ..CaptureBatch::default()
         };
         let Ok(ask) = serde_json::to_string(request) else { return };
-        let (id, mut batches) = {
-            let mut state = self.state.borrow_mut();
-            state.next_request += 1;
-            let id = state.next_request;
-            (id, state.captures.ask(id, host))
-        };
+        let (id, mut batches) = self.state.borrow_mut().captures.ask(host);
         let sent = ask.len() <= MAX_MESSAGE && self.links().send(host, &Message::CaptureStart { id, ask });
         let mut reason = match sent {
             true => None,
@@ -207,19 +202,17 @@ impl Node {
     async fn offset_of(&self, host: NodeId) -> i64 {
         let mut answers = Vec::new();
         for _ in 0..TIMES {
-            let (id, answer) = {
-                let mut state = self.state.borrow_mut();
-                state.next_request += 1;
-                let id = state.next_request;
-                (id, state.captures.ask_time(id, host))
-            };
+            let (id, answer) = self.state.borrow_mut().captures.times.ask(host);
             let asked = wall_ns();
             let sent = self.links().send(host, &Message::TimeRequest { id });
             let said = match sent {
                 true => tokio::time::timeout(TIME_WITHIN, answer).await,
-                false => break,
+                false => {
+                    self.state.borrow_mut().captures.times.give_up(id);
+                    break;
+                }
             };
-            self.state.borrow_mut().captures.give_up(id);
+            self.state.borrow_mut().captures.times.give_up(id);
             let Ok(Ok(said)) = said else { break };
             answers.push((asked, said, wall_ns()));
         }

@@ -10,9 +10,6 @@ use crate::clocks::{Clocks, RefusedObject, Skew, in_words};
 use crate::objects::WantedObject;
 use crate::problems::Code;
 
-/// A difference between the wall clock and the clock of this run above which the wall clock was set, in milliseconds.
-const STEP_MS: u64 = 5000;
-
 impl Node {
     /// Returns the clocks of this host and of the live members. A host that is not a member knows no members yet, and listens
     /// to all live hosts.
@@ -124,12 +121,7 @@ impl Node {
 /// forgotten because the clock went on by a year.
 fn note_step(state: &mut State) {
     let (wall_ms, now) = (state.wall_ms(), state.now());
-    let last = state.last_wall.replace((wall_ms, now));
-    let Some((wall_before, before)) = last else { return };
-    let expected = wall_before.saturating_add(now.saturating_sub(before));
-    if wall_ms.abs_diff(expected) <= STEP_MS {
-        return;
-    }
+    let Some(expected) = state.wall.step(wall_ms, now) else { return };
     tracing::warn!(from = timestamp(expected), to = timestamp(wall_ms), "the clock of this host was set");
     for peer in state.peers.values_mut() {
         let silent = expected.saturating_sub(peer.last_alive_ms);

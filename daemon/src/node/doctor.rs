@@ -25,12 +25,11 @@ use ovl_proto::id::{EndpointId, NodeId};
 use ovl_proto::object::Mode;
 use ovl_proto::record::Presence;
 use ovl_proto::resource::{Kind, Name as ResourceName, ServiceType};
-use ovl_proto::sync::Message;
 use ovl_subsystems::names::resolver::{ADDRESS_V4, HOST_ADDRESSES, LOOPBACK, PORT_HOST};
 use tokio::net::UdpSocket;
-use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
+use super::asking::Topic;
 use super::peers::millis;
 use super::state::State;
 use super::{Failed, Node};
@@ -56,10 +55,6 @@ const MOST_ADDRESSES: usize = 256;
 const MOST_ENDPOINTS: usize = 128;
 /// The most resolvers that are asked.
 const MOST_RESOLVERS: usize = 6;
-/// The most requests of other hosts that wait for an answer.
-const MOST_ASKING: usize = 64;
-/// The largest diagnosis of another host that is accepted, in bytes.
-const MOST_BYTES: usize = 1 << 20;
 
 /// What was read of the host.
 struct Surveyed {
@@ -70,13 +65,20 @@ struct Surveyed {
 impl Node {
     /// Checks what commonly breaks: on this host, or on all live members.
     pub(super) async fn doctor(self: &Rc<Self>, all_hosts: bool) -> Diagnosis {
-        let others = async { if all_hosts { self.ask_members().await } else { Vec::new() } };
+        let others = async {
+            if all_hosts { self.ask_members(Topic::Diagnosis, OTHERS_WITHIN).await } else { Vec::new() }
+        };
         let (own, others) = tokio::join!(self.diagnosis(), others);
         let mut hosts = vec![own];
         let mut unanswered = Vec::new();
         for (name, answer) in others {
-            match answer {
-                Some(diagnosis) => hosts.push(diagnosis),
+            match answer.map(|answer| serde_json::from_str::<HostDiagnosis>(&answer)) {
+                // What a host says of itself is shown under the name that its record has.
+                Some(Ok(diagnosis)) => hosts.push(HostDiagnosis { host: name, ..diagnosis }),
+                Some(Err(error)) => {
+                    tracing::warn!(host = name, %error, "cannot read a diagnosis");
+                    unanswered.push(name);
+                }
                 None => unanswered.push(name),
             }
         }
@@ -87,86 +89,8 @@ impl Node {
         Diagnosis { healthy, hosts, unanswered }
     }
 
-    /// Asks all members but this host for their diagnoses. Those that are down do not answer.
-    async fn ask_members(&self) -> Vec<(String, Option<HostDiagnosis>)> {
-        let mut waiting = Vec::new();
-        let mut ids = Vec::new();
-        {
-            let mut state = self.state.borrow_mut();
-            for member in state.other_members().collect::<Vec<_>>() {
-                if state.view.nodes.get(&member).is_some_and(|node| node.state == PeerState::Left) {
-                    continue;
-                }
-                let (tell, answer) = oneshot::channel();
-                state.next_request += 1;
-                let id = state.next_request;
-                if self.links().send(member, &Message::DoctorRequest { id }) {
-                    state.diagnoses.insert(id, (member, tell));
-                    ids.push(id);
-                }
-                // An answer that cannot come ends the wait at once, because its sender is dropped.
-                waiting.push((state.view.name_of(member), answer));
-            }
-        }
-        let end = Instant::now() + OTHERS_WITHIN;
-        let mut answers = Vec::new();
-        for (name, answer) in waiting {
-            let answer = tokio::time::timeout_at(end, answer).await;
-            answers.push((name, answer.ok().and_then(Result::ok)));
-        }
-        let mut state = self.state.borrow_mut();
-        ids.iter().for_each(|id| drop(state.diagnoses.remove(id)));
-        answers
-    }
-
-    /// Answers [`Message::DoctorRequest`]. One diagnosis at a time is made for other hosts, and is the answer to all that
-    /// ask meanwhile.
-    pub(super) fn send_diagnosis(self: &Rc<Self>, to: NodeId, id: u64) {
-        let is_first = {
-            let waiting = &mut self.state.borrow_mut().diagnosing;
-            if waiting.len() < MOST_ASKING {
-                waiting.push((to, id));
-            }
-            waiting.len() == 1
-        };
-        if !is_first {
-            return;
-        }
-        let node = Rc::clone(self);
-        tokio::task::spawn_local(async move {
-            let diagnosis = node.diagnosis().await;
-            let waiting = std::mem::take(&mut node.state.borrow_mut().diagnosing);
-            match serde_json::to_string(&diagnosis) {
-                Ok(diagnosis) => {
-                    for (to, id) in waiting {
-                        node.links().send(to, &Message::DoctorReply { id, diagnosis: diagnosis.clone() });
-                    }
-                }
-                Err(error) => tracing::error!(%error, "cannot encode a diagnosis"),
-            }
-        });
-    }
-
-    /// Takes [`Message::DoctorReply`] from the host that was asked. What a host says of itself is shown under the name that
-    /// its record has.
-    pub(super) fn take_diagnosis(&self, from: NodeId, id: u64, diagnosis: &str) {
-        let mut state = self.state.borrow_mut();
-        if state.diagnoses.get(&id).is_none_or(|(asked, _)| *asked != from) || diagnosis.len() > MOST_BYTES {
-            return;
-        }
-        let Some((_, waiting)) = state.diagnoses.remove(&id) else { return };
-        match serde_json::from_str::<HostDiagnosis>(diagnosis) {
-            Ok(diagnosis) => {
-                let host = state.view.name_of(from);
-                // The request may be over.
-                waiting.send(HostDiagnosis { host, ..diagnosis }).ok();
-            }
-            Err(error) => tracing::warn!(%from, %error, "cannot read a diagnosis"),
-        }
-    }
-
     /// Checks this host.
-    async fn diagnosis(self: &Rc<Self>) -> HostDiagnosis {
+    pub(super) async fn diagnosis(self: &Rc<Self>) -> HostDiagnosis {
         let begun = Instant::now();
         let mut remarks = Vec::new();
         let mut found = Vec::new();

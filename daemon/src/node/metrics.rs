@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
+use hyper::StatusCode;
+use hyper::header::ACCEPT;
 use ovl_dataplane::device::Device;
 use ovl_kernel::Traffic;
 use ovl_metrics::{Format, In, Page};
@@ -13,7 +15,7 @@ use tokio::time::Instant;
 use super::{Failed, Node};
 use crate::metrics;
 use crate::problems::Code;
-use crate::web::{self, Pages};
+use crate::web::{self, Answer, Asked, Pages};
 
 /// How long rendered metrics are served again, so that many clients cost no more than one.
 const FRESH: Duration = Duration::from_secs(1);
@@ -171,30 +173,37 @@ struct Server {
 }
 
 impl Server {
-    async fn metrics(&self, format: Format) -> Result<web::Page, String> {
+    async fn metrics(&self, format: Format) -> Answer {
         let mut rendered = self.rendered.lock().await;
         let text = match &*rendered {
             Some((at, of, text)) if *of == format && at.elapsed() < FRESH => text.clone(),
             _ => {
-                let text = self.node.metrics(format).await.map_err(|Failed(failure)| failure.message)?;
+                let text = match self.node.metrics(format).await {
+                    Ok(text) => text,
+                    Err(Failed(failure)) => {
+                        return Answer::other(StatusCode::SERVICE_UNAVAILABLE, &failure.message);
+                    }
+                };
                 *rendered = Some((Instant::now(), format, text.clone()));
                 text
             }
         };
-        Ok(web::Page { content_type: format.content_type(), text })
+        Answer::document(format.content_type(), text)
     }
 }
 
 impl Pages for Server {
-    async fn page(self: &Rc<Self>, path: &str, accepted: &str) -> Result<Option<web::Page>, String> {
-        let format = match accepted.contains("application/openmetrics-text") {
+    const HEADERS: &'static [(&'static str, &'static str)] = &[];
+
+    async fn answer(self: &Rc<Self>, asked: &Asked<'_>) -> Answer {
+        let format = match asked.header(ACCEPT).contains("application/openmetrics-text") {
             true => Format::OpenMetrics,
             false => Format::Prometheus,
         };
-        match path {
-            "/metrics" => self.metrics(format).await.map(Some),
-            "/targets" => Ok(Some(web::Page { content_type: "application/json", text: self.node.targets() })),
-            _ => Ok(None),
+        match asked.path {
+            "/metrics" => self.metrics(format).await,
+            "/targets" => Answer::document("application/json", self.node.targets()),
+            _ => Answer::other(StatusCode::NOT_FOUND, "there are /metrics and /targets"),
         }
     }
 }

@@ -7,6 +7,7 @@
 mod addresses;
 mod alloc;
 mod apply;
+mod asking;
 mod attach;
 mod capture;
 mod clocks;
@@ -30,6 +31,8 @@ mod network;
 mod newer;
 mod nodes;
 mod objects;
+mod overview;
+mod page;
 mod paths;
 mod peers;
 mod policy;
@@ -50,7 +53,7 @@ mod verify;
 mod votes;
 
 use std::cell::{Cell, Ref, RefCell};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::rc::Rc;
@@ -80,8 +83,10 @@ use tokio::time::Instant;
 
 use self::state::{RunDir, State};
 use crate::addresses::Addresses;
+use crate::asked::Asked;
 use crate::capture::Captures;
-use crate::clocks::RefusedObjects;
+use crate::clashes::Clashes;
+use crate::clocks::{LastWall, RefusedObjects};
 use crate::config::{Config, OWN_DOMAIN};
 use crate::encryption::{self, Tunnel};
 use crate::endpoints::LocalEndpoints;
@@ -99,7 +104,8 @@ use crate::multicast::Multicast;
 use crate::names::Resolver;
 use crate::networks::Bridges;
 use crate::objects::ObjectStore;
-use crate::paths::{Carrier, Paths};
+use crate::page::Token;
+use crate::paths::{Carrier, PathFaults, Paths};
 use crate::ports::Ports;
 use crate::problems::{Code, Problems};
 use crate::progress::Progress;
@@ -162,6 +168,8 @@ pub(crate) struct Node {
     events: Events,
     /// Durations for metrics.
     measured: RefCell<Measured>,
+    /// What a browser must send to see the page. `None` if nothing, or if the page is not served.
+    page_token: RefCell<Option<Rc<Token>>>,
     /// Wakes the reconcile loop.
     work: Notify,
     /// Wakes the task that saves the state.
@@ -347,6 +355,7 @@ impl Node {
                 false => Events::in_memory(),
             },
             measured: RefCell::default(),
+            page_token: RefCell::default(),
             work: Notify::new(),
             saver: Notify::new(),
             keys: Notify::new(),
@@ -588,6 +597,7 @@ fn first_state(
     let durable = saved.alloc.clone().unwrap_or_default();
     let alloc = durable.learned.clone();
     let own = view::Node { record: record.clone(), state: PeerState::Alive, table: Table::new(me) };
+    let first = || u64::from_le_bytes(random(&**environment));
     State {
         view: View {
             me,
@@ -600,12 +610,11 @@ fn first_state(
         host_ranges: HostRanges::default(),
         own_record: signed.clone(),
         peers: BTreeMap::new(),
-        next_peer: 0,
-        clashes: BTreeMap::new(),
+        clashes: Clashes::default(),
         objects: ObjectStore::new(saved.clock),
         exchanges: Exchanges::new(me),
         refused_objects: RefusedObjects::default(),
-        last_wall: None,
+        wall: LastWall::default(),
         bridges: Bridges::new(saved.bridges.iter().cloned()),
         kubernetes: Kubernetes::default(),
         workloads: Workloads::default(),
@@ -628,25 +637,20 @@ fn first_state(
             durable,
             u64::from_le_bytes(random(&**environment)),
         ),
-        behind_since: None,
-        unproved: None,
-        claims: HashMap::new(),
-        recovering: None,
-        leases: HashMap::new(),
-        diagnoses: HashMap::new(),
-        diagnosing: Vec::new(),
+        maps: alloc::Maps::default(),
+        recovery: recover::Recovery::default(),
+        leases: Asked::new(first()),
+        questions: asking::Questions::new(first()),
         addresses: Addresses::new(saved.leases.iter().copied()),
-        next_request: u64::from_le_bytes(random(&**environment)),
         endpoints: LocalEndpoints::new(RunDir(config.run_dir.clone()).endpoints()),
         engines: Engines::new(&saved.docker),
         multicast: Multicast::default(),
-        traces: Traces::default(),
-        captures: Captures::default(),
+        traces: Traces::new(first()),
+        captures: Captures::new(first()),
         flows: FlowFollowers::default(),
         reconcile: Progress::new(),
         caught_up: false,
-        path_limits: BTreeMap::new(),
-        offload_faults: BTreeSet::new(),
+        path_faults: PathFaults::default(),
         problems: Problems::default(),
         newer: newer::Newer::default(),
         save: state::Save::default(),

@@ -156,9 +156,10 @@ impl Node {
                 return Err(Failed::invalid(format!("{prefix} overlaps {other}")));
             }
             check_overlap(state, None, *prefix)?;
-            let Ranges { services, load_balancers, external, .. } = &self.config.ranges;
+            let Ranges { load_balancers, external, .. } = &self.config.ranges;
+            let services = self.config.ranges.of_services(&state.view);
             let named = [
-                ("service_range", services),
+                ("service_range", &services),
                 ("load_balancer_pool", load_balancers),
                 ("external_ranges", external),
             ];
@@ -317,6 +318,15 @@ impl Node {
             Some(found) => Ok(self.network_info(&state, found)),
             None => Err(Failed::not_found("the network is gone again")),
         }
+    }
+
+    /// Lists all networks by name.
+    pub(super) fn networks(&self) -> Vec<NetworkInfo> {
+        let state = self.state.borrow();
+        let mut all: Vec<_> =
+            state.view.networks.values().map(|found| self.network_info(&state, found)).collect();
+        all.sort_by(|a, b| a.name.cmp(&b.name));
+        all
     }
 
     /// Returns a network as users see it.

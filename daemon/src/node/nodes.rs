@@ -38,6 +38,7 @@ impl Node {
         if request.begin {
             self.begin_cluster();
         }
+        self.follow_recovery();
         Ok(Reply::Done)
     }
 
@@ -56,6 +57,27 @@ impl Node {
         };
         tracing::info!(cluster, "began a new cluster: the API server says that this host is the first one");
         self.carry_out(output);
+    }
+
+    /// Moves to the cluster that the members recovered while this host waited for its admission to the earlier one. It was no
+    /// member, so no majority of the earlier cluster loses it, and it holds no blocks. Others that were left out decide for
+    /// themselves: see [`ovl_control::RecoverStep::Accept`].
+    fn follow_recovery(&self) {
+        let output = {
+            let mut state = self.state.borrow_mut();
+            if state.is_member() {
+                return;
+            }
+            state.allocator.accept_recovery()
+        };
+        if let Some(output) = output {
+            self.carry_out(output);
+            self.event(
+                "peer",
+                &self.config.node,
+                "joins the recovered cluster: it was no member of the earlier one",
+            );
+        }
     }
 
     /// Returns the id of this host, if it needs hosts to join through.

@@ -81,7 +81,7 @@ impl Node {
         let candidates = hosts.filter_map(|(id, mtu)| {
             let record = &state.view.nodes.get(&id)?.record;
             let tries_offload =
-                record.probe_kinds & probe_kinds::OFFLOAD != 0 && state.offload_faults.is_empty();
+                record.probe_kinds & probe_kinds::OFFLOAD != 0 && !state.path_faults.has_damage();
             Some((id, Candidate { run: record.generation, mtu, tries_offload }))
         });
         paths.borrow_mut().follow(candidates.collect(), state.epoch.elapsed());
@@ -126,7 +126,7 @@ impl Node {
     /// damage packets. `done` has the devices that are known.
     fn set_offloads(&self, socket: &PathSocket, done: &mut BTreeSet<Device>) {
         let state = self.state.borrow();
-        let on = state.offload_faults.is_empty();
+        let on = !state.path_faults.has_damage();
         let devices: BTreeSet<Device> = state.subsystems.networks.vxlan_devices().collect();
         done.retain(|device| devices.contains(device));
         for device in devices {
@@ -145,11 +145,11 @@ impl Node {
     fn note_offloads(&self) {
         let mut state = self.state.borrow_mut();
         let now = state.epoch.elapsed();
-        let State { view, offload_faults, .. } = &mut *state;
-        offload_faults.retain(|id| view.nodes.contains_key(id));
+        let State { view, path_faults, .. } = &mut *state;
+        path_faults.keep(|id| view.nodes.contains_key(id));
         let paths = self.paths.borrow();
-        offload_faults
-            .extend(paths.all(now).filter(|(_, path)| path.offload == Offload::Damages).map(|(id, _)| id));
+        let damaged = paths.all(now).filter(|(_, path)| path.offload == Offload::Damages);
+        damaged.for_each(|(id, _)| path_faults.note_damage(id));
     }
 
     /// Returns the hosts that can be probed, with the VXLAN device that leads to each.
@@ -173,8 +173,8 @@ impl Node {
 
     /// Returns whether gossip heard a host a moment ago.
     fn vouches(&self) -> impl Fn(NodeId) -> bool {
-        let contacts = self.gossip().contacts();
-        move |id| contacts.get(&id).is_some_and(|contact| contact.last_heard.elapsed() < VOUCHED)
+        let gossip = self.gossip();
+        move |id| gossip.last_heard(id).is_some_and(|heard| heard.elapsed() < VOUCHED)
     }
 
     fn send_probes(
@@ -231,10 +231,10 @@ impl Node {
     fn limit_path(&self, host: NodeId, mtu: u16) {
         let link = {
             let mut state = self.state.borrow_mut();
-            let State { view, path_limits, .. } = &mut *state;
+            let State { view, path_faults, .. } = &mut *state;
             let Some(own) = view.own() else { return };
-            path_limits.retain(|id, _| view.nodes.contains_key(id));
-            path_limits.insert(host, mtu);
+            path_faults.keep(|id| view.nodes.contains_key(id));
+            path_faults.note_limit(host, mtu);
             own.record.link_mtu
         };
         let known = self.gossip().path_mtus().get(&host).copied().unwrap_or(link);
@@ -268,10 +268,11 @@ impl Node {
             let name = &state.view.nodes.get(id)?.record.name;
             Some((name.clone(), sentence(name)))
         };
-        let limits = state.path_limits.iter();
+        let limits = state.path_faults.limits();
         let limited =
-            limits.filter_map(|(id, limit)| said(id, &|name| paths::limited(name, *limit))).collect();
-        let unfinished = state.offload_faults.iter().filter_map(|id| said(id, &paths::unfinished)).collect();
+            limits.filter_map(|(id, limit)| said(&id, &|name| paths::limited(name, limit))).collect();
+        let damaged = state.path_faults.damaged();
+        let unfinished = damaged.filter_map(|id| said(&id, &paths::unfinished)).collect();
         for (code, found) in [
             (Code::PathBroken, broken),
             (Code::PathNarrow, narrow),

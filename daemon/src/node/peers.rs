@@ -17,8 +17,10 @@ use ovl_proto::id::{ClusterKeyId, NodeId};
 use ovl_proto::record::{NodeRecord, Presence, SignedRecord};
 use ovl_proto::sync::Message;
 use ovl_proto::table::{Entry, Key};
+use tokio::time::Instant;
 
-use super::state::{Clash, Peer, State};
+use super::asking::Topic;
+use super::state::{Peer, State};
 use super::{Node, Stop, newer};
 use crate::problems::Code;
 use ovl_subsystems::Change as What;
@@ -33,8 +35,6 @@ const NEVER_ADMITTED_MS: u64 = 10 * 60 * 1000;
 const MAX_UNKNOWN: usize = 64;
 /// The same while this host is not a member: it does not know who is one.
 const MAX_HOSTS: usize = 4096;
-/// Time in milliseconds after which a clash is over. While it lasts, gossip reports it every ten seconds.
-const CLASH_OVER_MS: u64 = 15_000;
 
 impl Node {
     /// Handles an event of gossip.
@@ -72,7 +72,7 @@ impl Node {
         let mut state = self.state.borrow_mut();
         let now = state.now();
         state.problems.set(Code::IdentityClash, node.to_string(), Some(sentence));
-        state.clashes.insert(node, Clash { seen: now, later });
+        state.clashes.note(node, later, now);
         let own = state.record().map(|record| record.address);
         let mine = node == state.view.me && began != later;
         drop(state);
@@ -99,14 +99,7 @@ impl Node {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             let now = state.now();
-            let mut ended = Vec::new();
-            state.clashes.retain(|node, clash| {
-                let over = now.saturating_sub(clash.seen) > CLASH_OVER_MS;
-                if over {
-                    ended.push((*node, clash.later));
-                }
-                !over
-            });
+            let ended = state.clashes.end(now);
             for (node, _) in &ended {
                 state.problems.set(Code::IdentityClash, node.to_string(), None);
             }
@@ -125,9 +118,10 @@ impl Node {
             StreamEvent::Up(peer) => self.greet(peer),
             StreamEvent::Down(peer) => tracing::debug!(%peer, "stream down"),
             StreamEvent::Record { record, signed } => {
-                let peer = record.id;
+                let (peer, generation) = (record.id, record.generation);
                 self.take_record(record, signed);
                 self.note_proved(peer);
+                self.links().met(peer, generation);
                 // The peer has just connected to this host, so it can be reached again.
                 self.links().kick(peer);
             }
@@ -158,10 +152,12 @@ impl Node {
             Message::LeaseRequest { id, network, wish } => self.grant_lease(from, id, network, wish),
             Message::TraceAsk { id, ask } => self.take_trace_ask(from, id, ask),
             Message::TraceReply { id, result } => {
-                self.state.borrow_mut().traces.answer(id, from, result);
+                self.state.borrow_mut().traces.asked.answer(id, from, result);
             }
             Message::TimeRequest { id } => self.send_time(from, id),
-            Message::TimeReply { id, now_ns } => self.state.borrow_mut().captures.time(from, id, now_ns),
+            Message::TimeReply { id, now_ns } => {
+                self.state.borrow_mut().captures.times.answer(id, from, now_ns)
+            }
             Message::CaptureStart { id, ask } => self.take_capture_start(from, id, ask),
             Message::CaptureBatch { id, batch } => self.take_capture_batch(from, id, &batch),
             Message::CaptureTaken { id, batches } => {
@@ -174,16 +170,17 @@ impl Node {
                     self.take_key(&secret);
                 }
             }
-            Message::DoctorRequest { id } => self.send_diagnosis(from, id),
-            Message::DoctorReply { id, diagnosis } => self.take_diagnosis(from, id, &diagnosis),
+            Message::DoctorRequest { id } => {
+                self.answer_member((from, id), Topic::Diagnosis, async |node| node.diagnosis().await);
+            }
+            Message::ReportRequest { id } => {
+                self.answer_member((from, id), Topic::Report, async |node| node.report().await);
+            }
+            Message::DoctorReply { id, diagnosis: answer } | Message::ReportReply { id, report: answer } => {
+                self.take_answer(from, id, answer);
+            }
             Message::LeaseReply { id, result } => {
-                let mut state = self.state.borrow_mut();
-                // Accept the reply only from the holder that was asked. The requester may have given up.
-                if state.leases.get(&id).is_some_and(|(holder, _)| *holder == from)
-                    && let Some((_, waiting)) = state.leases.remove(&id)
-                {
-                    waiting.send(result).ok();
-                }
+                self.state.borrow_mut().leases.answer(id, from, result);
             }
         }
     }
@@ -240,6 +237,8 @@ impl Node {
             | Message::ClusterKey(_)
             | Message::DoctorRequest { .. }
             | Message::DoctorReply { .. }
+            | Message::ReportRequest { .. }
+            | Message::ReportReply { .. }
             | Message::TraceAsk { .. }
             | Message::TraceReply { .. }
             | Message::TimeRequest { .. }
@@ -285,6 +284,7 @@ impl Node {
         match state.peers.get_mut(&id) {
             Some(peer) => peer.signed = signed,
             None => {
+                let number = state.peers.values().map(|peer| peer.number + 1).max().unwrap_or(0);
                 state.peers.insert(
                     id,
                     Peer {
@@ -296,10 +296,9 @@ impl Node {
                         probe_sent_at: 0,
                         heard: false,
                         proved: false,
-                        number: state.next_peer,
+                        number,
                     },
                 );
-                state.next_peer += 1;
             }
         }
         let moved = old.as_ref().is_none_or(|old| {
@@ -453,6 +452,7 @@ impl Node {
         // A daemon that has just started has not heard any peer, so it keeps the entries that it found for a
         // while.
         let settling = now < liveness::PROBE_VALID_MS * 3;
+        let wall_ms = state.environment.wall_ms();
         let mut changed = Vec::new();
         for (id, peer) in &mut state.peers {
             let Some(node) = state.view.nodes.get_mut(id) else { continue };
@@ -462,7 +462,7 @@ impl Node {
                 verdict = PeerState::Suspect;
             }
             if peer.signs.gossip {
-                peer.last_alive_ms = state.environment.wall_ms();
+                peer.last_alive_ms = wall_ms;
             }
             if node.state != verdict {
                 changed.push((*id, node.record.name.clone(), node.state, verdict));
@@ -505,10 +505,8 @@ impl Node {
 
     /// Sends ICMP probes to hosts that have been silent for a while.
     pub(super) fn probe_silent(self: &Rc<Self>) {
-        let (contacts, ping_every) = {
-            let gossip = self.gossip();
-            (gossip.contacts(), millis(gossip.ping_every()))
-        };
+        let gossip = self.gossip();
+        let ping_every = millis(gossip.ping_every());
         let targets: Vec<_> = {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
@@ -516,9 +514,8 @@ impl Node {
             let mut due = Vec::new();
             for (id, peer) in &state.peers {
                 let Some(node) = state.view.nodes.get(id) else { continue };
-                let heard = contacts.get(id).is_some_and(|contact| {
-                    !liveness::is_late(millis(contact.last_heard.elapsed()), ping_every)
-                });
+                let is_heard = |heard: Instant| !liveness::is_late(millis(heard.elapsed()), ping_every);
+                let heard = gossip.last_heard(*id).is_some_and(is_heard);
                 let expired = !peer.signs.gossip
                     && now.saturating_sub(peer.signs.silent_since) > millis(self.config.keep);
                 let quiet = peer.signs.gossip && heard && node.record.presence == Presence::Running;
@@ -560,7 +557,7 @@ impl Node {
         let (known, link) = {
             let state = self.state.borrow();
             let Some(own) = state.view.own() else { return };
-            if let Some(limit) = state.path_limits.get(&peer) {
+            if let Some(limit) = state.path_faults.limit_to(peer) {
                 mtu = mtu.min(limit.saturating_add(vxlan_overhead(own.record.vtep)));
             }
             let known = match own.table.get(&key) {

@@ -41,7 +41,8 @@ impl Node {
         Policed { node: self, id: endpoint.id }
     }
 
-    async fn refused(&self) -> Result<Refused, Failed> {
+    /// Counts the packets that policies dropped on this host.
+    pub(super) async fn refused(&self) -> Result<Refused, Failed> {
         let sets = Counter::all().map(Counter::by_endpoint).to_vec();
         Ok(policy::refused(self.kernel.counts(Table::Policy, sets).await.map_err(Failed::from)?))
     }

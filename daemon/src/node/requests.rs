@@ -115,15 +115,12 @@ impl Node {
             Request::Events { since_ms, until_ms, .. } => {
                 Reply::Events(self.events.of(Period { since_ms, until_ms }).await)
             }
+            Request::Overview => Reply::Overview(Box::new(self.overview().await)),
+            Request::Reports => Reply::Reports(self.reports().await),
+            Request::Page => Reply::Page(self.page_address()?),
             Request::Metrics => Reply::Text(self.metrics(Format::Prometheus).await?),
             Request::NetworkCreate(create) => Reply::Network(Box::new(self.network_create(create).await?)),
-            Request::NetworkLs => {
-                let state = self.state.borrow();
-                let mut all: Vec<_> =
-                    state.view.networks.values().map(|found| self.network_info(&state, found)).collect();
-                all.sort_by(|a, b| a.name.cmp(&b.name));
-                Reply::Networks(all)
-            }
+            Request::NetworkLs => Reply::Networks(self.networks()),
             Request::NetworkInspect { name } => Reply::Network(Box::new(self.network_inspect(&name)?)),
             Request::NetworkUpdate { name, subnets, mtu } => {
                 self.ready_for(&name).await?;

@@ -2,17 +2,16 @@
 //!
 //! Everything runs on one thread. Tasks borrow the state between two awaits and never across one.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::rc::Rc;
 
 use ovl_cluster::liveness::Signs;
 use ovl_cluster::view::{Placed, View};
-use ovl_consensus::{Output, RecoveryEnd, Replica as Allocator};
-use ovl_control::HostDiagnosis;
+use ovl_consensus::{Output, Replica as Allocator};
 use ovl_mesh::gossip::Hints;
-use ovl_proto::alloc::Refusal;
+use ovl_proto::alloc::{AllocMap, Block};
 use ovl_proto::id::{EndpointId, NetworkId, NodeId};
 use ovl_proto::object::Mode;
 use ovl_proto::record::{NodeRecord, SignedRecord};
@@ -26,8 +25,10 @@ use tokio::time::Instant;
 
 use super::Failed;
 use crate::addresses::Addresses;
+use crate::asked::Asked;
 use crate::capture::Captures;
-use crate::clocks::RefusedObjects;
+use crate::clashes::Clashes;
+use crate::clocks::{LastWall, RefusedObjects};
 use crate::endpoints::{FullName, LocalEndpoints};
 use crate::engines::Engines;
 use crate::environment::Environment;
@@ -37,6 +38,7 @@ use crate::kubernetes::Kubernetes;
 use crate::multicast::Multicast;
 use crate::networks::Bridges;
 use crate::objects::ObjectStore;
+use crate::paths::PathFaults;
 use crate::problems::{Code, Problems};
 use crate::progress::Progress;
 use crate::trace::Traces;
@@ -64,17 +66,8 @@ pub(crate) struct Peer {
     /// Whether its identity has proved to be at its address: it answered a ping or connected, now or in an earlier run.
     /// A host that is not a member is not dialled before.
     pub proved: bool,
-    /// The position in which it became known, among all hosts.
+    /// The position in which it became known, among the hosts that are known.
     pub number: u64,
-}
-
-/// Two daemons that run with one identity.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Clash {
-    /// Time of the last report, in milliseconds of this run.
-    pub seen: u64,
-    /// Generation of the daemon that was started later.
-    pub later: u64,
 }
 
 /// An action that must wait until the state file is on the disk.
@@ -100,18 +93,16 @@ pub(crate) struct State {
     pub own_record: SignedRecord,
     /// All peers by id. Each has an entry in `view.nodes`.
     pub peers: BTreeMap<NodeId, Peer>,
-    /// The number of the next peer that becomes known.
-    pub next_peer: u64,
     /// Identities that two daemons use.
-    pub clashes: BTreeMap<NodeId, Clash>,
+    pub clashes: Clashes,
     /// All cluster objects with their signatures. `view.resources` is derived from them.
     pub objects: ObjectStore,
     /// What this host asks of peers' objects.
     pub exchanges: Exchanges,
     /// Objects of peers that were refused for their stamps, and those of this host that peers refuse.
     pub refused_objects: RefusedObjects,
-    /// The wall clock and the milliseconds of this run at the last tick.
-    pub last_wall: Option<(u64, u64)>,
+    /// The wall clock at the last tick.
+    pub wall: LastWall,
     /// Bridge networks of this host.
     pub bridges: Bridges,
     /// What is known from a Kubernetes API server.
@@ -124,25 +115,16 @@ pub(crate) struct State {
     pub keys: super::keys::Keys,
     /// Consensus replica for the allocation map.
     pub allocator: Allocator,
-    /// The version of the allocation map at the last tick, if peers announced a later one.
-    pub behind_since: Option<u64>,
-    /// A later allocation map that could not be verified: its version, and the time of the first try, in
-    /// milliseconds of this run.
-    pub unproved: Option<(u64, u64)>,
-    /// Requests for changes of the allocation map that are in flight.
-    pub claims: HashMap<u64, oneshot::Sender<Result<u64, Refusal>>>,
-    /// The request that waits for the end of a recovery.
-    pub recovering: Option<oneshot::Sender<RecoveryEnd>>,
-    /// Lease requests that are in flight, with the holder that was asked.
-    pub leases: HashMap<u64, (NodeId, oneshot::Sender<Result<IpAddr, String>>)>,
-    /// Diagnoses that other hosts were asked for, with the host that was asked.
-    pub diagnoses: HashMap<u64, (NodeId, oneshot::Sender<HostDiagnosis>)>,
-    /// Hosts that wait for a diagnosis of this one, with the numbers of their requests.
-    pub diagnosing: Vec<(NodeId, u64)>,
+    /// Changes of the allocation map that are waited for.
+    pub maps: super::alloc::Maps,
+    /// The recovery that is under way.
+    pub recovery: super::recover::Recovery,
+    /// Addresses that other hosts were asked for.
+    pub leases: Asked<Result<IpAddr, String>>,
+    /// Questions of hosts to one another that are waited for.
+    pub questions: super::asking::Questions,
     /// Addresses that are reserved or lent.
     pub addresses: Addresses,
-    /// Number of the next request to a peer.
-    pub next_request: u64,
     /// Endpoints of this host.
     pub endpoints: LocalEndpoints,
     /// What Docker Engines have here.
@@ -159,11 +141,8 @@ pub(crate) struct State {
     pub reconcile: Progress,
     /// Whether gossip has caught up. Nothing is removed from the kernel before that.
     pub caught_up: bool,
-    /// Hosts to which only packets of workloads up to a length pass in VXLAN, in bytes.
-    pub path_limits: BTreeMap<NodeId, u16>,
-    /// Hosts to which packets in VXLAN are lost whose checksums are left to the offload. While there are any, no VXLAN device
-    /// leaves them to it.
-    pub offload_faults: BTreeSet<NodeId>,
+    /// Faults of paths that are worked around.
+    pub path_faults: PathFaults,
     /// Problems that last until they are cleared.
     pub problems: Problems,
     /// What is not understood of other hosts.
@@ -318,19 +297,50 @@ impl State {
                 networks.into_iter().for_each(|network| self.changed(Change::Rights(network)));
                 self.reconcile.mark_rights();
             }
-            Change::Rights(_) | Change::Network(_) | Change::Built(_) | Change::Tunnel => {
+            Change::Rights(_)
+            | Change::HostRights { .. }
+            | Change::Network(_)
+            | Change::Built(_)
+            | Change::Tunnel => {
                 self.reconcile.mark_rights();
             }
             Change::Attaching(_)
             | Change::Resources(_)
             | Change::Backends(_)
-            | Change::Announcers
             | Change::Groups(_)
             | Change::Uplink => {}
         }
         self.workloads.changed(&change, &self.view);
         let (cluster, subsystems) = self.parts();
         subsystems.into_iter().for_each(|subsystem| subsystem.changed(&change, &cluster));
+    }
+
+    /// Reports what a new allocation map changes.
+    pub(crate) fn map_changed(&mut self, before: &AllocMap) {
+        let (me, after) = (self.view.me, &self.view.alloc);
+        let is_member = |map: &AllocMap| map.members.contains(&me);
+        if before.origin() != after.origin() || is_member(before) != is_member(after) {
+            return self.changed(Change::ThisHost);
+        }
+        let members: Vec<NodeId> = before.members.symmetric_difference(&after.members).copied().collect();
+        let blocks = before.blocks.keys().chain(after.blocks.keys());
+        let blocks: BTreeSet<Block> =
+            blocks.filter(|block| before.blocks.get(block) != after.blocks.get(block)).copied().collect();
+        let mode = |block: &Block| self.view.networks.get(&block.network).map(|found| found.network.mode);
+        let (routed, switched): (BTreeSet<Block>, BTreeSet<Block>) =
+            blocks.into_iter().partition(|block| mode(block) == Some(Mode::L3));
+        // The endpoints whose addresses are in a block on which nothing else depends. Most blocks were free before.
+        let holders = switched.iter().flat_map(|Block { network, prefix }| {
+            let all = self.view.all_endpoints_on(*network);
+            all.filter(|placed| placed.endpoint.addresses.iter().any(|net| prefix.contains(&net.addr())))
+        });
+        let holders: Vec<(NodeId, Entry)> =
+            holders.map(|placed| (placed.node.record.id, Entry::Endpoint(placed.endpoint.clone()))).collect();
+        members.into_iter().for_each(|host| self.changed(Change::Host(host)));
+        let routed: BTreeSet<NetworkId> = routed.into_iter().map(|block| block.network).collect();
+        routed.into_iter().for_each(|network| self.changed(Change::Network(network)));
+        holders.iter().for_each(|(host, entry)| self.changed(Change::Entry { host: *host, entry }));
+        self.reconcile.mark_rights();
     }
 
     /// Reports that the right to an address may have changed: the endpoints with it may be valid now or no longer.
@@ -357,7 +367,7 @@ impl State {
                 Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) | Entry::Opaque(_) => None,
             }));
         }
-        networks.into_iter().for_each(|network| self.changed(Change::Rights(network)));
+        networks.into_iter().for_each(|network| self.changed(Change::HostRights { host, network }));
     }
 
     /// Finds an endpoint of any host by network, Kubernetes namespace and name.

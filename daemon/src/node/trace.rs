@@ -358,7 +358,7 @@ impl Node {
             desired,
             actual,
             own: own.map(|(_, address)| address).collect(),
-            services: self.config.ranges.services.clone(),
+            services: self.config.ranges.of_services(&state.view),
             broken: broken.collect(),
         })
     }
@@ -573,21 +573,19 @@ impl Node {
     /// A sentence: the host is not connected, does not answer in time, or refuses.
     async fn ask_trace(&self, host: NodeId, ask: &Ask, within: Duration) -> Result<Said, String> {
         let ask = serde_json::to_string(ask).map_err(|error| error.to_string())?;
-        let (id, answer, name) = {
+        let ((id, answer), name) = {
             let mut state = self.state.borrow_mut();
-            state.next_request += 1;
-            let id = state.next_request;
-            (id, state.traces.ask(id, host), state.view.name_of(host))
+            (state.traces.asked.ask(host), state.view.name_of(host))
         };
         let sent = self.links().send(host, &Message::TraceAsk { id, ask });
         let answer = match sent {
             true => tokio::time::timeout(within, answer).await,
             false => {
-                self.state.borrow_mut().traces.give_up(id);
+                self.state.borrow_mut().traces.asked.give_up(id);
                 return Err(format!("its ovld is not connected: `ovlctl peers` has the state of {name}"));
             }
         };
-        self.state.borrow_mut().traces.give_up(id);
+        self.state.borrow_mut().traces.asked.give_up(id);
         let said = match answer {
             Ok(Ok(said)) => said?,
             Ok(Err(_)) | Err(_) => {

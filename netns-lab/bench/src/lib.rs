@@ -15,6 +15,7 @@ mod dead;
 mod dns;
 mod docker;
 mod flow;
+mod grow;
 mod idle;
 mod kill;
 mod loss;
@@ -38,7 +39,7 @@ mod turns;
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
@@ -72,6 +73,8 @@ pub enum Suite {
     Policy,
     /// Service figures: compared with the layouts of kube-proxy
     Services,
+    /// Figures of many hosts: 60 and 100 daemons on this machine
+    Grow,
 }
 
 impl Suite {
@@ -86,6 +89,7 @@ impl Suite {
             Suite::Dns => "dns",
             Suite::Policy => "policy",
             Suite::Services => "services",
+            Suite::Grow => "grow",
         }
     }
 }
@@ -160,6 +164,12 @@ pub enum Name {
     Removed,
     /// services: time until another host answers for a lost host's address
     Failover,
+    /// grow: 60 hosts that start at once, and what their daemons use when idle
+    Forming,
+    /// grow: 100 hosts that start at once
+    Hundred,
+    /// grow: bytes on all links for Services and for a network
+    Bytes,
 }
 
 impl Name {
@@ -198,6 +208,9 @@ impl Name {
             Name::Many => "many",
             Name::Removed => "removed",
             Name::Failover => "failover",
+            Name::Forming => "forming",
+            Name::Hundred => "hundred",
+            Name::Bytes => "bytes",
         }
     }
 
@@ -223,6 +236,7 @@ impl Name {
             Name::Answers | Name::Resolved | Name::Search => Suite::Dns,
             Name::Policies => Suite::Policy,
             Name::Many | Name::Removed | Name::Failover => Suite::Services,
+            Name::Forming | Name::Hundred | Name::Bytes => Suite::Grow,
         }
     }
 
@@ -261,6 +275,9 @@ impl Name {
             Name::Many => services::many::measure(bench),
             Name::Removed => services::removed::measure(bench),
             Name::Failover => services::failover::measure(bench),
+            Name::Forming => grow::measure_forming(bench),
+            Name::Hundred => grow::measure_hundred(bench),
+            Name::Bytes => grow::measure_bytes(bench),
         }
     }
 }
@@ -300,10 +317,17 @@ impl Bench {
 
     /// Like [`lab`](Self::lab), with TOML for the daemons' configuration.
     fn lab_with(&self, hosts: usize, toml: &str) -> Result<Lab> {
-        let mut config = LabConfig::hosts(hosts).config(toml);
-        config.ovld = Some(self.ovld.clone());
-        config.ovlctl = Some(self.ovlctl.clone());
-        Lab::new(config)
+        Lab::new(self.lab_config(hosts).config(toml))
+    }
+
+    /// Like [`lab`](Self::lab), with more time until all hosts are there.
+    fn patient_lab(&self, hosts: usize, ready_timeout: Duration) -> Result<Lab> {
+        Lab::new(LabConfig { ready_timeout, ..self.lab_config(hosts) })
+    }
+
+    fn lab_config(&self, hosts: usize) -> LabConfig {
+        let (ovld, ovlctl) = (Some(self.ovld.clone()), Some(self.ovlctl.clone()));
+        LabConfig { ovld, ovlctl, ..LabConfig::hosts(hosts) }
     }
 
     /// Returns the path of the Docker plugin.

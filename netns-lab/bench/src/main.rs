@@ -80,7 +80,8 @@ fn bench(args: Args) -> Result<ExitCode> {
             | Suite::Docker
             | Suite::Dns
             | Suite::Policy
-            | Suite::Services,
+            | Suite::Services
+            | Suite::Grow,
             _,
         ) => {
             ensure!(args.peers.is_empty() && !args.install, "only `bench tunnel` has --peers and --install");

@@ -17,6 +17,7 @@ mod flows;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod kubernetes;
+mod overview;
 mod reply;
 mod request;
 mod resources;
@@ -32,6 +33,7 @@ pub use docker::DockerDeleted;
 pub use doctor::{Check, CheckResult, Diagnosis, Finding, HostDiagnosis};
 pub use flows::*;
 pub use kubernetes::*;
+pub use overview::*;
 pub use reply::*;
 pub use request::*;
 pub use resources::*;

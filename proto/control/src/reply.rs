@@ -10,6 +10,7 @@ use crate::capture::{CapturePlan, CapturedFrom};
 use crate::doctor::Diagnosis;
 use crate::flows::Flows;
 use crate::kubernetes::{ApiReport, Mirrored};
+use crate::overview::{Overview, Reports};
 use crate::resources::{AppliedAll, ManifestProblem, ResourceInfo, ServiceBackends};
 use crate::trace::Trace;
 use ovl_proto::id::{ClusterKeyId, Mac, NetworkId, NodeId, TunnelKey};
@@ -49,6 +50,12 @@ pub enum Reply {
     Doctor(Box<Diagnosis>),
     /// Events, oldest first.
     Events(Vec<Event>),
+    /// What the cluster consists of.
+    Overview(Box<Overview>),
+    /// What the members say of themselves.
+    Reports(Reports),
+    /// Where the page is.
+    Page(PageAddress),
     /// One network.
     Network(Box<NetworkInfo>),
     /// All networks, by name.
@@ -104,6 +111,16 @@ pub enum Reply {
     Resources(Vec<ResourceInfo>),
     /// Services with their backends.
     Backends(Vec<ServiceBackends>),
+}
+
+/// Where the page is served, as `ovlctl page` prints it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PageAddress {
+    /// The URL for a browser on this host. Its fragment is the token, which a browser does not send.
+    Url(String),
+    /// The Unix socket.
+    Unix(std::path::PathBuf),
 }
 
 /// The answer to a DNS query, as `ovlctl dns` prints it.

@@ -87,6 +87,12 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         until_ms: Option<u64>,
     },
+    /// Returns what the cluster consists of, without asking another host: [`crate::Reply::Overview`].
+    Overview,
+    /// Asks all members how they see each other, and for counters of their endpoints: [`crate::Reply::Reports`].
+    Reports,
+    /// Returns the URL of the page, with its token: [`crate::Reply::Page`]. Fails if no page is served.
+    Page,
     /// Returns the metrics in Prometheus text format: [`crate::Reply::Text`].
     Metrics,
     /// Creates a network: [`crate::Reply::Network`].

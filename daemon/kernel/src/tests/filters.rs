@@ -61,6 +61,21 @@ fn base_table_is_written_recognised_and_removed() {
 }
 
 #[test]
+fn members_that_sent_packets_are_no_change_of_the_base_table() {
+    in_namespace(async || {
+        let mut lab = Lab::start();
+        write(&lab, &text()).await;
+        // As a packet does, but with a notification, so that the next dump lists the table.
+        run("nft add element inet ovl paths4 { 1 . 192.0.2.2 }");
+        assert_eq!(lab.events().await, [KernelEvent::FilterChanged]);
+        assert_eq!(lab.dump().await.filter, Some(text()));
+        run("nft add element inet ovl vteps4 { 192.0.2.9 }");
+        assert_eq!(lab.events().await, [KernelEvent::FilterChanged]);
+        assert_ne!(lab.dump().await.filter, Some(text()));
+    });
+}
+
+#[test]
 fn changes_of_the_base_table_by_others_are_noticed() {
     in_namespace(async || {
         let mut lab = Lab::start();

@@ -141,17 +141,25 @@ fn raw(
     if let Some(tunnel) = encryption {
         encrypted_out(text, networks, tunnel);
     }
-    if underlay.has_vxlan || encryption.flatten().is_some_and(|tunnel| tunnel.kernel) {
-        mark_own(text);
+    let marks = underlay.has_vxlan || encryption.flatten().is_some_and(|tunnel| tunnel.kernel);
+    if marks {
+        // The kernel's own packets and those of workloads have no socket here. They are nearly all.
+        let _ = writeln!(text, "\t\tmeta skuid >= 0 goto from-processes");
     }
     if underlay.has_vxlan {
-        vxlan_out(text, underlay);
+        let _ = writeln!(text, "\t\tudp dport {} notrack", underlay.own.port());
     }
     let _ = writeln!(text, "\t}}");
+    if marks {
+        from_processes(text, underlay);
+    }
 }
 
 /// Kinds of device behind which workloads of other programs may be. A physical device has no kind.
 const KINDS_OF_WORKLOADS: &str = "{ \"bridge\", \"veth\", \"netkit\", \"tun\" }";
+
+/// How long VXLAN of a member is admitted by a device without being checked again.
+const PATH_TIMEOUT: &str = "10s";
 
 /// Writes the sets of members, and the chains of packets that may be forged VXLAN.
 fn underlay_sets(text: &mut String, underlay: &FilterUnderlay) {
@@ -159,6 +167,10 @@ fn underlay_sets(text: &mut String, underlay: &FilterUnderlay) {
     for (n, family, kind) in [(4, "ip", "ipv4_addr"), (6, "ip6", "ipv6_addr")] {
         let of_family = |member: &&SocketAddr| member.is_ipv4() == (n == 4);
         set(text, &format!("vteps{n}"), kind, members.iter().filter(of_family).map(SocketAddr::ip));
+        let _ = writeln!(
+            text,
+            "\tset paths{n} {{\n\t\ttypeof iif . {family} saddr\n\t\tsize 65535\n\t\tflags dynamic,timeout\n\t\ttimeout {PATH_TIMEOUT}\n\t}}"
+        );
         let ports = members.iter().chain([own]).filter(of_family);
         let ports = ports.map(|member| format!("{} . {}", member.ip(), member.port()));
         set(text, &format!("members{n}"), &format!("{kind} . inet_service"), ports);
@@ -179,48 +191,42 @@ fn underlay_sets(text: &mut String, underlay: &FilterUnderlay) {
 /// Writes the rules for VXLAN that arrives on the underlay, and for packets that are forwarded to VXLAN ports.
 ///
 /// A packet may arrive by another device than the one by which its answer would leave: a host can have several links to
-/// the underlay. Only by a device that may lead to workloads must it come from where it would be answered.
+/// the underlay. Only by a device that may lead to workloads must it come from where it would be answered. The devices and
+/// members that passed are remembered for a while, so that most packets read a single rule.
 fn vxlan_in(text: &mut String, own: SocketAddr) {
     let (family, n) = if own.is_ipv4() { ("ip", 4) } else { ("ip6", 6) };
     let (address, port) = (own.ip(), own.port());
     let _ = writeln!(
         text,
-        "\t\tudp dport {port} {family} daddr {address} jump workloads\n\
-         \t\tudp dport {port} {family} daddr {address} {family} saddr @vteps{n} notrack accept\n\
+        "\t\tudp dport {port} {family} daddr {address} iif . {family} saddr @paths{n} notrack accept\n\
+         \t\tudp dport {port} {family} daddr {address} jump workloads\n\
+         \t\tudp dport {port} {family} daddr {address} {family} saddr @vteps{n} add @paths{n} {{ iif . {family} saddr }} notrack accept\n\
          \t\tudp dport {port} fib daddr type != unicast counter drop\n\
          \t\tip daddr . udp dport @members4 goto forwarded4\n\
          \t\tip6 daddr . udp dport @members6 goto forwarded6"
     );
 }
 
-/// Writes the rules that mark the packets of this host's processes into overlay networks. The VXLAN packet that the
+/// Writes the chain for packets of this host's processes. Those into overlay networks are marked: the VXLAN packet that the
 /// kernel puts around such a packet has the same mark, and still belongs to the socket of the process.
-fn mark_own(text: &mut String) {
+fn from_processes(text: &mut String, underlay: &FilterUnderlay) {
+    let _ = writeln!(text, "\tchain from-processes {{");
     for device in ["ovb-*", "ovx-*"] {
-        let _ = writeln!(
-            text,
-            "\t\toifname \"{device}\" meta skuid >= 0 meta mark set meta mark | {FROM_HOST:#x} accept"
-        );
+        let _ = writeln!(text, "\t\toifname \"{device}\" meta mark set meta mark | {FROM_HOST:#x} accept");
     }
-}
-
-/// Writes the rules for packets of this host to VXLAN ports.
-fn vxlan_out(text: &mut String, underlay: &FilterUnderlay) {
-    let ports: BTreeSet<u16> = underlay.members.iter().chain([&underlay.own]).map(SocketAddr::port).collect();
-    let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
-    let _ = writeln!(
-        text,
-        "\t\tudp dport {{ {} }} meta skuid >= 0 goto local-vxlan\n\t\tudp dport {} notrack",
-        ports.join(", "),
-        underlay.own.port()
-    );
+    if underlay.has_vxlan {
+        let ports: BTreeSet<u16> =
+            underlay.members.iter().chain([&underlay.own]).map(SocketAddr::port).collect();
+        let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
+        let _ = writeln!(text, "\t\tudp dport {{ {} }} goto local-vxlan", ports.join(", "));
+    }
+    let _ = writeln!(text, "\t}}");
 }
 
 /// Writes the chain for packets to a VXLAN port that belong to a socket of a process.
 ///
 /// Such a packet is either VXLAN of the kernel around a packet of the process, which is marked, or the process itself
 /// wrote what may look like VXLAN of this host. Without the capability `CAP_NET_ADMIN` no process can mark its packets.
-/// The kernel's own packets and those of workloads have no socket here.
 fn local_vxlan(text: &mut String) {
     let rest = !FROM_HOST;
     let _ = writeln!(
@@ -295,7 +301,7 @@ fn encrypted_out(text: &mut String, networks: &[&Network], tunnel: Option<Gate>)
              \t\tip6 daddr {prefix} oifname != \"ovt-*\" oifname != \"lo\" counter drop"
         );
         let _ = match kernel {
-            // As in `vxlan_out`: only the kernel sends VXLAN, also around packets of this host's processes.
+            // As in `local_vxlan`: only the kernel sends VXLAN, also around packets of this host's processes.
             true => writeln!(
                 text,
                 "\t\t{sealed} meta skuid >= 0 meta mark & {FROM_HOST:#x} == 0 counter drop\n\

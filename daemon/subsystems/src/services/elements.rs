@@ -319,9 +319,9 @@ fn endpoint_part(endpoint: &Endpoint) -> Entries {
 /// Returns the elements that follow from networks and hosts alone.
 fn host(view: &View, context: &NetworkContext, ranges: &Ranges) -> Entries {
     let mut entries = Entries::new();
-    for range in &ranges.services {
+    for range in ranges.of_services(view) {
         let set = of_family(&skeleton::RANGES, range.addr().is_ipv4()).clone();
-        entries.insert((set, Key::of(&[Field::Net(*range)])), Value::None);
+        entries.insert((set, Key::of(&[Field::Net(range)])), Value::None);
     }
     for address in context.hosts.values() {
         let set = of_family(&skeleton::HOSTS, address.is_ipv4()).clone();

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use ovl_cluster::view::{Node, View};
 use ovl_manifest::Problem;
 use ovl_proto::SEALED_VXLAN_PORT;
@@ -18,6 +19,8 @@ use super::allocation::{NodePortRange, Ranges};
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Permits {
     ranges: Ranges,
+    /// The ranges of clusterIPs.
+    services: Vec<IpNet>,
     /// The addresses of all members, whether they are alive or not, with their names.
     hosts: BTreeMap<IpAddr, String>,
     /// The ports at which ovl receives on this host.
@@ -95,6 +98,7 @@ impl Permits {
         });
         Self {
             ranges: ranges.clone(),
+            services: ranges.of_services(view),
             hosts: hosts.collect(),
             ports: own.into_iter().flat_map(ports_of).collect(),
         }
@@ -102,7 +106,7 @@ impl Permits {
 
     /// Returns why a cluster IP is not translated. `None` if it is.
     pub fn cluster_ip(&self, address: IpAddr) -> Option<Denial> {
-        let is_within = self.ranges.services.iter().any(|range| range.contains(&address));
+        let is_within = self.services.iter().any(|range| range.contains(&address));
         let is_dns = self.ranges.dns_addresses().any(|dns| dns == address);
         (!is_within || is_dns).then_some(Denial::ClusterIp(address))
     }
@@ -210,8 +214,10 @@ mod tests {
 
     fn permits() -> Permits {
         let parse = |all: &[&str]| all.iter().map(|text| text.parse().unwrap()).collect();
+        let services: Vec<IpNet> = parse(&["10.96.0.0/16", "fd00:10:96::/112"]);
         let ranges = Ranges {
-            services: parse(&["10.96.0.0/16", "fd00:10:96::/112"]),
+            services: services.clone(),
+            follows_cidrs: false,
             load_balancers: parse(&["192.0.2.0/28"]),
             external: parse(&["198.51.100.0/24", "2001:db8::/64"]),
             node_ports: "30000-32000".parse().unwrap(),
@@ -219,6 +225,7 @@ mod tests {
         let hosts = [("198.51.100.7", "h2"), ("2001:db8::7", "h2"), ("192.0.2.7", "h3")];
         Permits {
             ranges,
+            services,
             hosts: hosts.map(|(address, name)| (ip(address), name.to_owned())).into(),
             ports: [(Protocol::Udp, 31000), (Protocol::Tcp, 31000)].into(),
         }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::Ipv6Addr;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -27,7 +28,7 @@ impl Standing {
             ("links", count(host.ip_json(&["link", "show"])?)),
             ("addresses of the host", count(host.ip_json(&["address", "show"])?)),
             ("routes", count(host.ip_json(&["-4", "route", "show", "table", "all"])?)),
-            ("IPv6 routes", count(host.ip_json(&["-6", "route", "show", "table", "all"])?)),
+            ("IPv6 routes", stated(&host.ip_json(&["-6", "route", "show", "table", "all"])?)),
             ("rules", count(host.ip_json(&["rule", "show"])?)),
             ("permanent neighbours", count(host.ip_json(&["neigh", "show", "nud", "permanent"])?)),
             ("FDB entries", count(host.bridge_json(&["fdb", "show"])?)),
@@ -82,6 +83,23 @@ impl<const N: usize> From<[(&'static str, usize); N]> for Standing {
     }
 }
 
+/// Counts the routes that somebody has set. The kernel itself adds those to own link-local addresses, and to the anycast
+/// address of routers, once it knows that no neighbour has the address. That takes seconds (RFC 4862, section 5.4), and begins
+/// again when a bridge gets its first port.
+fn stated(routes: &Value) -> usize {
+    let routes = routes.as_array().into_iter().flatten();
+    routes.filter(|route| !(of_this_host(route) && is_link_local(&route["dst"]))).count()
+}
+
+fn of_this_host(route: &Value) -> bool {
+    route["type"] == "local" || route["type"] == "anycast"
+}
+
+fn is_link_local(destination: &Value) -> bool {
+    let address = destination.as_str().and_then(|text| text.parse::<Ipv6Addr>().ok());
+    address.is_some_and(|address| address.is_unicast_link_local())
+}
+
 /// Counts tables, chains, rules, sets, maps and elements.
 fn nft_count(ruleset: &Value) -> usize {
     let objects = ruleset["nftables"].as_array().into_iter().flatten();
@@ -115,6 +133,21 @@ mod tests {
         assert_eq!(difference.text(), "+2 b, -2 c, +1 d");
         assert_eq!((difference.get("b"), difference.get("a")), (2, 0));
         assert!(before.since(&before).is_empty());
+    }
+
+    #[test]
+    fn routes_that_the_kernel_adds_after_a_while_are_not_counted() {
+        let mut routes = json!([
+            {"dst": "fe80::/64", "dev": "cni0", "protocol": "kernel"},
+            {"type": "local", "dst": "fd00::1", "dev": "lo", "table": "local"},
+            {"type": "local", "dst": "10.0.0.1", "dev": "lo", "table": "local"},
+        ]);
+        assert_eq!(stated(&routes), 3);
+        for (kind, address) in [("local", "fe80::5c1a:7dff:fe16:8e1f"), ("anycast", "fe80::")] {
+            let added = json!({"type": kind, "dst": address, "dev": "cni0", "table": "local"});
+            routes.as_array_mut().unwrap().push(added);
+        }
+        assert_eq!(stated(&routes), 3);
     }
 
     #[test]

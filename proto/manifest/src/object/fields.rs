@@ -38,6 +38,8 @@ const NAMESPACE: &[(&str, Treatment)] = &[("spec", Treatment::Ignored(NO_FINALIZ
 const SERVICE: &[(&str, Treatment)] =
     &[("spec.loadBalancerSourceRanges", Treatment::Protective(SOURCE_RANGES))];
 
+const SERVICE_CIDR: &[(&str, Treatment)] = &[("status", Treatment::Informative)];
+
 const SLICE: &[(&str, Treatment)] = &[
     ("endpoints[].deprecatedTopology", Treatment::Informative),
     ("endpoints[].targetRef", Treatment::Informative),
@@ -143,6 +145,7 @@ fn of_kind(kind: Kind, path: &str, value: &Value) -> Treatment {
         Kind::Service => listed(SERVICE, path),
         Kind::EndpointSlice => listed(SLICE, path),
         Kind::Pod => of_pod(path, value),
+        Kind::ServiceCidr => listed(SERVICE_CIDR, path),
         Kind::NetworkPolicy => Treatment::Unknown,
     }
 }

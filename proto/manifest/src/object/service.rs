@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ovl_proto::resource::{
-    ClusterIp, IntOrString, IpFamily, IpFamilyPolicy, Service, ServiceSpec, ServiceType, SessionAffinity,
-    TrafficPolicy,
+    ClusterIp, IntOrString, IpFamily, IpFamilyPolicy, Service, ServiceCidr, ServiceSpec, ServiceType,
+    SessionAffinity, TrafficPolicy,
 };
 
 use crate::problem::{Problem, Problems};
@@ -170,6 +170,17 @@ fn check_addresses(spec: &ServiceSpec, problems: &mut Problems) {
         balanced || spec.allocate_load_balancer_node_ports.is_none(),
         "spec.allocateLoadBalancerNodePorts",
         reason,
+    );
+}
+
+/// Validates a ServiceCIDR.
+pub(super) fn check_cidr(cidr: &ServiceCidr, problems: &mut Problems) {
+    let ranges = &cidr.spec.cidrs;
+    let families: BTreeSet<bool> = ranges.iter().map(|range| range.addr().is_ipv4()).collect();
+    problems.want(
+        (1..=2).contains(&ranges.len()) && families.len() == ranges.len(),
+        "spec.cidrs",
+        "must be one range, or one of each address family",
     );
 }
 

@@ -1,0 +1,220 @@
+//! Serves the page to browsers, if `ui_listen` is set. [`crate::page`] says what a request asks for, and who may ask.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http_body_util::channel::{Channel, Sender};
+use hyper::StatusCode;
+use hyper::body::Bytes;
+use ovl_control::PageAddress;
+use serde::Serialize;
+use tokio::sync::Semaphore;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use super::{Failed, Node};
+use crate::page::{HEADERS, Token, Wanted, wanted};
+use crate::problems::Code;
+use crate::web::{self, Answer, Asked, Listen, Pages};
+
+/// Maximum number of event streams at a time. Further ones are refused, and the page tries again.
+const MAX_STREAMS: usize = 16;
+/// Interval of the reports in an event stream.
+const INTERVAL: Duration = Duration::from_secs(2);
+/// How long a document is given again, so that many clients cost no more than one.
+const FRESH: Duration = Duration::from_secs(1);
+/// How many events of a stream wait for its client.
+const WAITING: usize = 4;
+/// Time until the next attempt to listen.
+const RETRY: Duration = Duration::from_secs(5);
+
+impl Node {
+    /// Returns where the page is.
+    pub(super) fn page_address(&self) -> Result<PageAddress, Failed> {
+        match (&self.config.ui_listen, &*self.page_token.borrow()) {
+            (None, _) => {
+                Err(Failed::unavailable("no page is served: set ui_listen in ovld.toml, and restart ovld"))
+            }
+            (Some(Listen::Unix(path)), _) => Ok(PageAddress::Unix(path.clone())),
+            (Some(Listen::Tcp(address)), Some(token)) => Ok(PageAddress::Url(token.url(address))),
+            (Some(Listen::Tcp(_)), None) => {
+                Err(Failed::unavailable("the page is not served yet: `ovlctl status` says why"))
+            }
+        }
+    }
+
+    /// Serves the page forever, if it is configured.
+    pub(super) async fn page_loop(self: Rc<Self>) {
+        let Some(listen) = self.config.ui_listen.clone() else { return std::future::pending().await };
+        loop {
+            let opened = || self.state.borrow_mut().problems.set(Code::PageAddress, "", None);
+            let served = match self.load_token() {
+                Ok(token) => {
+                    let server = Server {
+                        node: Rc::clone(&self),
+                        token,
+                        streams: Arc::new(Semaphore::new(MAX_STREAMS)),
+                        overview: Kept::default(),
+                        reports: Kept::default(),
+                    };
+                    web::serve(Rc::new(server), &listen, opened).await
+                }
+                Err(error) => Err(error),
+            };
+            if let Err(error) = served {
+                let sentence = format!(
+                    "the page is not served at {listen}: {error}. Free it, or change ui_listen in ovld.toml; ovld tries \
+                     again every {} s",
+                    RETRY.as_secs()
+                );
+                self.state.borrow_mut().problems.set(Code::PageAddress, "", Some(sentence));
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    fn load_token(&self) -> std::io::Result<Option<Rc<Token>>> {
+        let file = self.config.ui_token_file.as_deref();
+        let token = file.map(|path| Token::load(path, self.random())).transpose()?.map(Rc::new);
+        self.page_token.borrow_mut().clone_from(&token);
+        Ok(token)
+    }
+}
+
+/// A document in JSON, with the time when it was made.
+type Kept = tokio::sync::Mutex<Option<(Instant, Bytes)>>;
+
+/// The server of the page.
+struct Server {
+    node: Rc<Node>,
+    /// What a client must send. `None`: nothing.
+    token: Option<Rc<Token>>,
+    /// Places for event streams.
+    streams: Arc<Semaphore>,
+    /// The last overview.
+    overview: Kept,
+    /// The last reports.
+    reports: Kept,
+}
+
+impl Server {
+    async fn overview(&self) -> Result<Bytes, Failed> {
+        fresh(&self.overview, async || self.node.overview().await).await
+    }
+
+    async fn reports(&self) -> Result<Bytes, Failed> {
+        fresh(&self.reports, async || self.node.reports().await).await
+    }
+
+    /// Opens an event stream.
+    fn stream(self: &Rc<Self>) -> Answer {
+        let Ok(place) = Arc::clone(&self.streams).try_acquire_owned() else {
+            let sentence = "too many pages are open: close one, or wait";
+            return Answer::other(StatusCode::SERVICE_UNAVAILABLE, sentence);
+        };
+        let (sender, channel) = Channel::new(WAITING);
+        let server = Rc::clone(self);
+        tokio::task::spawn_local(async move {
+            server.feed(sender).await;
+            drop(place);
+        });
+        Answer::events(channel)
+    }
+
+    /// Writes what happens to an event stream, until its client is gone.
+    async fn feed(&self, mut sender: Sender<Bytes>) {
+        let (_, mut live) = self.node.events.follow();
+        let mut ticks = tokio::time::interval(INTERVAL);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut told = None;
+        loop {
+            let sent = tokio::select! {
+                _ = ticks.tick() => self.tick(&mut told, &mut sender).await,
+                event = live.recv() => match event {
+                    Ok(event) => match json(&event) {
+                        Ok(event) => send(&mut sender, "event", &event).await,
+                        Err(_) => Ok(()),
+                    },
+                    // A client that reads too slowly misses events.
+                    Err(RecvError::Lagged(_)) => Ok(()),
+                    Err(RecvError::Closed) => Err(Gone),
+                },
+            };
+            if sent.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Sends the overview if it has changed, and the reports. `told` is the version of the overview that was sent last.
+    async fn tick(&self, told: &mut Option<u64>, sender: &mut Sender<Bytes>) -> Result<(), Gone> {
+        let version = self.node.overview_version();
+        if *told != Some(version)
+            && let Ok(overview) = self.overview().await
+        {
+            *told = Some(version);
+            send(sender, "overview", &overview).await?;
+        }
+        match self.reports().await {
+            Ok(reports) => send(sender, "reports", &reports).await,
+            Err(_) => Ok(()),
+        }
+    }
+}
+
+/// The client of an event stream is gone.
+struct Gone;
+
+async fn send(sender: &mut Sender<Bytes>, kind: &str, json: &Bytes) -> Result<(), Gone> {
+    let event = [b"event: ", kind.as_bytes(), b"\ndata: ", json, b"\n\n"].concat();
+    sender.send_data(Bytes::from(event)).await.map_err(|_| Gone)
+}
+
+/// Returns a document that is not old, or makes it.
+async fn fresh<T: Serialize>(kept: &Kept, make: impl AsyncFnOnce() -> T) -> Result<Bytes, Failed> {
+    let mut kept = kept.lock().await;
+    match &*kept {
+        Some((at, document)) if at.elapsed() < FRESH => Ok(document.clone()),
+        _ => {
+            let document = json(&make().await)?;
+            *kept = Some((Instant::now(), document.clone()));
+            Ok(document)
+        }
+    }
+}
+
+fn json(value: &impl Serialize) -> Result<Bytes, Failed> {
+    serde_json::to_vec(value).map(Bytes::from).map_err(|error| Failed::internal(error.to_string()))
+}
+
+/// Answers with a document, or says why it cannot be made.
+fn document(json: Result<Bytes, Failed>, failed: StatusCode) -> Answer {
+    match json {
+        Ok(json) => Answer::document("application/json", json),
+        Err(Failed(failure)) => Answer::other(failed, &failure.message),
+    }
+}
+
+impl Pages for Server {
+    const HEADERS: &'static [(&'static str, &'static str)] = HEADERS;
+
+    async fn answer(self: &Rc<Self>, asked: &Asked<'_>) -> Answer {
+        let unavailable = StatusCode::SERVICE_UNAVAILABLE;
+        match wanted(asked, self.token.as_deref()) {
+            Ok(Wanted::File { content_type, content }) => Answer::document(content_type, content),
+            Ok(Wanted::Overview) => document(self.overview().await, unavailable),
+            Ok(Wanted::Reports) => document(self.reports().await, unavailable),
+            Ok(Wanted::Events(period)) => document(json(&self.node.events.of(period).await), unavailable),
+            Ok(Wanted::Drops) => {
+                document(self.node.policy_drops().await.and_then(|drops| json(&drops)), unavailable)
+            }
+            Ok(Wanted::Policy { from, to, port }) => {
+                let verdicts = self.node.policy_explain(&from, &to, port);
+                document(verdicts.and_then(|verdicts| json(&verdicts)), StatusCode::BAD_REQUEST)
+            }
+            Ok(Wanted::Stream) => self.stream(),
+            Err((status, sentence)) => Answer::other(status, &sentence),
+        }
+    }
+}
