@@ -42,8 +42,10 @@ fn get(from: &Netns, arguments: &[&str]) -> Result<(u64, String)> {
 
 /// The URL of the page with the token, and the token.
 fn address(host: &Host) -> (String, String) {
-    let url =
-        wait_until(SOON, "the address of the page", || host.ctl_ok(&["page"])).unwrap().trim().to_owned();
+    let url = wait_until(SOON, "the address of the page", || host.ctl_ok(&["page"]).map(Some))
+        .unwrap()
+        .trim()
+        .to_owned();
     let token = url.rsplit_once('=').unwrap().1.to_owned();
     (url, token)
 }
@@ -330,7 +332,7 @@ fn page_at_a_socket_is_for_root_alone_and_a_host_without_one_says_so() {
     let overview = wait_until(SOON, "the page", || {
         let (status, overview) = get(h1, &["--unix-socket", path, "http://localhost/api/v1/overview"])?;
         anyhow::ensure!(status == 200, "{status}");
-        Ok(overview)
+        Ok(Some(overview))
     })
     .unwrap();
     assert_contains(&overview, &["\"node\":\"h1\""]);
