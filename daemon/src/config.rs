@@ -329,6 +329,7 @@ impl Config {
             },
             ranges: Ranges {
                 services,
+                dns_elsewhere: !file.dns.is_on(),
                 follows_cidrs,
                 load_balancers: file.load_balancer_pool.unwrap_or_default(),
                 external: file.external_ranges.unwrap_or_default(),

@@ -334,8 +334,7 @@ fn ranges_of_services_follow_those_of_the_api_server() {
     // What no Service has is refused at once, as in a configured range.
     for address in ["10.97.0.71", "fd00:10:97::71"] {
         let to = SocketAddr::new(address.parse().unwrap(), 80);
-        let answer =
-            client.workload.netns().run(|| TcpStream::connect_timeout(&to, Duration::from_secs(5))).unwrap();
+        let answer = client.workload.run(|| TcpStream::connect_timeout(&to, Duration::from_secs(5))).unwrap();
         assert_eq!(answer.unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused, "{address}");
     }
     let listed = world.lab["h2"].ctl_ok(&["get", "servicecidrs", "-o", "wide"]).unwrap();
@@ -350,6 +349,32 @@ fn ranges_of_services_follow_those_of_the_api_server() {
     world.api.set_away(false);
     world.api.delete("servicecidrs", "", "more").unwrap();
     wait_for("the Service to be unreachable", || ask(&client.workload, LATER[0].parse().unwrap()).is_err());
+}
+
+#[test]
+fn zone_of_the_node_chooses_between_backends() {
+    let world = start();
+    for (name, zone) in [("h1", "a"), ("h2", "b")] {
+        let labels = json!({ "topology.kubernetes.io/zone": zone });
+        world.api.put(&json!({ "kind": "Node", "metadata": { "name": name, "labels": labels } }));
+    }
+    let servers = [("h1", "one"), ("h2", "two")]
+        .map(|(host, name)| attach(&world.lab[host], name, "pods", &[]).unwrap());
+    let _one = NamedServer::start(&servers[0].workload, "one", 8080).unwrap();
+    let _two = NamedServer::start(&servers[1].workload, "two", 8080).unwrap();
+    let client = attach(&world.lab["h1"], "client", "pods", &[]).unwrap();
+    world.api.put(&web());
+    // The backend on the other host is the one for the client's zone.
+    for (n, (host, zone)) in [("h1", "b"), ("h2", "a")].into_iter().enumerate() {
+        let mut one = slice(&format!("web-{n}"), host, &servers[n].addresses()[0]);
+        one["endpoints"][0]["hints"] = json!({ "forZones": [{ "name": zone }] });
+        world.api.put(&one);
+    }
+    wait_answers(&client.workload, WEB[0].parse().unwrap(), &["two"]).unwrap();
+    // A restarted ovld hears it again.
+    world.lab["h1"].restart().unwrap();
+    wait_clean(world.lab.hosts(), SOON).unwrap();
+    wait_answers(&client.workload, WEB[0].parse().unwrap(), &["two"]).unwrap();
 }
 
 #[test]

@@ -186,6 +186,7 @@ impl Node {
             Request::NodePods(request) => self.node_pods(staged, &request),
             Request::Join(request) => self.join_nodes(&request)?,
             Request::Nodes(nodes) => self.take_nodes(nodes)?,
+            Request::OwnNode(own) => self.take_own_node(own)?,
             Request::Get(query) => Reply::Resources(self.resources(&query)?),
             Request::Backends(query) => Reply::Backends(self.service_backends(&query)),
         })

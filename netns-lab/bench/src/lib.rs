@@ -10,6 +10,7 @@ mod checks;
 mod client;
 mod cluster;
 mod cni;
+mod commits;
 mod connect;
 mod dead;
 mod dns;
@@ -18,6 +19,7 @@ mod flow;
 mod grow;
 mod idle;
 mod kill;
+mod kube;
 mod loss;
 mod neigh;
 mod netlink;
@@ -75,6 +77,8 @@ pub enum Suite {
     Services,
     /// Figures of many hosts: 60 and 100 daemons on this machine
     Grow,
+    /// Figures with a Kubernetes API server of the tests
+    Kube,
 }
 
 impl Suite {
@@ -90,6 +94,7 @@ impl Suite {
             Suite::Policy => "policy",
             Suite::Services => "services",
             Suite::Grow => "grow",
+            Suite::Kube => "kube",
         }
     }
 }
@@ -170,6 +175,12 @@ pub enum Name {
     Hundred,
     /// grow: bytes on all links for Services and for a network
     Bytes,
+    /// kube: time from a changed label until policies follow on 8 hosts
+    Label,
+    /// kube: time from an endpoint that becomes ready until 8 hosts send to it
+    Ready,
+    /// kube: memory and start with 5,000 Services and 50,000 endpoints
+    Size,
 }
 
 impl Name {
@@ -211,6 +222,9 @@ impl Name {
             Name::Forming => "forming",
             Name::Hundred => "hundred",
             Name::Bytes => "bytes",
+            Name::Label => "label",
+            Name::Ready => "ready",
+            Name::Size => "size",
         }
     }
 
@@ -237,6 +251,7 @@ impl Name {
             Name::Policies => Suite::Policy,
             Name::Many | Name::Removed | Name::Failover => Suite::Services,
             Name::Forming | Name::Hundred | Name::Bytes => Suite::Grow,
+            Name::Label | Name::Ready | Name::Size => Suite::Kube,
         }
     }
 
@@ -278,6 +293,9 @@ impl Name {
             Name::Forming => grow::measure_forming(bench),
             Name::Hundred => grow::measure_hundred(bench),
             Name::Bytes => grow::measure_bytes(bench),
+            Name::Label => kube::follow::measure_label(bench),
+            Name::Ready => kube::follow::measure_ready(bench),
+            Name::Size => kube::size::measure(bench),
         }
     }
 }
@@ -333,6 +351,11 @@ impl Bench {
     /// Returns the path of the Docker plugin.
     fn ovl_docker(&self) -> Result<PathBuf> {
         binary(self.binaries.as_deref(), "ovl-docker")
+    }
+
+    /// Returns the path of the program that follows an API server.
+    fn ovl_kube(&self) -> Result<PathBuf> {
+        binary(self.binaries.as_deref(), "ovl-kube")
     }
 
     /// Returns the path of the CNI plugin.

@@ -66,6 +66,8 @@ pub struct Plan {
     /// `bench grow`: number of hosts, and of Services applied.
     pub(crate) grow_hosts: usize,
     pub(crate) grow_services: usize,
+    /// `bench kube`: number of Services, each with ten endpoints.
+    pub(crate) kube_services: usize,
 }
 
 impl Plan {
@@ -113,6 +115,7 @@ impl Plan {
             service_changes: 200,
             grow_hosts: 60,
             grow_services: 2000,
+            kube_services: 5000,
         }
     }
 
@@ -159,6 +162,7 @@ impl Plan {
             service_changes: 10,
             grow_hosts: 6,
             grow_services: 50,
+            kube_services: 100,
         }
     }
 
@@ -204,6 +208,7 @@ impl Plan {
             "service_changes": self.service_changes,
             "grow_hosts": self.grow_hosts,
             "grow_services": self.grow_services,
+            "kube_services": self.kube_services,
         })
     }
 }

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::capture::{CaptureRequest, CaptureTarget};
-use crate::kubernetes::{Join, Mirror, MirrorOffer, NodePods, Nodes};
+use crate::kubernetes::{Join, Mirror, MirrorOffer, NodePods, Nodes, OwnNode};
 use crate::resources::{Apply, Document, ResourceQuery};
 use crate::trace::TraceRequest;
 use ovl_proto::bandwidth::Bandwidth;
@@ -264,6 +264,8 @@ pub enum Request {
     /// Says which Nodes an API server has, on the host whose turn it is to mirror: [`crate::Reply::Done`]. Members that are
     /// lost and whose Node was deleted are forgotten.
     Nodes(Nodes),
+    /// Says what an API server has of the Node of this host: [`crate::Reply::Done`].
+    OwnNode(OwnNode),
     /// Lists objects by namespace and name: [`crate::Reply::Resources`].
     Get(ResourceQuery),
     /// Lists Services with their backends, by namespace and name: [`crate::Reply::Backends`]. The kind of the query

@@ -231,13 +231,8 @@ pub fn read(manifest: Value, namespace: Option<&str>, validation: Validation) ->
     problems.append(&mut unsupported.errors);
     resource.meta_mut().namespace = key.name.namespace;
     complete(&mut resource, terminating, &mut unsupported.warnings);
-    if let Resource::Service(service) = &resource {
-        let ranges = service.metadata.annotations.get(fields::SOURCE_RANGES_ANNOTATION);
-        problems.want(
-            ranges.is_none_or(String::is_empty),
-            format!("metadata.annotations.{}", fields::SOURCE_RANGES_ANNOTATION),
-            fields::SOURCE_RANGES,
-        );
+    if let Resource::Service(service) = &mut resource {
+        service::take_source_ranges(service, &mut problems);
     }
     check_into(&resource, &mut problems);
     let Unsupported { warnings, ignored, .. } = unsupported;

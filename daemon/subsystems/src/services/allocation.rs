@@ -35,6 +35,8 @@ const MAX_PROBES: u128 = 1 << 18;
 pub struct Ranges {
     /// Ranges of clusterIPs, at most one of each family. The first one is the default.
     pub services: Vec<IpNet>,
+    /// Whether another program is the cluster DNS, so that a Service may have its address.
+    pub dns_elsewhere: bool,
     /// Whether the ranges of ServiceCIDRs are ranges of clusterIPs too.
     pub follows_cidrs: bool,
     /// Pools of LoadBalancer addresses. If empty, Services of type LoadBalancer get no address.
@@ -110,6 +112,11 @@ impl Ranges {
     /// Returns the addresses of the cluster DNS: the tenth address of each range.
     pub fn dns_addresses(&self) -> impl Iterator<Item = IpAddr> {
         self.services.iter().filter_map(|range| address_at(*range, DNS_OFFSET))
+    }
+
+    /// Whether an address is one of the cluster DNS at which ovl itself answers.
+    pub fn is_own_dns(&self, address: IpAddr) -> bool {
+        !self.dns_elsewhere && self.dns_addresses().any(|dns| dns == address)
     }
 
     /// Returns the ranges of clusterIPs that there are: those that are configured, and those of ServiceCIDRs if they are
@@ -259,7 +266,7 @@ impl<'a> ServiceAllocator<'a> {
                     let reason = format!("{address} is not in the service_range {range}");
                     let is_within = self.services.iter().any(|range| range.contains(address));
                     problems.want(is_within, &path, reason);
-                    let dns = self.ranges.dns_addresses().any(|dns| dns == *address);
+                    let dns = self.ranges.is_own_dns(*address);
                     problems.want(!dns, &path, format!("{address} is reserved for the cluster DNS"));
                     self.want_free(Claim::Address(*address), name, &path, problems);
                     ips.push(ClusterIp::Address(*address));

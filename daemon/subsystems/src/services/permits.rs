@@ -107,7 +107,7 @@ impl Permits {
     /// Returns why a cluster IP is not translated. `None` if it is.
     pub fn cluster_ip(&self, address: IpAddr) -> Option<Denial> {
         let is_within = self.services.iter().any(|range| range.contains(&address));
-        let is_dns = self.ranges.dns_addresses().any(|dns| dns == address);
+        let is_dns = self.ranges.is_own_dns(address);
         (!is_within || is_dns).then_some(Denial::ClusterIp(address))
     }
 
@@ -162,7 +162,11 @@ impl Permits {
 
     /// Returns what a Service names and this host does not translate.
     pub fn denials(&self, service: &Service) -> Vec<Denial> {
-        let cluster = service.cluster_addresses().filter_map(|address| self.cluster_ip(address));
+        // At the address of the cluster DNS ovl answers itself, whatever Service an API server has there.
+        let is_served =
+            |address: &IpAddr| service.metadata.source.is_some() && self.ranges.is_own_dns(*address);
+        let cluster = service.cluster_addresses().filter(|address| !is_served(address));
+        let cluster = cluster.filter_map(|address| self.cluster_ip(address));
         let external = service.spec.external_ips.iter().filter_map(|address| self.external_ip(*address));
         let balancer = service.load_balancer_addresses().filter_map(|address| self.load_balancer(address));
         let ports = service.spec.ports.iter();
@@ -206,6 +210,8 @@ fn ports_of(node: &Node) -> Vec<(Protocol, u16)> {
 
 #[cfg(test)]
 mod tests {
+    use ovl_proto::resource::ClusterIp;
+
     use super::*;
 
     fn ip(text: &str) -> IpAddr {
@@ -217,6 +223,7 @@ mod tests {
         let services: Vec<IpNet> = parse(&["10.96.0.0/16", "fd00:10:96::/112"]);
         let ranges = Ranges {
             services: services.clone(),
+            dns_elsewhere: false,
             follows_cidrs: false,
             load_balancers: parse(&["192.0.2.0/28"]),
             external: parse(&["198.51.100.0/24", "2001:db8::/64"]),
@@ -258,6 +265,19 @@ mod tests {
         assert!(!permits.is_announced(&service, ip("192.0.2.8")));
         service.spec.load_balancer_class = Some(ovl_proto::resource::LOAD_BALANCER_CLASS.to_owned());
         assert!(permits.is_announced(&service, ip("192.0.2.8")));
+    }
+
+    #[test]
+    fn service_of_the_cluster_dns_is_one_of_the_api_server() {
+        let permits = permits();
+        let mut service = Service::default();
+        service.spec.cluster_ips = vec![ClusterIp::Address(ip("10.96.0.10"))];
+        assert_eq!(permits.denials(&service), [Denial::ClusterIp(ip("10.96.0.10"))]);
+        service.metadata.source = Some(Box::default());
+        assert_eq!(permits.denials(&service), []);
+        assert!(permits.cluster_ip(ip("10.96.0.10")).is_some());
+        service.spec.cluster_ips.push(ClusterIp::Address(ip("10.98.0.10")));
+        assert_eq!(permits.denials(&service), [Denial::ClusterIp(ip("10.98.0.10"))]);
     }
 
     #[test]
