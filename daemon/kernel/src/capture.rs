@@ -229,7 +229,7 @@ impl Reader {
             if taken != moved.0 {
                 moved = (taken, now);
             }
-            let may_send = self.sent.wrapping_sub(taken) < WINDOW;
+            let may_send = self.sent.saturating_sub(taken) < WINDOW;
             let is_full = self.bytes >= FULL;
             if now >= self.ends {
                 self.batch.ended = Some("the time limit is reached".to_owned());
