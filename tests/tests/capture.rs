@@ -2,13 +2,11 @@
 
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use netns_lab::{Host, Lab, Spawned, wait_until};
-use nix::sys::signal::Signal;
+use netns_lab::{Host, Lab, Signal, Spawned, wait_until};
 use ovl_tests::routed::create_routed_network;
 use ovl_tests::service::apply;
 use ovl_tests::{Attached, SOON, attach, create_network, ctl_error, start_lab, wait_clean};
@@ -40,8 +38,6 @@ impl Running {
 
     /// Ends it as Ctrl-C does, and returns these fields of all packets, as tshark reads them.
     fn finish(mut self, fields: &[&str]) -> Result<Vec<Vec<String>>> {
-        // What was sent before may still be held for packets of other hosts.
-        std::thread::sleep(Duration::from_millis(400));
         self.process.signal(Signal::SIGINT)?;
         let output = self.process.finish(SOON)?;
         ensure!(output.code() == Some(0), "{output:?}");
@@ -50,7 +46,7 @@ impl Running {
 }
 
 /// Reads fields of a file, and checks that its packets are in the order of their times.
-fn tshark(file: &PathBuf, fields: &[&str]) -> Result<Vec<Vec<String>>> {
+fn tshark(file: &Path, fields: &[&str]) -> Result<Vec<Vec<String>>> {
     let mut command = Command::new("tshark");
     // VXLAN in the tunnel has a port of its own.
     command.args(["-n", "-d", "udp.port==51942,vxlan", "-r"]).arg(file).args([
@@ -130,6 +126,10 @@ fn networks_and_pairs_are_captured_on_both_hosts() {
         }
         let found =
             pair.finish(&["frame.interface_name", "frame.protocols", "icmp.type", "icmpv6.type"]).unwrap();
+        // Frames of switched networks do not pass the device of a tunnel that is in ovld itself.
+        if kind == "switched, encrypted" {
+            continue;
+        }
         let place = if kind.contains("encrypted") { "tunnel" } else { "underlay" };
         for host in ["h1", "h2"] {
             let name = format!("{host}:{place}");

@@ -5,8 +5,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use netns_lab::{Host, Lab, Spawned, wait_until};
-use nix::sys::signal::Signal;
+use netns_lab::{Host, Lab, Signal, Spawned, cpu_time, wait_until};
 use ovl_tests::routed::create_routed_network;
 use ovl_tests::service::apply;
 use ovl_tests::{SOON, attach, create_network, ctl_error, start_lab, text, wait_clean};
@@ -83,7 +82,7 @@ impl Followed {
                 let sum: u64 = found.iter().filter_map(|flow| flow[*field].as_u64()).sum();
                 ensure!(sum >= *least, "{field} is {sum}: {found:?} of {}", self.0.stdout());
             }
-            Ok(found)
+            Ok(Some(found))
         })
         .unwrap()
     }
@@ -186,14 +185,6 @@ fn flows_have_names_bytes_and_the_policy_that_decides() {
     }
 }
 
-/// The CPU time of a process, in seconds.
-fn cpu_seconds(pid: u32) -> f64 {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    let fields: Vec<&str> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
-    let ticks: f64 = fields[11].parse::<f64>().unwrap() + fields[12].parse::<f64>().unwrap();
-    ticks / 100.0
-}
-
 /// What it costs to follow 1,000 connections a second: at most 1 % of a core. Measured by hand with
 /// `cargo test -p ovl-tests --test flows cost -- --ignored --nocapture`, because a busy machine says nothing.
 #[test]
@@ -211,7 +202,7 @@ fn cost_of_following_a_thousand_connections_a_second() {
     let measure = |followed: bool| {
         let following = followed.then(|| Followed::start(h1).unwrap());
         let begun = std::time::Instant::now();
-        let before = cpu_seconds(pid);
+        let before = cpu_time(pid).unwrap();
         let mut connections = 0u64;
         while begun.elapsed() < Duration::from_secs(SECONDS) {
             let due = begun.elapsed().as_millis() as u64;
@@ -221,7 +212,7 @@ fn cost_of_following_a_thousand_connections_a_second() {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        let used = cpu_seconds(pid) - before;
+        let used = (cpu_time(pid).unwrap() - before).as_secs_f64();
         drop(following);
         let seconds = begun.elapsed().as_secs_f64();
         println!(

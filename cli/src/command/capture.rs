@@ -21,7 +21,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ovl_control::{CapturePlan, CaptureRequest, CaptureTarget, Client, Reply, Request};
 use ovl_proto::capture::MAX_SNAPLEN;
@@ -39,6 +39,8 @@ use self::pcapng::Writer;
 const SHOWN: u32 = 256;
 /// The longest time without a word of ovld, which passes something on every tenth of a second.
 const SILENT: Duration = Duration::from_secs(15);
+/// How long a capture that the user ends waits for what hosts have captured until then.
+const LINGERS: Duration = Duration::from_secs(1);
 /// The maximum number of names that are remembered.
 const MOST_NAMES: usize = 65_536;
 
@@ -131,12 +133,18 @@ pub(crate) fn capture(context: &Context, target: CaptureTarget, filter: &str, li
     let mut merge = Merge::new(&plan.hosts);
     let mut reply = client.request(&request).map_err(failed)?;
     say(&format!("capturing {} on {}; end with Ctrl-C", plan.what, plan.hosts.join(", ")));
+    // What was there when the user ended it is captured, although hosts tell it a little later.
+    let mut ends: Option<(u64, Instant)> = None;
     let result = loop {
+        if stop.load(Ordering::Relaxed) {
+            ends = ends.or_else(|| Some((now_ns(), Instant::now())));
+        }
         let Reply::Captured(from) = reply else { break Err(Error::unexpected_reply()) };
         for note in merge.push(*from) {
             say(&note);
         }
-        if out.put(merge.ready())?.is_break() || stop.load(Ordering::Relaxed) || merge.is_over() {
+        let is_ended = ends.is_some_and(|(at, since)| merge.is_past(at) || since.elapsed() > LINGERS);
+        if out.put(merge.ready())?.is_break() || is_ended || merge.is_over() {
             break Ok(());
         }
         match client.next_reply() {
@@ -155,6 +163,12 @@ pub(crate) fn capture(context: &Context, target: CaptureTarget, filter: &str, li
     };
     say(&format!("{} packets captured{lost}", out.written));
     result
+}
+
+/// The time, as hosts stamp packets: nanoseconds since 1970.
+fn now_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Writes a note to standard error, where it does not mix with packets.

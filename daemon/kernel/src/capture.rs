@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::libc;
-use nix::sys::socket::{ControlMessageOwned, LinkAddr, MsgFlags, getsockname, recvmsg, setsockopt, sockopt};
+use nix::sys::socket::{ControlMessageOwned, LinkAddr, MsgFlags, recvmsg, setsockopt, sockopt};
 use nix::sys::time::TimeSpec;
 use ovl_proto::capture::{CaptureProgram, CapturedPacket, LinkType, MAX_SNAPLEN, PointKind};
 use socket2::{Domain, SockFilter, Socket, Type};
@@ -173,7 +173,7 @@ impl Point {
         // Without a protocol it receives nothing until it has its filter.
         let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
         sys::bind_packet(socket.as_fd(), index, 0)?;
-        let link = match getsockname::<LinkAddr>(socket.as_raw_fd())?.hatype() {
+        let link = match sys::bound_device(socket.as_fd())?.1 {
             libc::ARPHRD_ETHER | libc::ARPHRD_LOOPBACK => LinkType::Ethernet,
             _ => LinkType::Ip,
         };
@@ -200,8 +200,7 @@ impl Point {
 
     /// Whether the device was deleted: the kernel then unbinds the socket.
     fn is_unbound(&self) -> bool {
-        getsockname::<LinkAddr>(self.socket.as_raw_fd())
-            .map_or(true, |at| i32::try_from(at.ifindex()).is_err())
+        sys::bound_device(self.socket.as_fd()).map_or(true, |(index, _)| index < 0)
     }
 }
 
@@ -230,7 +229,7 @@ impl Reader {
             if taken != moved.0 {
                 moved = (taken, now);
             }
-            let may_send = self.sent.wrapping_sub(taken) < WINDOW;
+            let may_send = self.sent.saturating_sub(taken) < WINDOW;
             let is_full = self.bytes >= FULL;
             if now >= self.ends {
                 self.batch.ended = Some("the time limit is reached".to_owned());

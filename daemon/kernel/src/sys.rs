@@ -116,6 +116,16 @@ pub(super) fn describe_packets(socket: BorrowedFd<'_>) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Returns the device to which a packet socket is bound: its index, -1 if it was deleted, and its type (`ARPHRD_...`).
+pub(super) fn bound_device(socket: BorrowedFd<'_>) -> io::Result<(i32, u16)> {
+    // SAFETY: all zeros are a valid address.
+    let mut at: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    let mut length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+    // SAFETY: the pointers are to an address of that length and to the length.
+    let done = unsafe { libc::getsockname(socket.as_raw_fd(), (&raw mut at).cast(), &raw mut length) };
+    if done == 0 { Ok((at.sll_ifindex, at.sll_hatype)) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Returns the number of packets that a packet socket had no room for since the last call.
 pub(super) fn packets_lost(socket: BorrowedFd<'_>) -> u32 {
     // `struct tpacket_stats` of `linux/if_packet.h`: packets, and those that were dropped.

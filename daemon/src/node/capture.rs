@@ -204,7 +204,8 @@ impl Node {
         for _ in 0..TIMES {
             let (id, answer) = self.state.borrow_mut().captures.times.ask(host);
             let asked = wall_ns();
-            let said = match self.links().send(host, &Message::TimeRequest { id }) {
+            let sent = self.links().send(host, &Message::TimeRequest { id });
+            let said = match sent {
                 true => tokio::time::timeout(TIME_WITHIN, answer).await,
                 false => {
                     self.state.borrow_mut().captures.times.give_up(id);

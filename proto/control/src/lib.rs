@@ -16,6 +16,7 @@ mod doctor;
 mod flows;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+mod info;
 mod kubernetes;
 mod overview;
 mod reply;
@@ -32,6 +33,7 @@ pub use cni::{CNI_PLUGIN, CNI_VERSIONS, CniDeleted, Conflist};
 pub use docker::DockerDeleted;
 pub use doctor::{Check, CheckResult, Diagnosis, Finding, HostDiagnosis};
 pub use flows::*;
+pub use info::*;
 pub use kubernetes::*;
 pub use overview::*;
 pub use reply::*;

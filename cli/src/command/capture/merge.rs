@@ -126,6 +126,11 @@ impl Merge {
         self.ready()
     }
 
+    /// Whether all hosts have told what they captured until a time, in nanoseconds since 1970.
+    pub(super) fn is_past(&self, at_ns: u64) -> bool {
+        self.sources.values().all(|source| source.ended || source.until_ns >= at_ns)
+    }
+
     /// Whether all hosts have ended.
     pub(super) fn is_over(&self) -> bool {
         self.sources.values().all(|source| source.ended)
