@@ -346,7 +346,7 @@ fn pods_are_on_more_networks_by_annotation() {
         let addresses = row.map(|row| strings(&row["addresses"])).unwrap_or_default();
         addresses.iter().map(|net| net.split('/').next().unwrap_or_default().to_owned()).collect()
     };
-    assert_eq!(addresses(&result).unwrap(), on("pods"));
+    assert_eq!(addresses(&result), on("pods"));
     let (pods, blue) = (on("pods"), on("blue"));
     assert_eq!((pods.len(), blue.len()), (2, 2), "{pods:?} {blue:?}");
     let _server = workload.tcp_echo(80).unwrap();
