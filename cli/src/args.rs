@@ -11,9 +11,9 @@ use ovl_proto::DEFAULT_SOCKET;
 
 use crate::command::resource::jsonpath::{self, Template};
 use crate::command::{
-    attach, bugreport, cni, completions, detach, dns, doctor, endpoint, endpoints, events, exec, fdb, key,
-    lifecycle, man, metrics, network, page, peers, plan, policy, recover, resource, routes, sandbox, status,
-    subnets, top, trace, verify,
+    attach, bugreport, capture, cni, completions, detach, dns, doctor, endpoint, endpoints, events, exec,
+    fdb, flows, key, lifecycle, man, metrics, network, page, peers, plan, policy, recover, resource, routes,
+    sandbox, status, subnets, top, trace, verify,
 };
 use crate::context::Context;
 use crate::error::{Error, Result};
@@ -155,6 +155,10 @@ enum Command {
     Shell(exec::ShellArgs),
     /// Follow a packet from one end to the other; exit status 1 if it does not arrive
     Trace(trace::Args),
+    /// Capture packets of an endpoint, a network, a Service or a pair of hosts, on all hosts that see them
+    Capture(Box<capture::Args>),
+    /// Show who talks to whom on this host, and which network policies decide
+    Flows(flows::Args),
     /// Show the answer to a DNS query, and the reason for it
     Dns(dns::Args),
     /// Mark an endpoint as ready or not ready for Services
@@ -241,6 +245,8 @@ impl Cli {
             Command::Attach(args) => attach::run(&context, args),
             Command::Detach(args) => detach::run(&context, args),
             Command::Endpoints(args) => endpoints::run(&context, &args),
+            Command::Capture(args) => capture::run(&context, *args),
+            Command::Flows(args) => flows::run(&context, &args),
             Command::Dns(args) => dns::run(&context, args),
             Command::Endpoint(args) => endpoint::run(&context, args),
             Command::Apply(args) => resource::apply(&context, &args, false),

@@ -2,6 +2,7 @@
 
 pub(crate) mod attach;
 pub(crate) mod bugreport;
+pub(crate) mod capture;
 pub(crate) mod cni;
 pub(crate) mod completions;
 pub(crate) mod detach;
@@ -12,6 +13,7 @@ pub(crate) mod endpoints;
 pub(crate) mod events;
 pub(crate) mod exec;
 pub(crate) mod fdb;
+pub(crate) mod flows;
 pub(crate) mod key;
 pub(crate) mod lifecycle;
 pub(crate) mod man;

@@ -89,6 +89,35 @@ pub(crate) struct Args {
 /// In place of a host to join through: the Nodes of a Kubernetes API server.
 const JOIN_NODES: &str = "kubernetes";
 
+/// In place of a range of Services: the ServiceCIDRs of a Kubernetes API server.
+const FOLLOW_CIDRS: &str = "kubernetes";
+
+/// An item of `service_range`.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum ServiceRange {
+    Range(IpNet),
+    Word(String),
+}
+
+/// Returns the configured ranges of Services, and whether those of ServiceCIDRs are followed.
+fn service_ranges(items: Option<Vec<ServiceRange>>) -> Result<(Vec<IpNet>, bool)> {
+    let Some(items) = items else { return Ok((DEFAULT_SERVICE_RANGES.to_vec(), false)) };
+    let (mut ranges, mut follows) = (Vec::new(), false);
+    for item in items {
+        match item {
+            ServiceRange::Range(range) => ranges.push(range),
+            ServiceRange::Word(word) if word == FOLLOW_CIDRS => follows = true,
+            ServiceRange::Word(word) => {
+                bail!(
+                    "service_range: '{word}' is neither a prefix such as 10.96.0.0/16 nor \"{FOLLOW_CIDRS}\""
+                )
+            }
+        }
+    }
+    Ok((ranges, follows))
+}
+
 /// The configuration file. Its keys have the names of the flags.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -113,7 +142,7 @@ struct File {
     #[serde(default, with = "humantime_serde::option")]
     forget_after: Option<Duration>,
     pool: Option<IpNet>,
-    service_range: Option<Vec<IpNet>>,
+    service_range: Option<Vec<ServiceRange>>,
     load_balancer_pool: Option<Vec<IpNet>>,
     external_ranges: Option<Vec<IpNet>>,
     node_port_range: Option<String>,
@@ -253,6 +282,7 @@ impl Config {
             Some(text) => parse_address("advertise", &text, DEFAULT_PORT)?,
             None => SocketAddr::new(own_address(&join).context(NoAddress)?, DEFAULT_PORT),
         };
+        let (services, follows_cidrs) = service_ranges(file.service_range)?;
         let listen = |key: &str, text: Option<String>| {
             text.map(|text| Listen::parse(&text).map_err(|why| anyhow::anyhow!("{key}: {why}"))).transpose()
         };
@@ -298,7 +328,9 @@ impl Config {
                 None => "10.128.0.0/9".parse().context("the default pool")?,
             },
             ranges: Ranges {
-                services: file.service_range.unwrap_or_else(|| DEFAULT_SERVICE_RANGES.to_vec()),
+                services,
+                dns_elsewhere: !file.dns.is_on(),
+                follows_cidrs,
                 load_balancers: file.load_balancer_pool.unwrap_or_default(),
                 external: file.external_ranges.unwrap_or_default(),
                 node_ports: match file.node_port_range {

@@ -9,14 +9,14 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use ovl_control::{
-    ApiReport, Document, Event, Failure, FailureKind, MAX_REQUEST, MAX_STAGED, MAX_STAGED_BYTES, MirrorOffer,
-    Reply, Request,
+    ApiReport, CaptureRequest, CapturedFrom, Document, Event, Failure, FailureKind, Flows, MAX_REQUEST,
+    MAX_STAGED, MAX_STAGED_BYTES, MirrorOffer, Reply, Request,
 };
 use serde_json::{Map, Value};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::broadcast::error::RecvError;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::events::Events;
 
@@ -26,7 +26,7 @@ const MAX_CLIENTS: usize = 256;
 /// What answers the requests of clients.
 pub(crate) trait Answers: 'static {
     /// Answers a request, with the documents that were staged for it. The socket itself handles [`Request::Events`]
-    /// that follow, [`Request::MirrorTurn`], [`Request::ApiReport`] and [`Request::Stage`].
+    /// and [`Request::Flows`] that follow, [`Request::Capture`], [`Request::MirrorTurn`], [`Request::ApiReport`] and [`Request::Stage`].
     async fn answer(self: &Rc<Self>, request: Request, staged: Vec<Document>) -> Reply;
 
     /// Returns the recent events.
@@ -40,6 +40,15 @@ pub(crate) trait Answers: 'static {
 
     /// Returns what is to be said to the API server.
     fn api_report(&self) -> watch::Receiver<ApiReport>;
+
+    /// Captures packets. It ends when the receiver is dropped.
+    async fn capture(
+        self: &Rc<Self>,
+        request: CaptureRequest,
+    ) -> Result<mpsc::Receiver<CapturedFrom>, Failure>;
+
+    /// Follows flows. It ends when the receiver is dropped.
+    async fn follow_flows(self: &Rc<Self>) -> Result<mpsc::Receiver<Flows>, Failure>;
 }
 
 /// Creates the socket, accessible to root and its group only. A socket that is left over belongs to no
@@ -123,6 +132,26 @@ async fn client(node: &Rc<impl Answers>, stream: UnixStream) -> std::io::Result<
                     _ = tokio::io::copy(&mut read, &mut ignored) => Ok(()),
                 };
             }
+            Ok(Request::Capture(request)) => match node.capture(request).await {
+                Ok(captured) => {
+                    let mut ignored = tokio::io::sink();
+                    return tokio::select! {
+                        result = tell_all(captured, &mut write, Reply::Captured) => result,
+                        _ = tokio::io::copy(&mut read, &mut ignored) => Ok(()),
+                    };
+                }
+                Err(failure) => send(&mut write, &Reply::Error(failure)).await?,
+            },
+            Ok(Request::Flows { follow: true }) => match node.follow_flows().await {
+                Ok(flows) => {
+                    let mut ignored = tokio::io::sink();
+                    return tokio::select! {
+                        result = tell_all(flows, &mut write, Reply::Flows) => result,
+                        _ = tokio::io::copy(&mut read, &mut ignored) => Ok(()),
+                    };
+                }
+                Err(failure) => send(&mut write, &Reply::Error(failure)).await?,
+            },
             Ok(Request::Stage { documents }) => {
                 let reply = staged.add(documents, length);
                 send(&mut write, &reply).await?;
@@ -218,6 +247,18 @@ async fn tell_report(
             return Ok(());
         }
     }
+}
+
+/// Tells what comes, until it ends.
+async fn tell_all<T>(
+    mut all: mpsc::Receiver<T>,
+    write: &mut (impl tokio::io::AsyncWrite + Unpin),
+    reply: impl Fn(Box<T>) -> Reply,
+) -> std::io::Result<()> {
+    while let Some(some) = all.recv().await {
+        send(write, &reply(Box::new(some))).await?;
+    }
+    Ok(())
 }
 
 async fn send(write: &mut (impl tokio::io::AsyncWrite + Unpin), reply: &Reply) -> std::io::Result<()> {

@@ -28,6 +28,9 @@ pub(crate) struct LocalEndpoint {
     pub ifname: String,
     /// Attachment of a container runtime. `None` if none requested the endpoint.
     pub cni: Option<Attachment>,
+    /// The interface of the attachment with which this one was made and goes: the runtime does not know of this one. `None`
+    /// if the runtime does.
+    pub beside: Option<String>,
     /// Endpoint of a Docker Engine. `None` if no Engine requested it. The Engine moves the container
     /// interface into a namespace and back.
     pub docker: Option<EngineEndpoint>,
@@ -46,6 +49,8 @@ struct Kept {
     ifname: String,
     #[serde(default)]
     cni: Option<Attachment>,
+    #[serde(default)]
+    beside: Option<String>,
     #[serde(default)]
     docker: Option<EngineEndpoint>,
     netns: PathBuf,
@@ -177,9 +182,9 @@ impl LocalEndpoints {
         endpoint: &Endpoint,
         local: &LocalEndpoint,
     ) -> anyhow::Result<()> {
-        let LocalEndpoint { ifname, netns, inode, cni, docker } = local.clone();
+        let LocalEndpoint { ifname, netns, inode, cni, beside, docker } = local.clone();
         let (boot_id, path) = (boot_id.to_owned(), self.file(endpoint.id));
-        let kept = Kept { boot_id, endpoint: endpoint.clone(), ifname, netns, inode, cni, docker };
+        let kept = Kept { boot_id, endpoint: endpoint.clone(), ifname, netns, inode, cni, beside, docker };
         replace(&path, &serde_json::to_vec(&kept)?, Durability::Unsynced)
             .with_context(|| format!("writing {}", path.display()))
     }
@@ -214,8 +219,9 @@ impl LocalEndpoints {
             }
             match fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Kept>(&bytes).ok()) {
                 Some(kept) if kept.boot_id == boot_id => {
-                    let Kept { endpoint, ifname, netns, inode, cni, docker, .. } = kept;
-                    restored.endpoints.push((endpoint, LocalEndpoint { ifname, cni, docker, netns, inode }));
+                    let Kept { endpoint, ifname, netns, inode, cni, beside, docker, .. } = kept;
+                    let local = LocalEndpoint { ifname, cni, beside, docker, netns, inode };
+                    restored.endpoints.push((endpoint, local));
                 }
                 Some(_) => remove(&path)?,
                 None => {
@@ -247,6 +253,18 @@ fn remove(path: &Path) -> anyhow::Result<()> {
     remove_if_present(path).with_context(|| format!("removing {}", path.display()))
 }
 
+impl LocalEndpoint {
+    /// Returns the key of the attachment that the runtime knows: its own, or that of the one with which it was made. `None`
+    /// if no runtime requested it.
+    pub(crate) fn known_attachment(&self) -> Option<Attachment> {
+        let cni = self.cni.clone()?;
+        Some(match &self.beside {
+            Some(ifname) => Attachment { ifname: ifname.clone(), ..cni },
+            None => cni,
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use ovl_proto::table::Entry;
@@ -255,7 +273,14 @@ mod tests {
     use crate::world::{NET, endpoint};
 
     fn local(ifname: &str) -> LocalEndpoint {
-        LocalEndpoint { ifname: ifname.to_owned(), cni: None, docker: None, netns: "/n".into(), inode: 7 }
+        LocalEndpoint {
+            ifname: ifname.to_owned(),
+            cni: None,
+            beside: None,
+            docker: None,
+            netns: "/n".into(),
+            inode: 7,
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@
 
 mod addresses;
 mod asked;
+mod capture;
 mod clashes;
 mod clocks;
 mod config;
@@ -20,6 +21,7 @@ mod events;
 mod exchange;
 mod failed;
 mod firewall;
+mod flows;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod health;

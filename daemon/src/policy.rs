@@ -300,7 +300,7 @@ mod tests {
 
     /// An element of the first counter, which is of ingress and IPv4.
     fn counted(key: &[u8], packets: u64, left_ms: Option<u64>) -> Vec<Vec<CountedElement>> {
-        vec![vec![CountedElement { key: key.into(), packets, left_ms }]]
+        vec![vec![CountedElement { key: key.into(), packets, bytes: 0, left_ms }]]
     }
 
     #[test]

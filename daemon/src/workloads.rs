@@ -36,6 +36,11 @@ impl Workloads {
             Change::Rights(network) => {
                 self.networks.insert(network);
             }
+            Change::HostRights { host, network } => {
+                let node = view.nodes.get(&host);
+                let all = node.into_iter().flat_map(|node| node.table.endpoints_on(network));
+                self.endpoints.extend(all.map(|endpoint| (host, endpoint.id)));
+            }
             Change::Host(host) => {
                 self.hosts.insert(host);
             }
@@ -47,7 +52,6 @@ impl Workloads {
             | Change::ThisHost
             | Change::Attaching(_)
             | Change::Backends(_)
-            | Change::Announcers
             | Change::Groups(_)
             | Change::Uplink => {}
         }

@@ -9,6 +9,7 @@
 //! | [`object`] | cluster objects: networks and Kubernetes objects; many writers, the last write wins |
 //! | [`resource`] | Kubernetes objects |
 //! | [`publish`] | published ports |
+//! | [`capture`] | captured packets |
 //! | [`bandwidth`] | limits of an endpoint's traffic |
 //! | [`alloc`] | the allocation map: members and address blocks, agreed on by a majority |
 //! | [`sync`] | messages of the encrypted stream between two daemons |
@@ -17,6 +18,7 @@
 
 pub mod alloc;
 pub mod bandwidth;
+pub mod capture;
 pub mod clock;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;

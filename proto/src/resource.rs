@@ -1,5 +1,5 @@
 //! The Kubernetes objects that ovl acts on: v1 Namespace, Pod and Service, discovery.k8s.io/v1 EndpointSlice,
-//! networking.k8s.io/v1 NetworkPolicy.
+//! networking.k8s.io/v1 NetworkPolicy and ServiceCIDR.
 //!
 //! The same types serve manifests (JSON and YAML, with the field names of Kubernetes) and the wire, with numbered fields
 //! ([`crate::wire::fields`]). Reading a manifest fills in absent fields, and [`Resource::to_manifest`] omits empty ones.
@@ -7,6 +7,7 @@
 //!
 //! Types without numbered fields have a fixed shape: what is added goes into the type that has them.
 
+mod cidr;
 mod labels;
 mod pod;
 mod policy;
@@ -21,6 +22,7 @@ use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
+pub use self::cidr::*;
 pub use self::labels::*;
 pub use self::pod::*;
 pub use self::policy::*;
@@ -49,12 +51,20 @@ pub enum Kind {
     EndpointSlice,
     /// networking.k8s.io/v1 NetworkPolicy.
     NetworkPolicy,
+    /// networking.k8s.io/v1 ServiceCIDR.
+    ServiceCidr,
 }
 
 impl Kind {
     /// All kinds, in the order in which they are listed.
-    pub const ALL: [Self; 5] =
-        [Self::Namespace, Self::Pod, Self::Service, Self::EndpointSlice, Self::NetworkPolicy];
+    pub const ALL: [Self; 6] = [
+        Self::Namespace,
+        Self::Pod,
+        Self::Service,
+        Self::EndpointSlice,
+        Self::NetworkPolicy,
+        Self::ServiceCidr,
+    ];
 
     /// Returns the `kind` of manifests.
     pub fn name(self) -> &'static str {
@@ -64,6 +74,7 @@ impl Kind {
             Self::Service => "Service",
             Self::EndpointSlice => "EndpointSlice",
             Self::NetworkPolicy => "NetworkPolicy",
+            Self::ServiceCidr => "ServiceCIDR",
         }
     }
 
@@ -72,7 +83,7 @@ impl Kind {
         match self {
             Self::Namespace | Self::Pod | Self::Service => "v1",
             Self::EndpointSlice => "discovery.k8s.io/v1",
-            Self::NetworkPolicy => "networking.k8s.io/v1",
+            Self::NetworkPolicy | Self::ServiceCidr => "networking.k8s.io/v1",
         }
     }
 
@@ -84,6 +95,7 @@ impl Kind {
             Self::Service => "service",
             Self::EndpointSlice => "endpointslice.discovery.k8s.io",
             Self::NetworkPolicy => "networkpolicy.networking.k8s.io",
+            Self::ServiceCidr => "servicecidr.networking.k8s.io",
         }
     }
 
@@ -106,12 +118,18 @@ impl Kind {
                 "networkpolicies.networking.k8s.io",
                 "networkpolicy.networking.k8s.io",
             ],
+            Self::ServiceCidr => &[
+                "servicecidr",
+                "servicecidrs",
+                "servicecidrs.networking.k8s.io",
+                "servicecidr.networking.k8s.io",
+            ],
         }
     }
 
     /// Whether objects of this kind are in namespaces.
     pub fn is_namespaced(self) -> bool {
-        self != Self::Namespace
+        !matches!(self, Self::Namespace | Self::ServiceCidr)
     }
 }
 
@@ -312,6 +330,8 @@ pub enum Resource {
     EndpointSlice(EndpointSlice),
     /// See [`NetworkPolicy`].
     NetworkPolicy(NetworkPolicy),
+    /// See [`ServiceCidr`].
+    ServiceCidr(ServiceCidr),
 }
 
 impl Resource {
@@ -323,6 +343,7 @@ impl Resource {
             Self::Service(_) => Kind::Service,
             Self::EndpointSlice(_) => Kind::EndpointSlice,
             Self::NetworkPolicy(_) => Kind::NetworkPolicy,
+            Self::ServiceCidr(_) => Kind::ServiceCidr,
         }
     }
 
@@ -334,6 +355,7 @@ impl Resource {
             Self::Service(it) => &it.metadata,
             Self::EndpointSlice(it) => &it.metadata,
             Self::NetworkPolicy(it) => &it.metadata,
+            Self::ServiceCidr(it) => &it.metadata,
         }
     }
 
@@ -345,6 +367,7 @@ impl Resource {
             Self::Service(it) => &mut it.metadata,
             Self::EndpointSlice(it) => &mut it.metadata,
             Self::NetworkPolicy(it) => &mut it.metadata,
+            Self::ServiceCidr(it) => &mut it.metadata,
         }
     }
 
@@ -370,6 +393,7 @@ impl Resource {
             Self::Service(it) => wire::encode_body(it),
             Self::EndpointSlice(it) => wire::encode_body(it),
             Self::NetworkPolicy(it) => wire::encode_body(it),
+            Self::ServiceCidr(it) => wire::encode_body(it),
         }
     }
 
@@ -385,6 +409,7 @@ impl Resource {
             Kind::Service => Self::Service(Box::new(wire::decode_body(content)?)),
             Kind::EndpointSlice => Self::EndpointSlice(wire::decode_body(content)?),
             Kind::NetworkPolicy => Self::NetworkPolicy(wire::decode_body(content)?),
+            Kind::ServiceCidr => Self::ServiceCidr(wire::decode_body(content)?),
         })
     }
 
@@ -408,6 +433,10 @@ impl Resource {
                 new.unknown.clone_from(&old.unknown);
                 new.spec.unknown.clone_from(&old.spec.unknown);
             }
+            (Self::ServiceCidr(new), Self::ServiceCidr(old)) => {
+                new.unknown.clone_from(&old.unknown);
+                new.spec.unknown.clone_from(&old.spec.unknown);
+            }
             _ => return,
         }
         self.meta_mut().unknown.clone_from(&before.meta().unknown);
@@ -425,6 +454,7 @@ impl Resource {
             Self::Service(it) => serde_json::to_value(it),
             Self::EndpointSlice(it) => serde_json::to_value(it),
             Self::NetworkPolicy(it) => serde_json::to_value(it),
+            Self::ServiceCidr(it) => serde_json::to_value(it),
         }?;
         remove_empty(&mut value);
         if let Self::Service(service) = self {
@@ -451,6 +481,7 @@ impl Resource {
             Kind::Service => Self::Service(Box::new(read.read()?)),
             Kind::EndpointSlice => Self::EndpointSlice(read.read()?),
             Kind::NetworkPolicy => Self::NetworkPolicy(read.read()?),
+            Kind::ServiceCidr => Self::ServiceCidr(read.read()?),
         })
     }
 }

@@ -82,6 +82,44 @@ pub enum Message {
         /// What was found, as JSON of the daemon's own, or an error message for the user.
         result: Result<String, String>,
     },
+    /// A request for the time by the receiver's clock, before a capture. The reply is [`Self::TimeReply`].
+    TimeRequest {
+        /// The requester's number.
+        id: u64,
+    },
+    /// The reply to [`Self::TimeRequest`].
+    TimeReply {
+        /// The requester's number.
+        id: u64,
+        /// Nanoseconds since 1970.
+        now_ns: u64,
+    },
+    /// A request to capture packets, which `ovlctl capture` made on any host, as JSON of the daemon's own.
+    CaptureStart {
+        /// The requester's number.
+        id: u64,
+        /// At most [`crate::capture::MAX_MESSAGE`] bytes.
+        ask: String,
+    },
+    /// What was captured: a [`crate::capture::CaptureBatch`] in JSON.
+    CaptureBatch {
+        /// The requester's number.
+        id: u64,
+        /// At most [`crate::capture::MAX_MESSAGE`] bytes.
+        batch: String,
+    },
+    /// The requester has taken this many batches. Without it, a host sends no more than a few.
+    CaptureTaken {
+        /// The requester's number.
+        id: u64,
+        /// The number of batches.
+        batches: u32,
+    },
+    /// Ends a capture.
+    CaptureStop {
+        /// The requester's number.
+        id: u64,
+    },
     /// A request for what the receiver says of itself: how it sees other hosts, and counters. The reply is
     /// [`Self::ReportReply`].
     ReportRequest {
@@ -118,6 +156,12 @@ variants! {
         14 TraceReply { 1 id: id, 2 result: result },
         15 DoctorRequest { 1 id: id },
         16 DoctorReply { 1 id: id, 2 diagnosis: diagnosis },
+        130 TimeRequest { 1 id: id },
+        131 TimeReply { 1 id: id, 2 now_ns: now_ns },
+        132 CaptureStart { 1 id: id, 2 ask: ask },
+        133 CaptureBatch { 1 id: id, 2 batch: batch },
+        134 CaptureTaken { 1 id: id, 2 batches: batches },
+        135 CaptureStop { 1 id: id },
         150 ReportRequest { 1 id: id },
         151 ReportReply { 1 id: id, 2 report: report },
     }

@@ -102,7 +102,8 @@ pub fn encode_body<T: Serialize>(value: &T) -> Result<Vec<u8>, WireError> {
 ///
 /// If the encoding exceeds [`MAX_STORED`].
 pub fn encode_stored<T: Serialize>(value: &T) -> Result<Vec<u8>, WireError> {
-    let mut bytes = Vec::new();
+    // Most values are of this size or smaller.
+    let mut bytes = Vec::with_capacity(128);
     bare::encode_into(value, &mut bytes)?;
     check_size(MAX_STORED, bytes)
 }

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead as _, BufReader, Read as _, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -21,11 +22,13 @@ use crate::SOON;
 
 /// How often a thread looks whether it is to end.
 const POLL: Duration = Duration::from_millis(20);
+/// How many objects a page of a list has, so that lists of a few objects have several.
+const SMALL_PAGE: usize = 3;
 /// The uid of the namespace `kube-system`, which names the Kubernetes cluster.
 pub const CLUSTER: &str = "11111111-2222-4333-8444-555555555555";
 
 /// The kinds that the server has: plural name, path of all objects, `apiVersion`, `kind`.
-const KINDS: [(&str, &str, &str, &str); 8] = [
+const KINDS: [(&str, &str, &str, &str); 9] = [
     ("namespaces", "/api/v1/namespaces", "v1", "Namespace"),
     ("pods", "/api/v1/pods", "v1", "Pod"),
     ("services", "/api/v1/services", "v1", "Service"),
@@ -36,6 +39,7 @@ const KINDS: [(&str, &str, &str, &str); 8] = [
         "networking.k8s.io/v1",
         "NetworkPolicy",
     ),
+    ("servicecidrs", "/apis/networking.k8s.io/v1/servicecidrs", "networking.k8s.io/v1", "ServiceCIDR"),
     ("nodes", "/api/v1/nodes", "v1", "Node"),
     ("leases", "/apis/coordination.k8s.io/v1/leases", "coordination.k8s.io/v1", "Lease"),
     ("events", "/apis/events.k8s.io/v1/events", "events.k8s.io/v1", "Event"),
@@ -69,6 +73,8 @@ struct State {
     away: bool,
     /// Requests, for tests of the load: plural name, whether it is a watch, the field selector.
     requests: Vec<(String, bool, String)>,
+    /// How many objects a page of a list has at most. `None`: [`SMALL_PAGE`].
+    page: Option<usize>,
     /// What clients may do. `None`: everything.
     rules: Option<BTreeSet<Right>>,
     /// What clients did.
@@ -302,6 +308,11 @@ impl ApiServer {
         self.shared.changed.notify_all();
     }
 
+    /// Sets how many objects a page of a list has at most.
+    pub fn set_page(&self, page: usize) {
+        self.shared.lock().page = Some(page);
+    }
+
     /// Sets what clients may do. Everything else is forbidden.
     pub fn set_rights(&self, rights: BTreeSet<Right>) {
         self.shared.lock().rules = Some(rights);
@@ -524,22 +535,25 @@ fn is_selected(selector: &str, object: &Value) -> bool {
     selector.strip_prefix("spec.nodeName=").is_none_or(|node| object["spec"]["nodeName"] == node)
 }
 
-/// Lists, in pages of at most three objects, whatever the client wants.
+/// Lists, in small pages, whatever the client wants.
 fn list(shared: &Shared, stream: &mut TcpStream, query: &Query) -> std::io::Result<()> {
-    let (version, objects) = {
-        let state = shared.lock();
-        state.old_lists.clone().unwrap_or_else(|| (state.version, state.objects.clone()))
-    };
-    let all = objects
-        .iter()
-        .filter(|((plural, ..), object)| plural == query.plural && is_selected(&query.selector, object));
     let start: usize = query.token.parse().unwrap_or(0);
-    let size = query.limit.min(3);
+    let (version, size, items) = {
+        let state = shared.lock();
+        let now = (state.version, &state.objects);
+        let (version, objects) =
+            state.old_lists.as_ref().map_or(now, |(version, objects)| (*version, objects));
+        let size = query.limit.min(state.page.unwrap_or(SMALL_PAGE));
+        let all = objects.iter().filter(|((plural, ..), _)| plural == query.plural);
+        let all = all.map(|(_, object)| object).filter(|object| is_selected(&query.selector, object));
+        // One more, to see whether there are more.
+        let items: Vec<Value> = all.skip(start).take(size + 1).cloned().collect();
+        (version, size, items)
+    };
     // Lists leave the kind out of their items.
-    let items: Vec<Value> = all
-        .skip(start)
-        .map(|(_, object)| {
-            let mut object = object.clone();
+    let items: Vec<Value> = items
+        .into_iter()
+        .map(|mut object| {
             if let Some(fields) = object.as_object_mut() {
                 fields.remove("apiVersion");
                 fields.remove("kind");
@@ -652,9 +666,13 @@ impl Kube {
 
     /// As [`Self::start`], with more arguments.
     pub fn start_with(api: &mut ApiServer, host: &Host, more: &[&str]) -> Result<Self> {
+        Self::start_program(&find_binary("ovl-kube")?, api, host, more)
+    }
+
+    /// As [`Self::start_with`], with this program.
+    pub fn start_program(program: &Path, api: &mut ApiServer, host: &Host, more: &[&str]) -> Result<Self> {
         let path = host.dir().join("kubeconfig");
         std::fs::write(&path, api.listen(host)?)?;
-        let program = find_binary("ovl-kube")?;
         let words = [
             program.as_os_str(),
             "--kubeconfig".as_ref(),
@@ -671,6 +689,11 @@ impl Kube {
     /// Kills it with SIGKILL.
     pub fn kill(&mut self) -> Result<()> {
         self.0.signal(Signal::SIGKILL)
+    }
+
+    /// Returns its process id.
+    pub fn pid(&self) -> u32 {
+        self.0.pid()
     }
 
     /// Returns its log so far.

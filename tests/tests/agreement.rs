@@ -101,7 +101,10 @@ impl Liar {
         let event = tokio::time::timeout(SOON, self.events.recv()).await?.context("streams ended")?;
         match &event {
             StreamEvent::Message { message: Message::ClusterKey(_), .. } => self.has_new_key = true,
-            StreamEvent::Message { message: Message::TraceReply { .. }, .. } => self.was_traced = true,
+            StreamEvent::Message {
+                message: Message::TraceReply { .. } | Message::TimeReply { .. } | Message::CaptureBatch { .. },
+                ..
+            } => self.was_traced = true,
             StreamEvent::Up(host) => drop(self.up.insert(*host)),
             StreamEvent::Down(host) => drop(self.up.remove(host)),
             _ => {}
@@ -273,6 +276,12 @@ fn host_that_is_no_member_gets_no_part_of_a_trace() {
             // A member gets an error at once: nothing is watched.
             let ask = "{\"Collect\":{\"cookie\":2}}".to_owned();
             ensure!(liar.streams.send(*host, &Message::TraceAsk { id: 7, ask }), "no stream to {host}");
+            // A member gets the time, and a batch that says why nothing is captured.
+            for message in
+                [Message::TimeRequest { id: 8 }, Message::CaptureStart { id: 9, ask: "{}".to_owned() }]
+            {
+                ensure!(liar.streams.send(*host, &message), "no stream to {host}");
+            }
             // The second answer follows all that the host had to say before.
             liar.map_of(*host).await?;
             liar.map_of(*host).await?;

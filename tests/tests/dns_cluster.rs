@@ -363,6 +363,16 @@ fn programs_of_a_host_reach_the_cluster_dns() {
     let lab = start_lab_with(config.underlay(Underlay::Dual)).unwrap();
     let [h1, h2] = lab.hosts() else { panic!() };
     let upstream = FakeResolver::start(h1, Ipv4Addr::LOCALHOST, Behaviour::Answers).unwrap();
+    // Every kubelet has a rule that lets nothing from other addresses reach 127.0.0.0/8, unless it was translated.
+    let to_loopback = "add rule ip kubelet out ip saddr != 127.0.0.0/8 ip daddr 127.0.0.0/8";
+    let rules = [
+        "add table ip kubelet".to_owned(),
+        "add chain ip kubelet out { type filter hook output priority 0; }".to_owned(),
+        format!("{to_loopback} ct state established,related accept"),
+        format!("{to_loopback} ct status dnat accept"),
+        format!("{to_loopback} drop"),
+    ];
+    h1.exec_ok(["nft", &rules.join("; ")]).unwrap();
     // As with any address that is not on a link, the kernel wants a route before packets can be led elsewhere.
     for route in ["default", "::/0"] {
         h1.exec_ok(["ip", "route", "replace", route, "dev", "eth0"]).unwrap();

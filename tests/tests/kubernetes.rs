@@ -7,16 +7,19 @@ use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use netns_lab::{Host, Lab, Netns, Workload, wait_until};
+use ipnet::IpNet;
+use netns_lab::{Host, Lab, LabConfig, Netns, Workload, wait_until};
 use ovl_tests::cni::{Conflist, Container, addresses};
 use ovl_tests::kubernetes::{ApiServer, CLUSTER, Control, Kube};
 use ovl_tests::routed::create_routed_network;
 use ovl_tests::service::{NamedServer, apply, ask, wait_answers};
-use ovl_tests::{SOON, assert_contains, attach, ctl_error, rows, start_lab, strings, text, wait_clean};
+use ovl_tests::{SOON, assert_contains, attach, ctl_error, rows, start_lab_with, strings, text, wait_clean};
 use serde_json::{Value, json};
 
 /// The addresses of the Service `web`.
 const WEB: [&str; 2] = ["10.96.0.70:80", "[fd00:10:96::70]:80"];
+/// The same, in a range that a ServiceCIDR adds.
+const LATER: [&str; 2] = ["10.97.0.70:80", "[fd00:10:97::70]:80"];
 /// Within this time another host takes over what the first one mirrored.
 const TAKEN_OVER: Duration = Duration::from_secs(4);
 
@@ -28,7 +31,12 @@ struct World {
 }
 
 fn start() -> World {
-    let lab = start_lab(2).unwrap();
+    start_with("")
+}
+
+/// Starts with more configuration.
+fn start_with(config: &str) -> World {
+    let lab = start_lab_with(LabConfig::hosts(2).config(config)).unwrap();
     create_routed_network(&lab, "pods", &["--subnet", "10.60.0.0/16", "--subnet", "fd60::/48"]).unwrap();
     let mut api = ApiServer::new();
     let kubes = lab.hosts().iter().map(|host| Kube::start(&mut api, host).unwrap()).collect();
@@ -276,7 +284,7 @@ fn services_of_the_api_server_are_reached_and_its_objects_are_changed_only_there
     // One watch for each kind in the whole cluster at a time, and one for the pods of each node.
     let requests = world.api.requests();
     let turns: usize = world.kubes.iter().map(Kube::turns).sum();
-    for plural in ["namespaces", "services", "endpointslices", "networkpolicies"] {
+    for plural in ["namespaces", "services", "endpointslices", "networkpolicies", "servicecidrs"] {
         let watches = requests.iter().filter(|(other, watch, _)| other == plural && *watch).count();
         assert!((1..=turns).contains(&watches), "{watches} watches of {plural} in {turns} turns");
     }
@@ -288,6 +296,85 @@ fn services_of_the_api_server_are_reached_and_its_objects_are_changed_only_there
     nodes.sort_unstable();
     assert_eq!(nodes, ["spec.nodeName=h1", "spec.nodeName=h2"]);
     wait_clean(world.lab.hosts(), SOON).unwrap();
+}
+
+#[test]
+fn ranges_of_services_follow_those_of_the_api_server() {
+    let ranges = "service_range = [\"10.96.0.0/16\", \"fd00:10:96::/112\", \"kubernetes\"]";
+    let mut world = start_with(ranges);
+    let acting = world.wait_mirror(&[0, 1]);
+    let (h1, h2) = (&world.lab["h1"], &world.lab["h2"]);
+    let server = attach(h2, "server", "pods", &[]).unwrap();
+    let client = attach(h1, "client", "pods", &[]).unwrap();
+    let _server = NamedServer::start(&server.workload, "server", 8080).unwrap();
+    let mut later = web();
+    later["spec"]["clusterIP"] = "10.97.0.70".into();
+    later["spec"]["clusterIPs"] = json!(["10.97.0.70", "fd00:10:97::70"]);
+    world.api.put(&later);
+    for (n, address) in server.addresses().iter().enumerate() {
+        world.api.put(&slice(&format!("web-{n}"), "h2", address));
+    }
+    // No range has its addresses yet.
+    wait_until(SOON, "the Service to be named", || {
+        let found = problems(&world.lab.hosts()[acting], "OVL-E090")?;
+        ensure!(found.len() == 1 && found[0]["message"].to_string().contains("service_range"), "{found:?}");
+        Ok(())
+    })
+    .unwrap();
+    let range = |name: &str, cidrs: &[&str]| json!({ "kind": "ServiceCIDR", "metadata": { "name": name }, "spec": { "cidrs": cidrs } });
+    // The first one is that of the configuration, as the API server has it too; the last one has the hosts' addresses.
+    world.api.put(&range("kubernetes", &["10.96.0.0/16", "fd00:10:96::/112"]));
+    world.api.put(&range("more", &["10.97.0.0/24", "fd00:10:97::/112"]));
+    let wide: IpNet = format!("{}/8", h1.address().unwrap()).parse().unwrap();
+    world.api.put(&range("wide", &[&wide.trunc().to_string()]));
+    for address in LATER {
+        wait_answers(&client.workload, address.parse().unwrap(), &["server"]).unwrap();
+    }
+    wait_for("no problem", || problems(&world.lab.hosts()[acting], "OVL-E090").unwrap().is_empty());
+    // What no Service has is refused at once, as in a configured range.
+    for address in ["10.97.0.71", "fd00:10:97::71"] {
+        let to = SocketAddr::new(address.parse().unwrap(), 80);
+        let answer = client.workload.run(|| TcpStream::connect_timeout(&to, Duration::from_secs(5))).unwrap();
+        assert_eq!(answer.unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused, "{address}");
+    }
+    let listed = world.lab["h2"].ctl_ok(&["get", "servicecidrs", "-o", "wide"]).unwrap();
+    assert_contains(&listed, &["more", "10.97.0.0/24,fd00:10:97::/112", "kubernetes"]);
+    // They outlive restarts without an API server.
+    world.api.set_away(true);
+    for host in ["h1", "h2"] {
+        world.lab[host].restart().unwrap();
+    }
+    wait_clean(world.lab.hosts(), SOON).unwrap();
+    wait_answers(&client.workload, LATER[0].parse().unwrap(), &["server"]).unwrap();
+    world.api.set_away(false);
+    world.api.delete("servicecidrs", "", "more").unwrap();
+    wait_for("the Service to be unreachable", || ask(&client.workload, LATER[0].parse().unwrap()).is_err());
+}
+
+#[test]
+fn zone_of_the_node_chooses_between_backends() {
+    let world = start();
+    for (name, zone) in [("h1", "a"), ("h2", "b")] {
+        let labels = json!({ "topology.kubernetes.io/zone": zone });
+        world.api.put(&json!({ "kind": "Node", "metadata": { "name": name, "labels": labels } }));
+    }
+    let servers = [("h1", "one"), ("h2", "two")]
+        .map(|(host, name)| attach(&world.lab[host], name, "pods", &[]).unwrap());
+    let _one = NamedServer::start(&servers[0].workload, "one", 8080).unwrap();
+    let _two = NamedServer::start(&servers[1].workload, "two", 8080).unwrap();
+    let client = attach(&world.lab["h1"], "client", "pods", &[]).unwrap();
+    world.api.put(&web());
+    // The backend on the other host is the one for the client's zone.
+    for (n, (host, zone)) in [("h1", "b"), ("h2", "a")].into_iter().enumerate() {
+        let mut one = slice(&format!("web-{n}"), host, &servers[n].addresses()[0]);
+        one["endpoints"][0]["hints"] = json!({ "forZones": [{ "name": zone }] });
+        world.api.put(&one);
+    }
+    wait_answers(&client.workload, WEB[0].parse().unwrap(), &["two"]).unwrap();
+    // A restarted ovld hears it again.
+    world.lab["h1"].restart().unwrap();
+    wait_clean(world.lab.hosts(), SOON).unwrap();
+    wait_answers(&client.workload, WEB[0].parse().unwrap(), &["two"]).unwrap();
 }
 
 #[test]

@@ -71,6 +71,14 @@ fn dns_and_policies_can_be_turned_off_and_on_again() {
     wait_tables(host, &[], &["ovl-services", "ovl-policy", "ovl-resolver"]);
     let to = format!("{}:8080", shut.addresses()[0]).parse().unwrap();
     wait_answers(&web.workload, to, &["shut"]).unwrap();
+    // The cluster DNS is another program's, which is behind a Service as any other.
+    host.set_config("dns = \"off\"\npolicy = \"off\"\n").unwrap();
+    host.restart().unwrap();
+    let dns = "{apiVersion: v1, kind: Service, metadata: {name: dns}, \
+               spec: {clusterIP: 10.96.0.10, selector: {app: shut}, ports: [{port: 53, targetPort: 8080}]}}";
+    apply(&lab, host, dns).unwrap();
+    wait_answers(&web.workload, "10.96.0.10:53".parse().unwrap(), &["shut"]).unwrap();
+    host.ctl_ok(&["delete", "svc", "dns"]).unwrap();
 
     // All of it comes with the next start, for endpoints that are there.
     host.set_config("").unwrap();

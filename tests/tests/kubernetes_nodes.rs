@@ -68,18 +68,20 @@ impl World {
         self.started.push(name.to_owned());
     }
 
+    /// Returns the members of the cluster as a host knows them.
+    fn members(&self, host: &str) -> anyhow::Result<Vec<String>> {
+        let peers = self.lab[host].ctl_json(&["peers"])?;
+        let members = peers.as_array().into_iter().flatten().filter(|peer| peer["member"] == true);
+        let mut names: Vec<String> = members.map(|peer| text(&peer["name"])).collect();
+        names.sort();
+        Ok(names)
+    }
+
     /// Waits until these hosts are the members, and each says so that runs.
     fn wait_members(&self, names: &[&str], within: Duration) {
         for name in names.iter().filter(|name| self.lab[name].is_running()) {
             wait_until(within, &format!("{names:?} to be the members on {name}"), || {
-                let peers = self.lab[*name].ctl_json(&["peers"])?;
-                let all = peers.as_array().cloned().unwrap_or_default();
-                let mut members: Vec<String> = all
-                    .iter()
-                    .filter(|peer| peer["member"] == true)
-                    .map(|peer| text(&peer["name"]))
-                    .collect();
-                members.sort();
+                let members = self.members(name)?;
                 ensure!(members == names, "{members:?}");
                 Ok(())
             })
@@ -99,7 +101,7 @@ impl World {
 
 #[test]
 fn nodes_join_through_each_other_and_a_deleted_majority_does_not_keep_new_ones_out() {
-    let mut world = create(5);
+    let mut world = create(6);
     // Without an API server there is nothing to join through, and no cluster is begun.
     world.lab["h1"].start().unwrap();
     wait_until(SOON, "h1 to say that it waits", || {
@@ -146,18 +148,31 @@ fn nodes_join_through_each_other_and_a_deleted_majority_does_not_keep_new_ones_o
     world.wait_members(&["h1", "h2", "h4"], SOON);
     world.wait_conflist("h4");
 
-    // Two of three vanish at once, and their Nodes are deleted: the third one goes on, and admits a new host.
+    // Two of three vanish at once, and a new host waits for its admission. Their Nodes are deleted: the third one goes on, and
+    // admits the host that waits as well as one that starts later.
     for name in ["h1", "h4"] {
         world.lab[name].destroy().unwrap();
+    }
+    world.start("h5");
+    wait_until(SOON, "h5 to know the cluster, and to wait", || {
+        let members = world.members("h5")?;
+        ensure!(members == ["h1", "h2", "h4"], "{members:?}");
+        Ok(())
+    })
+    .unwrap();
+    let began = Instant::now();
+    for name in ["h1", "h4"] {
         world.api.delete("nodes", "", name).unwrap();
     }
-    let began = Instant::now();
-    world.wait_members(&["h2"], RECOVERED);
-    println!("the third host went on {:?} after two of three had vanished", began.elapsed());
-    world.start("h5");
-    world.wait_members(&["h2", "h5"], SOON);
-    world.wait_conflist("h5");
-    for name in ["h2", "h5"] {
+    world.wait_members(&["h2", "h5"], RECOVERED);
+    println!(
+        "the host that waited was a member {:?} after the Nodes of two of three were deleted",
+        began.elapsed()
+    );
+    world.start("h6");
+    world.wait_members(&["h2", "h5", "h6"], SOON);
+    for name in ["h2", "h5", "h6"] {
+        world.wait_conflist(name);
         wait_clean(std::slice::from_ref(&world.lab[name]), SOON).unwrap();
     }
 
@@ -180,7 +195,7 @@ fn nodes_join_through_each_other_and_a_deleted_majority_does_not_keep_new_ones_o
         Ok(())
     })
     .unwrap();
-    let present = ["h2", "h5"].map(|name| world.started.iter().position(|it| it == name).unwrap());
+    let present = ["h2", "h5", "h6"].map(|name| world.started.iter().position(|it| it == name).unwrap());
     let acting = present.into_iter().find(|n| world.kubes[*n].mirrors()).unwrap();
     world.kubes[acting].kill().unwrap();
     wait_until(SOON, "the Event to go on", || {

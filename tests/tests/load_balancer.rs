@@ -438,3 +438,56 @@ fn addresses_that_another_program_gave_are_translated_and_not_announced() -> Res
     }
     wait_clean(lab.hosts(), SOON)
 }
+
+#[test]
+fn source_ranges_let_nothing_else_in() -> Result<()> {
+    let lab = lab(2)?;
+    let [h1, h2] = lab.hosts() else { unreachable!() };
+    create_routed_network(&lab, "blue", &SUBNETS)?;
+    apply(&lab, h1, &web(""))?;
+    let (_one, _first) = backend(h1, "one")?;
+    let (_two, _second) = backend(h2, "two")?;
+    let pod = attach(h2, "pod", "blue", &[])?;
+    let client = outsider(&lab)?;
+    let addresses = ingress(h1)?;
+    let [v4, v6] = addresses.as_slice() else { anyhow::bail!("{addresses:?}") };
+    for address in &addresses {
+        wait_announced(&lab, *address, &["h1", "h2"])?;
+        for from in [&client, &*pod.workload] {
+            wait_answers(from, SocketAddr::new(*address, 80), &["one", "two"])?;
+        }
+    }
+    let wait_let_in = |from: &Netns, address: IpAddr, wanted: bool| {
+        let to = SocketAddr::new(address, 80);
+        wait_until(SOON, &format!("{address} to let the source in: {wanted}"), || {
+            let reached = from.run(|| TcpStream::connect_timeout(&to, Duration::from_millis(500)))?.is_ok();
+            ensure!(reached == wanted);
+            Ok(())
+        })
+    };
+    // The outsider has 192.168.77.250 and fd77::fa, pods have 10.60.0.0/16 and fd60::/64.
+    for (ranges, outside, inside) in [
+        ("[\"192.168.77.248/29\", \"192.168.77.0/24\"]", [true, false], [false, false]),
+        ("[\"10.60.0.0/16\", \"fd77::/64\"]", [false, true], [true, false]),
+        ("[\"fd60::/64\", \"198.51.100.0/24\"]", [false, false], [false, true]),
+        ("[]", [true, true], [true, true]),
+        ("[\"198.51.100.0/24\"]", [false, false], [false, false]),
+    ] {
+        apply(&lab, h1, &web(&format!(",\"loadBalancerSourceRanges\":{ranges}")))?;
+        for (n, address) in [*v4, *v6].into_iter().enumerate() {
+            wait_let_in(&client, address, outside[n])?;
+            wait_let_in(&pod.workload, address, inside[n])?;
+        }
+        wait_clean(lab.hosts(), SOON)?;
+    }
+    // Its cluster address and its node port take all.
+    let service = h1.ctl_json(&["get", "svc", "web"])?;
+    let cluster: IpAddr = text(&service["spec"]["clusterIP"]).parse()?;
+    wait_answers(&pod.workload, SocketAddr::new(cluster, 80), &["one", "two"])?;
+    let port = service["spec"]["ports"][0]["nodePort"].as_u64().context("no node port")?;
+    wait_answers(&client, SocketAddr::new(h1.address()?, u16::try_from(port)?), &["one", "two"])?;
+    // A trace says so.
+    let traced = h2.ctl(&["trace", "pod", &format!("{v4}:80/tcp")])?;
+    ensure!(traced.stdout.contains("loadBalancerSourceRanges"), "{traced:?}");
+    Ok(())
+}

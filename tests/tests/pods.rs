@@ -313,3 +313,71 @@ fn pods_and_policies_with_names_that_are_too_long_for_dns_are_held_to_on_a_route
 fn pods_and_policies_with_names_that_are_too_long_for_dns_are_held_to_on_a_switched_network() {
     long_names("l2");
 }
+
+/// A pod is on more networks, as its annotation says, until its `DEL`.
+#[test]
+fn pods_are_on_more_networks_by_annotation() {
+    let lab = lab("l3", 2);
+    create_network(&lab, "blue", &["--subnet", "10.70.0.0/24", "--subnet", "fd70::/64"]).unwrap();
+    let (h1, h2) = (&lab["h1"], &lab["h2"]);
+    let other = attach(h2, "other", "blue", &[]).unwrap();
+    let first = attach(h2, "first", "pods", &[]).unwrap();
+    let workload = h1.workload("pod").unwrap();
+    let networks = |text: &str| {
+        let annotations = json!({ "ovl.networks": text });
+        Container::for_workload(&workload)
+            .args("K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web-0;K8S_POD_UID=u1")
+            .capability("io.kubernetes.cri.pod-annotations", annotations)
+    };
+    let list = Conflist::new(h1, "pods")
+        .with("capabilities", json!({ "io.kubernetes.cri.pod-annotations": true }))
+        .with("moreNetworks", json!(["blue", "gone"]));
+    // One that is not allowed, and one that there is not: nothing is left of the pod.
+    for wrong in ["secret", "blue,gone"] {
+        list.add(h1, &networks(wrong)).unwrap_err();
+        list.del(h1, &networks(wrong), None).unwrap();
+        assert!(rows(h1, &["endpoints"]).unwrap().iter().all(|row| row["name"] != "web-0"));
+    }
+    let pod = networks("blue@eth9");
+    let result = list.add(h1, &pod).unwrap();
+    let on = |network: &str| -> Vec<String> {
+        let all = rows(h1, &["endpoints"]).unwrap();
+        let row = all.iter().find(|row| row["name"] == "web-0" && row["network"] == network);
+        let addresses = row.map(|row| strings(&row["addresses"])).unwrap_or_default();
+        addresses.iter().map(|net| net.split('/').next().unwrap_or_default().to_owned()).collect()
+    };
+    assert_eq!(addresses(&result), on("pods"));
+    let (pods, blue) = (on("pods"), on("blue"));
+    assert_eq!((pods.len(), blue.len()), (2, 2), "{pods:?} {blue:?}");
+    let _server = workload.tcp_echo(80).unwrap();
+    wait_connects(&other.workload, &blue, 80);
+    wait_connects(&first.workload, &pods, 80);
+    assert!(workload.exec_ok(["ip", "addr", "show", "dev", "eth9"]).unwrap().contains(&blue[0]));
+    // The first network has the default route.
+    let route = workload.exec_ok(["ip", "route", "get", "192.0.2.1"]).unwrap();
+    assert!(route.contains("dev eth0"), "{route}");
+    // Policies know it on each of its networks.
+    let object = "{apiVersion: v1, kind: Pod, metadata: {name: web-0, namespace: shop, uid: u1, labels: {app: web}}, \
+                  spec: {containers: [{name: c}]}}";
+    apply(&lab, h1, object).unwrap();
+    let policy = "{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {name: web, namespace: shop}, \
+                  spec: {podSelector: {matchLabels: {app: web}}, ingress: []}}";
+    apply(&lab, h2, policy).unwrap();
+    for (from, to) in [(&other, &blue), (&first, &pods)] {
+        wait_until(SOON, "the policy", || -> Result<()> {
+            ensure!(refused(&from.workload, to, 80));
+            Ok(())
+        })
+        .unwrap();
+    }
+    list.check(h1, &pod, &result).unwrap();
+    h1.restart().unwrap();
+    wait_clean(lab.hosts(), SOON).unwrap();
+    assert_eq!((on("pods"), on("blue")), (pods, blue));
+    // A DEL does not need to know them.
+    let plain = Container::for_workload(&workload);
+    list.del(h1, &plain, None).unwrap();
+    assert!(on("pods").is_empty() && on("blue").is_empty());
+    assert!(workload.exec(["ip", "link", "show", "dev", "eth9"]).unwrap().status.code() != Some(0));
+    wait_clean(lab.hosts(), SOON).unwrap();
+}

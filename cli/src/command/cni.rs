@@ -60,6 +60,9 @@ struct Install {
     /// Let the reference plugin portmap publish ports, later in the chain, and not ovl-cni
     #[arg(long, conflicts_with = "plugins_only")]
     portmap: bool,
+    /// A network that pods may choose beside it, by the annotation `ovl.networks`; may be repeated
+    #[arg(long = "more-network", value_name = "NET", conflicts_with = "plugins_only")]
+    more: Vec<String>,
     /// Install no network configuration: ovl-kube writes it once pods become reachable
     #[arg(long, conflicts_with_all = ["network", "name", "conf_dir"])]
     plugins_only: bool,
@@ -128,7 +131,7 @@ impl Install {
 
     fn conflist(&self, name: &str, versions: &[&str], socket: &Path) -> Value {
         let (network, portmap) = (self.network.as_str(), self.portmap);
-        Conflist { name, network, socket, versions, portmap }.to_json()
+        Conflist { name, network, socket, versions, portmap, more: &self.more }.to_json()
     }
 }
 
@@ -251,6 +254,7 @@ mod tests {
             bin_dir: "/nowhere".into(),
             binary: None,
             portmap: true,
+            more: Vec::new(),
             plugins_only: false,
         }
     }
@@ -261,6 +265,10 @@ mod tests {
         assert_eq!((&usual["cniVersion"], &usual["cniVersions"]), (&json!("1.0.0"), &json!(CNI_VERSIONS)));
         assert_eq!((&usual["name"], &usual["plugins"][0]["network"]), (&json!("pods"), &json!("pods")));
         assert_eq!(usual["plugins"][0]["socket"], Value::Null);
+        assert_eq!(usual["plugins"][0]["moreNetworks"], Value::Null);
+        let more = Install { more: vec!["blue".into()], ..install() };
+        let more = more.conflist("pods", &supported_versions(), Path::new(DEFAULT_SOCKET));
+        assert_eq!(more["plugins"][0]["moreNetworks"], json!(["blue"]));
         let publishes = |list: &Value, at: usize| list["plugins"][at]["capabilities"]["portMappings"].clone();
         assert_eq!((publishes(&usual, 0), publishes(&usual, 1)), (json!(false), json!(true)));
         let other = Install { portmap: false, ..install() }.conflist("a", &["0.4.0"], Path::new("/tmp/s"));

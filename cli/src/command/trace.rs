@@ -3,9 +3,11 @@
 use std::process::ExitCode;
 
 use ovl_control::{
-    Reply, Request, Trace, TraceHop, TraceRequest, TraceSeen, TraceStage, TraceState, TraceVerdict,
+    CaptureTarget, Reply, Request, Trace, TraceHop, TraceRequest, TraceSeen, TraceStage, TraceState,
+    TraceVerdict,
 };
 
+use super::capture::{Limits, capture};
 use super::target::{Target, parse_target};
 use crate::args::Output;
 use crate::context::Context;
@@ -29,11 +31,19 @@ pub(crate) struct Args {
     /// Say what should happen, and send no packet
     #[arg(long)]
     no_probe: bool,
+    /// Watch what passes between the two at both ends, and send no packet. It needs tcpdump
+    #[arg(long, conflicts_with = "no_probe")]
+    follow: bool,
 }
 
 /// Runs the command. Exit status 1 if the packet does not arrive.
 pub(crate) fn run(context: &Context, args: Args) -> Result<ExitCode> {
-    let Args { from, to: Target { to, port, protocol }, no_probe } = args;
+    let Args { from, to: Target { to, port, protocol }, no_probe, follow } = args;
+    if follow {
+        let target = CaptureTarget::Flow { from, to, port, protocol };
+        capture(context, target, "", &Limits::shown())?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let request = Request::Trace(TraceRequest { from, to, port, protocol, no_probe });
     let Reply::Trace(trace) = context.request(&request)? else {
         return Err(Error::unexpected_reply());

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use ipnet::IpNet;
 use ovl_proto::resource::{
     EndpointSlice, Kind, Labels, Meta, Name, Namespace, NetworkPolicy, Pod, Protocol, Resource, ResourceKey,
-    Service,
+    Service, ServiceCidr,
 };
 
 use crate::claims::Claims;
@@ -20,6 +21,7 @@ pub struct Resources {
     services: BTreeMap<Name, Service>,
     slices: BTreeMap<Name, EndpointSlice>,
     policies: BTreeMap<Name, NetworkPolicy>,
+    cidrs: BTreeMap<String, ServiceCidr>,
     claims: Claims,
 }
 
@@ -44,6 +46,11 @@ impl Resources {
         &self.policies
     }
 
+    /// The ranges of the ServiceCIDRs, in the order of their names.
+    pub fn service_cidrs(&self) -> impl Iterator<Item = IpNet> {
+        self.cidrs.values().flat_map(|it| &it.spec.cidrs).copied()
+    }
+
     /// The claims of Services on addresses and node ports.
     pub fn claims(&self) -> &Claims {
         &self.claims
@@ -60,6 +67,7 @@ impl Resources {
             Resource::Service(it) => return self.claims.put(&mut self.services, name, Some(*it)),
             Resource::EndpointSlice(it) => drop(self.slices.insert(name, it)),
             Resource::NetworkPolicy(it) => drop(self.policies.insert(name, it)),
+            Resource::ServiceCidr(it) => drop(self.cidrs.insert(name.name, it)),
         }
         vec![key]
     }
@@ -72,6 +80,7 @@ impl Resources {
             Kind::Service => return self.claims.put(&mut self.services, key.name.clone(), None),
             Kind::EndpointSlice => drop(self.slices.remove(&key.name)),
             Kind::NetworkPolicy => drop(self.policies.remove(&key.name)),
+            Kind::ServiceCidr => drop(self.cidrs.remove(&key.name.name)),
         }
         vec![key.clone()]
     }
@@ -84,6 +93,7 @@ impl Resources {
             Kind::Service => self.services.get(&key.name).cloned().map(Box::new).map(Resource::Service),
             Kind::EndpointSlice => self.slices.get(&key.name).cloned().map(Resource::EndpointSlice),
             Kind::NetworkPolicy => self.policies.get(&key.name).cloned().map(Resource::NetworkPolicy),
+            Kind::ServiceCidr => self.cidrs.get(&key.name.name).cloned().map(Resource::ServiceCidr),
         }
     }
 
@@ -96,6 +106,7 @@ impl Resources {
             Kind::Service => self.services.get(name).map(|it| &it.metadata),
             Kind::EndpointSlice => self.slices.get(name).map(|it| &it.metadata),
             Kind::NetworkPolicy => self.policies.get(name).map(|it| &it.metadata),
+            Kind::ServiceCidr => self.cidrs.get(&name.name).map(|it| &it.metadata),
         }
     }
 
@@ -107,6 +118,7 @@ impl Resources {
             Kind::Service => self.services.keys().cloned().collect(),
             Kind::EndpointSlice => self.slices.keys().cloned().collect(),
             Kind::NetworkPolicy => self.policies.keys().cloned().collect(),
+            Kind::ServiceCidr => self.cidrs.keys().map(|name| Name::new("", name)).collect(),
         }
     }
 

@@ -97,3 +97,14 @@ pub struct FilterDrop {
     /// Whether the packet is an answer, or an error about the probe.
     pub is_answer: bool,
 }
+
+impl FilterDrop {
+    /// What dropped the packet, for people.
+    pub fn by(&self) -> String {
+        let Self { family, table, chain, rule, .. } = self;
+        match rule {
+            Some(rule) => format!("the rule `{rule}` of chain {family} {table} {chain}"),
+            None => format!("the policy of chain {family} {table} {chain}"),
+        }
+    }
+}

@@ -15,14 +15,14 @@ use super::socket::{Batch, Netlink};
 use super::sys;
 
 /// The subsystem of connection tracking, in the upper half of a message type.
-const SUBSYSTEM: u16 = nix::libc::NFNL_SUBSYS_CTNETLINK as u16;
+pub(super) const SUBSYSTEM: u16 = nix::libc::NFNL_SUBSYS_CTNETLINK as u16;
 // The message types and attributes (`IPCTNL_...` and `CTA_...` in `linux/netfilter/nfnetlink_conntrack.h`), which
 // `libc` does not define.
-const GET: u16 = SUBSYSTEM << 8 | 1;
+pub(super) const GET: u16 = SUBSYSTEM << 8 | 1;
 const DELETE: u16 = SUBSYSTEM << 8 | 2;
 
-const TUPLE_ORIGINAL: u16 = 1;
-const TUPLE_REPLY: u16 = 2;
+pub(super) const TUPLE_ORIGINAL: u16 = 1;
+pub(super) const TUPLE_REPLY: u16 = 2;
 const ID: u16 = 12;
 const ZONE: u16 = 18;
 const TUPLE_IP: u16 = 1;
@@ -126,14 +126,14 @@ pub(super) fn fuzz(bytes: &[u8]) {
 }
 
 /// One direction of a connection.
-struct Tuple {
-    protocol: u8,
-    source: (IpAddr, u16),
-    destination: (IpAddr, u16),
+pub(super) struct Tuple {
+    pub(super) protocol: u8,
+    pub(super) source: (IpAddr, u16),
+    pub(super) destination: (IpAddr, u16),
 }
 
 impl Tuple {
-    fn of(tuple: &[u8]) -> Option<Self> {
+    pub(super) fn of(tuple: &[u8]) -> Option<Self> {
         let (mut protocol, mut addresses) = (None, [None; 2]);
         let mut ports = [None; 2];
         for (kind, value) in attributes(tuple, 0) {
@@ -154,6 +154,7 @@ impl Tuple {
         }
         let [source, destination] = addresses;
         let [from, to] = ports;
-        Some(Self { protocol: protocol?, source: (source?, from?), destination: (destination?, to?) })
+        let ports = [from, to].map(Option::unwrap_or_default);
+        Some(Self { protocol: protocol?, source: (source?, ports[0]), destination: (destination?, ports[1]) })
     }
 }

@@ -8,7 +8,7 @@ use ovl_dataplane::device::Device;
 use super::attribute::{HEADER, messages};
 use super::dump::DeviceNames;
 use super::known::KernelModel;
-use super::{conntrack, fact, link, nftables, sources, wireguard};
+use super::{conntrack, fact, flows, link, nftables, sources, wireguard};
 
 /// Reads the bytes as messages, and as the payload of a message of each kind.
 pub fn netlink(bytes: &[u8]) {
@@ -43,6 +43,7 @@ pub fn netlink(bytes: &[u8]) {
     nftables::fuzz(payload);
     wireguard::fuzz(payload);
     conntrack::fuzz(payload);
+    flows::fuzz(payload);
     sources::fuzz(payload);
 }
 

@@ -10,6 +10,7 @@
 mod announce;
 mod apply;
 mod attribute;
+mod capture;
 mod conntrack;
 mod dump;
 mod duplicate;
@@ -19,6 +20,7 @@ mod error;
 mod event_queue;
 mod fact;
 mod filter;
+mod flows;
 mod foreign;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
@@ -75,8 +77,10 @@ use self::tunnel::Tunnels;
 use self::worker::{Request, Worker};
 
 pub use apply::has_inet6;
+pub use capture::{Capture, CaptureSpec, Captured, WINDOW, devices_with};
 pub use duplicate::other_owner;
 pub use error::{KernelError, Result};
+pub use flows::{FlowCounts, FlowKey, FlowTick, FlowWatch, SeenFlows, flows_now};
 pub use foreign::{look as foreign_firewalls, run_commands};
 pub use link::Traffic;
 pub use message::port_mac;
@@ -95,7 +99,9 @@ pub use survey::{
     survey,
 };
 pub use sys::{own_addresses, return_free_memory};
-pub use trace::{TraceProbe, TraceWatch, WatchSpec, listens, remove_left_traces};
+pub use trace::{
+    CapturedFilterDrop, TraceProbe, TraceWatch, WatchSpec, listens, remove_left_traces, wall_ns,
+};
 pub use tunnel::{TunnelPeerStatus, TunnelStatus};
 
 /// A change in the kernel that ovld did not make. The channel holds at most one event of each kind.
@@ -228,6 +234,8 @@ pub struct CountedElement {
     pub key: Box<[u8]>,
     /// The number of packets.
     pub packets: u64,
+    /// The length of them, in bytes.
+    pub bytes: u64,
     /// The time until the element expires, in milliseconds; `None` if the set has no timeout.
     pub left_ms: Option<u64>,
 }

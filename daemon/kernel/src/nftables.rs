@@ -61,6 +61,7 @@ const OBJECT_NAME: u16 = 2;
 const OBJECT_TYPE: u16 = 3;
 const OBJECT_DATA: u16 = 4;
 const COUNTER: u32 = 1;
+const COUNTER_BYTES: u16 = 1;
 const COUNTER_PACKETS: u16 = 2;
 
 /// The flag of an anonymous set, which belongs to a rule and is deleted with it.
@@ -193,7 +194,23 @@ impl Nftables {
 
     /// Reads the elements and counters of a set that packets add elements to; empty if there is no set.
     pub(super) fn counts(&mut self, table: Table, set: &str) -> Result<Vec<CountedElement>> {
-        let mut question = in_table(table);
+        self.counts_in(in_table(table), table.name(), set)
+    }
+
+    /// As [`Self::counts`], of a table of the family `bridge` or `inet` that is not one of ovl's subsystems.
+    pub(super) fn counts_of(
+        &mut self,
+        is_bridge: bool,
+        table: &str,
+        set: &str,
+    ) -> Result<Vec<CountedElement>> {
+        let family = if is_bridge { libc::NFPROTO_BRIDGE } else { libc::NFPROTO_INET };
+        let mut question = Attributes::after(&[family as u8, 0, 0, 0]);
+        question.put_text(IN_TABLE, table);
+        self.counts_in(question, table, set)
+    }
+
+    fn counts_in(&mut self, mut question: Attributes, table: &str, set: &str) -> Result<Vec<CountedElement>> {
         question.put_text(ELEMENTS_SET, set);
         let mut batch = Batch::default();
         batch.push_built(GET_ELEMENTS, 0, question.bytes());
@@ -310,6 +327,7 @@ fn counted(element: &[u8]) -> Option<CountedElement> {
     Some(CountedElement {
         key: key.into(),
         packets: counter.and_then(|data| find(data, 0, COUNTER_PACKETS)).and_then(number)?,
+        bytes: counter.and_then(|data| find(data, 0, COUNTER_BYTES)).and_then(number).unwrap_or_default(),
         left_ms: find(element, 0, ELEMENT_EXPIRATION).and_then(number),
     })
 }

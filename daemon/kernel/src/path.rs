@@ -1,12 +1,15 @@
 //! Sockets for path probes: frames that enter a VXLAN device of this host and leave that of another one, UDP datagrams on the
 //! same way whose checksums are left to offloads, and echo requests by the routes of workloads' packets.
 
+use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use etherparse::{IcmpEchoHeader, Ipv4HeaderSlice};
+use nix::libc;
 use nix::net::if_::if_nametoindex;
 use nix::sys::socket::{LinkAddr, recvfrom};
 use ovl_dataplane::device::{Device, Role};
@@ -21,6 +24,8 @@ use super::{echo, sys};
 
 /// The receive buffer, in bytes: a flood of frames costs no more memory.
 const RECEIVE_BUFFER: usize = 256 * 1024;
+/// The maximum number of devices whose indices are kept.
+const MAX_INDICES: usize = 4096;
 
 /// The identifier of echo requests that are probes, which has no meaning.
 const ECHO: IcmpEchoHeader = IcmpEchoHeader { id: 0x6f76, seq: 0 };
@@ -30,6 +35,8 @@ const ECHO: IcmpEchoHeader = IcmpEchoHeader { id: 0x6f76, seq: 0 };
 #[derive(Debug)]
 pub struct PathSocket {
     frames: UdpSocket,
+    /// The indices of devices of ovl, as last looked up: the look-up opens a socket each time.
+    indices: Mutex<HashMap<Device, u32>>,
     offload: Option<OffloadSockets>,
     echo_v4: UdpSocket,
     /// `None` on a kernel without IPv6.
@@ -66,7 +73,8 @@ impl PathSocket {
                 tracing::warn!(%error, port, "the offload of checksums in VXLAN is not probed");
             });
             let offload = offload.ok();
-            Ok(Self { frames, offload, echo_v4, echo_v6: echo_socket(Domain::IPV6).ok() })
+            let (indices, echo_v6) = (Mutex::default(), echo_socket(Domain::IPV6).ok());
+            Ok(Self { frames, indices, offload, echo_v4, echo_v6 })
         };
         open().map_err(|error| KernelError::io("cannot open a packet socket for path probes", &error))
     }
@@ -77,8 +85,47 @@ impl PathSocket {
     ///
     /// The device does not exist or is down, or the frame is longer than its MTU.
     pub fn send(&self, device: Device, frame: &[u8]) -> io::Result<()> {
+        self.by_index(device, |index| sys::send_frame(self.frames.as_fd(), index, 0, frame))
+    }
+
+    /// Calls `send` with the index of a device. If the device was made again, it is called with the new index.
+    fn by_index(&self, device: Device, send: impl Fn(u32) -> io::Result<()>) -> io::Result<()> {
+        let known = self.lock().get(&device).copied();
+        if let Some(index) = known {
+            match send(index) {
+                Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {}
+                sent => return sent,
+            }
+        }
         let index = if_nametoindex(device.as_str())?;
-        sys::send_frame(self.frames.as_fd(), index, 0, frame)
+        let mut indices = self.lock();
+        if indices.len() >= MAX_INDICES {
+            indices.clear();
+        }
+        indices.insert(device, index);
+        drop(indices);
+        send(index)
+    }
+
+    /// Whether a device is a bridge or a VXLAN device of ovl.
+    fn is_own(&self, index: usize) -> bool {
+        let Ok(index) = u32::try_from(index) else { return false };
+        if self.lock().values().any(|known| *known == index) {
+            return true;
+        }
+        let name = nix::net::if_::if_indextoname(index);
+        let device = name.ok().and_then(|name| name.to_str().ok().and_then(Device::new));
+        let device = device.filter(|device| matches!(device.role(), Some(Role::Bridge(_) | Role::Vxlan(_))));
+        let is_own = device.is_some();
+        let mut indices = self.lock();
+        if indices.len() < MAX_INDICES {
+            indices.extend(device.map(|device| (device, index)));
+        }
+        is_own
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Device, u32>> {
+        self.indices.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Receives the next frame with its Ethernet header, and returns its length. `None` if it did not arrive by a bridge or
@@ -91,7 +138,7 @@ impl PathSocket {
         let descriptor = self.frames.as_raw_fd();
         let receive = || recvfrom::<LinkAddr>(descriptor, buffer).map_err(io::Error::from);
         let (length, from) = self.frames.async_io(Interest::READABLE, receive).await?;
-        Ok(from.is_some_and(|from| is_own(from.ifindex())).then_some(length))
+        Ok(from.is_some_and(|from| self.is_own(from.ifindex())).then_some(length))
     }
 
     /// Whether probes of the offload of checksums can be sent and received.
@@ -114,9 +161,8 @@ impl PathSocket {
         is_complete: bool,
     ) -> io::Result<()> {
         let sockets = self.offload.as_ref().ok_or(io::ErrorKind::Unsupported)?;
-        let index = if_nametoindex(device.as_str())?;
         let frame = datagram_frame([source, destination], port, payload, is_complete)?;
-        sys::send_frame(sockets.frames.as_fd(), index, ETHERTYPE_IPV4, &frame)
+        self.by_index(device, |index| sys::send_frame(sockets.frames.as_fd(), index, ETHERTYPE_IPV4, &frame))
     }
 
     /// Receives the next UDP datagram to all hosts of a link, from any host, and returns its length.
@@ -249,15 +295,6 @@ fn echo_socket(domain: Domain) -> io::Result<UdpSocket> {
     sys::receive_echo_requests(socket.as_fd(), domain == Domain::IPV4)?;
     SockRef::from(&socket).set_recv_buffer_size(RECEIVE_BUFFER)?;
     Ok(socket)
-}
-
-/// Whether a device is a bridge or a VXLAN device of ovl, by its name.
-fn is_own(index: usize) -> bool {
-    let Ok(name) = nix::net::if_::if_indextoname(u32::try_from(index).unwrap_or_default()) else {
-        return false;
-    };
-    let device = name.to_str().ok().and_then(Device::new);
-    matches!(device.and_then(|device| device.role()), Some(Role::Bridge(_) | Role::Vxlan(_)))
 }
 
 #[cfg(test)]

@@ -60,6 +60,90 @@ pub(super) fn poll<const N: usize>(
     }
 }
 
+/// Waits until one of several descriptors is readable or closed by its peer, or for a time, or for a signal.
+pub(super) fn poll_any(fds: &[RawFd], timeout: Duration) -> io::Result<()> {
+    let mut entries: Vec<libc::pollfd> =
+        fds.iter().map(|fd| libc::pollfd { fd: *fd, events: libc::POLLIN, revents: 0 }).collect();
+    let timeout = libc::c_int::try_from(timeout.as_millis()).unwrap_or(libc::c_int::MAX);
+    // SAFETY: the pointer and the count describe `entries`.
+    let ready = unsafe { libc::poll(entries.as_mut_ptr(), entries.len() as libc::nfds_t, timeout) };
+    match io::Error::last_os_error() {
+        error if ready < 0 && error.kind() != io::ErrorKind::Interrupted => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// What the kernel says of a packet beside its bytes (`struct tpacket_auxdata` of `linux/if_packet.h`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct PacketInfo {
+    /// The length of the packet before a filter cut it, in bytes.
+    pub(super) length: u32,
+    /// The VLAN tag that the kernel has taken out of the frame: EtherType and TCI.
+    pub(super) vlan: Option<[u8; 4]>,
+}
+
+impl PacketInfo {
+    /// The length of the structure.
+    pub(super) const LENGTH: usize = 20;
+
+    /// Reads the structure. `None` if it is not one.
+    pub(super) fn read(bytes: &[u8]) -> Option<Self> {
+        /// `TP_STATUS_VLAN_VALID`.
+        const HAS_VLAN: u32 = 1 << 4;
+        let bytes: &[u8; Self::LENGTH] = bytes.get(..Self::LENGTH)?.try_into().ok()?;
+        let [s0, s1, s2, s3, l0, l1, l2, l3, _, _, _, _, _, _, _, _, t0, t1, p0, p1] = *bytes;
+        let status = u32::from_ne_bytes([s0, s1, s2, s3]);
+        let [tci, protocol] = [[t0, t1], [p0, p1]].map(|pair| u16::from_ne_bytes(pair).to_be_bytes());
+        let vlan = [protocol[0], protocol[1], tci[0], tci[1]];
+        let length = u32::from_ne_bytes([l0, l1, l2, l3]);
+        Some(Self { length, vlan: (status & HAS_VLAN != 0).then_some(vlan) })
+    }
+}
+
+/// Lets a packet socket describe each packet: [`PacketInfo`].
+pub(super) fn describe_packets(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: the value is an int and outlives the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_PACKET,
+            libc::PACKET_AUXDATA,
+            (&raw const on).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Returns the device to which a packet socket is bound: its index, -1 if it was deleted, and its type (`ARPHRD_...`).
+pub(super) fn bound_device(socket: BorrowedFd<'_>) -> io::Result<(i32, u16)> {
+    // SAFETY: all zeros are a valid address.
+    let mut at: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    let mut length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+    // SAFETY: the pointers are to an address of that length and to the length.
+    let done = unsafe { libc::getsockname(socket.as_raw_fd(), (&raw mut at).cast(), &raw mut length) };
+    if done == 0 { Ok((at.sll_ifindex, at.sll_hatype)) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Returns the number of packets that a packet socket had no room for since the last call.
+pub(super) fn packets_lost(socket: BorrowedFd<'_>) -> u32 {
+    // `struct tpacket_stats` of `linux/if_packet.h`: packets, and those that were dropped.
+    let mut counts = [0u32; 2];
+    let mut length = size_of_val(&counts) as libc::socklen_t;
+    // SAFETY: the pointers are to values of that length and to the length.
+    let done = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_PACKET,
+            libc::PACKET_STATISTICS,
+            counts.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if done == 0 { counts[1] } else { 0 }
+}
+
 /// Receives a datagram from a netlink socket that listens to all namespaces, without waiting for one. Returns its length,
 /// and the id of the namespace that it is about; `None` for the namespace of the socket.
 pub(super) fn receive_with_namespace(

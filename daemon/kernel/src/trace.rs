@@ -4,12 +4,14 @@
 //! | --- | --- |
 //! | [`packet`] | which captured packets belong to a trace |
 //! | [`rules`] | which rule of a packet filter drops them |
+//! | [`drops`] | which packets of a capture filters drop |
 //! | [`probe`] | sends the probe in the namespace of a workload |
 //! | [`reasons`] | why the kernel drops packets, where tracefs says it |
 //! | [`inside`] | what listens in the namespace of a workload |
 //!
 //! Begin to read at [`TraceWatch::start`].
 
+mod drops;
 mod inside;
 mod packet;
 mod probe;
@@ -38,8 +40,11 @@ use super::sys;
 use self::reasons::DropLog;
 use self::rules::RuleTrace;
 
+pub use self::drops::CapturedFilterDrop;
+pub(super) use self::drops::DropTrace;
 pub use self::inside::listens;
 pub use self::probe::TraceProbe;
+pub(super) use self::rules::{change as change_tables, deletion as deletion_of};
 
 /// How long a watch lasts at most.
 const LONGEST: Duration = Duration::from_secs(5);
@@ -259,6 +264,12 @@ fn receive(socket: &Socket, buffer: &mut [u8]) -> nix::Result<(usize, LinkAddr, 
         _ => None,
     });
     Ok((received.bytes, received.address.ok_or(nix::errno::Errno::EINVAL)?, stamp))
+}
+
+/// Returns the time by the clock that stamps packets, in nanoseconds since 1970.
+pub fn wall_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
 fn now_us() -> u64 {

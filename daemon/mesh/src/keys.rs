@@ -5,6 +5,7 @@
 
 mod cluster;
 mod keyfile;
+mod verified;
 
 use std::fs;
 use std::io::Read;
@@ -264,7 +265,9 @@ fn new_private_key() -> anyhow::Result<PrivateKey> {
 
 /// Whether a signature of a body is valid for a key and a purpose.
 pub fn verify(key: &PublicKey, domain: Domain, body: &[u8], signature: &Signature) -> bool {
-    UnparsedPublicKey::new(&ED25519, key).verify(&domain.message(body), &signature.0).is_ok()
+    let message = domain.message(body);
+    let verify = || UnparsedPublicKey::new(&ED25519, key).verify(&message, &signature.0).is_ok();
+    verified::is_valid(key, &message, signature, verify)
 }
 
 /// The id of the host with a public key.

@@ -196,6 +196,8 @@ pub(crate) fn leftovers(survey: &Survey) -> Vec<Found> {
     });
     let tables = survey.tables.iter().flatten();
     let tables = tables
+        // Traces, captures and followed flows have tables for as long as they run, and ovld deletes what a killed one has left.
+        .filter(|(_, table)| !table.starts_with("ovl-trace-"))
         .filter(|(family, table)| (table == "ovl" || table.starts_with("ovl-")) && !is_own(family, table));
     let tables = tables.map(|(family, table)| {
         Found::new(
@@ -454,7 +456,13 @@ mod tests {
         survey.devices.insert("ovt-0".to_owned(), device(true));
         survey.devices.insert("ovt-1".to_owned(), device(false));
         survey.devices.insert("ovl0".to_owned(), device(false));
-        let tables = [("inet", "ovl"), ("inet", "ovl-old"), ("bridge", "ovl"), ("inet", "overlay")];
+        let tables = [
+            ("inet", "ovl"),
+            ("inet", "ovl-old"),
+            ("bridge", "ovl"),
+            ("inet", "overlay"),
+            ("inet", "ovl-trace-capture-1"),
+        ];
         survey.tables = Some(tables.map(|(family, name)| (family.to_owned(), name.to_owned())).into());
         survey.stray_routes.insert("10.1.0.0/16 dev ovb-a table 100".to_owned());
         let found: Vec<String> = leftovers(&survey).into_iter().map(|found| found.object).collect();

@@ -142,14 +142,16 @@ impl Node {
     /// Who decides a map sends it to all hosts. When all hosts took each hint for a reason to ask, a decision cost as many
     /// requests, and whole maps, as the square of the number of hosts.
     pub(super) fn ask_later_map(&self) {
-        let connected = self.links().connected();
         let peer = {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             let version = state.view.alloc.version;
-            let has_later =
-                |id: &&NodeId| state.peers.get(*id).is_some_and(|peer| peer.hints.alloc > version);
-            let later: Vec<NodeId> = connected.iter().filter(has_later).copied().collect();
+            let later = state.peers.iter().filter(|(_, peer)| peer.hints.alloc > version);
+            let mut later: Vec<NodeId> = later.map(|(id, _)| *id).collect();
+            if !later.is_empty() {
+                let connected = self.links().connected();
+                later.retain(|id| connected.contains(id));
+            }
             let turn = usize::try_from(state.now() / 200).unwrap_or(0);
             let again = state.maps.behind_since.replace(version) == Some(version);
             if later.is_empty() {
@@ -343,8 +345,7 @@ impl Node {
                 self.event("peer", &self.config.node, "admitted to the cluster");
             }
             self.drop_forgotten(state);
-            // The map determines which entries are used.
-            state.changed(What::ThisHost);
+            state.map_changed(&before);
             self.publish_hints(state);
             newly
         };

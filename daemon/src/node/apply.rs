@@ -16,7 +16,7 @@ use ovl_proto::id::NodeId;
 use ovl_proto::object::Body;
 use ovl_proto::resource::{
     Created, HEADLESS_LABEL, Kind, Meta, Name, Namespace, NetworkPolicy, PROXY_NAME_LABEL, Pod, Protocol,
-    Resource, ResourceKey, Service,
+    Resource, ResourceKey, Service, ServiceCidr,
 };
 use ovl_proto::wire::fields::Unknown;
 use ovl_subsystems::services::allocation::{self, Ranges, ReservedClaims, ServiceAllocator};
@@ -251,7 +251,7 @@ impl Node {
         promised: &mut ReservedClaims,
     ) -> Vec<ManifestProblem> {
         let state = self.state.borrow();
-        let mut allocator = ServiceAllocator::new(&state.view.resources, &self.config.ranges, promised);
+        let mut allocator = ServiceAllocator::new(&state.view, &self.config.ranges, promised);
         let permits = Permits::of(&state.view, &self.config.ranges);
         let mut problems = Vec::new();
         for (place, resource) in read {
@@ -482,6 +482,7 @@ pub(super) fn tombstone(kind: Kind, name: &Name) -> Resource {
         Kind::NetworkPolicy => {
             Resource::NetworkPolicy(NetworkPolicy { metadata, ..NetworkPolicy::default() })
         }
+        Kind::ServiceCidr => Resource::ServiceCidr(ServiceCidr { metadata, ..ServiceCidr::default() }),
     }
 }
 
@@ -510,7 +511,8 @@ fn info(state: &State, kind: Kind, name: Name) -> Result<ResourceInfo, Failed> {
         Resource::Namespace(_)
         | Resource::Service(_)
         | Resource::EndpointSlice(_)
-        | Resource::NetworkPolicy(_) => Vec::new(),
+        | Resource::NetworkPolicy(_)
+        | Resource::ServiceCidr(_) => Vec::new(),
     };
     let mut selects: Vec<String> = match &resource {
         Resource::NetworkPolicy(policy) => {
@@ -520,9 +522,11 @@ fn info(state: &State, kind: Kind, name: Name) -> Result<ResourceInfo, Failed> {
                 .map(|selectable| selectable.name.name.clone())
                 .collect()
         }
-        Resource::Namespace(_) | Resource::Pod(_) | Resource::Service(_) | Resource::EndpointSlice(_) => {
-            Vec::new()
-        }
+        Resource::Namespace(_)
+        | Resource::Pod(_)
+        | Resource::Service(_)
+        | Resource::EndpointSlice(_)
+        | Resource::ServiceCidr(_) => Vec::new(),
     };
     selects.sort_unstable();
     selects.dedup();

@@ -70,7 +70,7 @@ impl Drop for Place<'_> {
 impl Node {
     /// Creates an endpoint. Returns once the kernel has it and all peers were told.
     pub(super) async fn attach(&self, request: Attach) -> Result<EndpointInfo, Failed> {
-        self.attach_for(request, None).await.map(|(endpoint, _)| endpoint)
+        self.attach_for(request, None, None).await.map(|(endpoint, _)| endpoint)
     }
 
     /// Creates an endpoint, for a container runtime if `cni` is set. Also returns what was created in the kernel.
@@ -78,6 +78,7 @@ impl Node {
         &self,
         request: Attach,
         cni: Option<Attachment>,
+        beside: Option<String>,
     ) -> Result<(EndpointInfo, CreatedEndpoint), Failed> {
         self.check_built(&request.network)?;
         self.ready_for(&request.network).await?;
@@ -88,7 +89,7 @@ impl Node {
         let place = self.take_place(&request, &network)?;
         let ports = self.reserve_ports(&request.name, &network, &request.publish)?;
         let reserved = self.reserve(&request, &network).await?;
-        let local = LocalEndpoint { ifname: String::new(), netns: path, inode, cni, docker: None };
+        let local = LocalEndpoint { ifname: String::new(), netns: path, inode, cni, beside, docker: None };
         self.make(request, &network, place, (reserved, ports), local, Some(netns)).await
     }
 

@@ -4,6 +4,7 @@
 mod alone;
 mod deleted;
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use ipnet::IpNet;
@@ -12,6 +13,7 @@ use ovl_control::{Attach, CniCall, CniError, EndpointInfo, FailureKind, NetnsRef
 use ovl_dataplane::device::Device;
 use ovl_dataplane::observed::Inside;
 use ovl_kernel::{self as kernel, KernelError, Netns, open_netns, port_mac};
+use ovl_proto::bandwidth::Bandwidth;
 use ovl_proto::id::{EndpointId, Mac};
 use ovl_proto::object::{Driver, Mode, Network};
 use ovl_runtimes::cni::{self, Add, Attachment, Call, Check, Gc, Made, Status, code, error};
@@ -59,6 +61,8 @@ impl Node {
         let ready = self.ready_for(&add.network).await;
         ready.map_err(|Failed(failure)| error(code::LATER, "ovld is not ready", failure.message))?;
         let network = self.cni_network(&add.network)?;
+        let more = add.more.iter().map(|(name, ifname)| Ok((self.cni_network(name)?, ifname.as_str())));
+        let more: Vec<(Network, &str)> = more.collect::<Result<_, CniError>>()?;
         // Opened once before the attach, so that an absent namespace has an error code of its own.
         container_netns(&add.netns)?;
         let request = Attach {
@@ -79,7 +83,20 @@ impl Node {
             bandwidth: add.bandwidth,
         };
         let (endpoint, made) =
-            self.attach_for(request, Some(add.attachment.clone())).await.map_err(explain)?;
+            self.attach_for(request, Some(add.attachment.clone()), None).await.map_err(explain)?;
+        for (network, ifname) in &more {
+            if let Err(mut error) = self.cni_add_beside(add, network, ifname).await {
+                // A DEL follows, but it may be long in coming.
+                if let Err(left) = self.cni_take_away(&add.attachment).await {
+                    tracing::error!(
+                        error = left.details,
+                        "cannot take away what was attached before a failure"
+                    );
+                }
+                error.details = format!("{ifname} on network {}: {}", network.name, error.details);
+                return Err(error);
+            }
+        }
         let mut result = render(add, &network, &endpoint, made);
         // If the configuration has no `dns`, pods get the cluster DNS.
         let silent = result["dns"].as_object().is_none_or(serde_json::Map::is_empty);
@@ -89,18 +106,46 @@ impl Node {
         Ok(result)
     }
 
+    /// Attaches a container to one more network, which the runtime does not know of.
+    async fn cni_add_beside(&self, add: &Add, network: &Network, ifname: &str) -> Result<(), CniError> {
+        let request = Attach {
+            name: self.free_name(add, network),
+            network: network.id.to_string(),
+            netns: NetnsRef::Path(add.netns.clone()),
+            addresses: Vec::new(),
+            mac: None,
+            ifname: Some(ifname.to_owned()),
+            aliases: Vec::new(),
+            namespace: add.namespace.clone(),
+            labels: add.labels.clone(),
+            publish: Vec::new(),
+            not_ready: false,
+            allowed: Vec::new(),
+            allowed_macs: Vec::new(),
+            pod: add.pod.clone(),
+            bandwidth: Bandwidth::default(),
+        };
+        let attachment = Attachment { ifname: ifname.to_owned(), ..add.attachment.clone() };
+        let beside = Some(add.attachment.ifname.clone());
+        self.attach_for(request, Some(attachment), beside).await.map(drop).map_err(explain)
+    }
+
     async fn cni_del(&self, attachment: &Attachment) -> Result<(), CniError> {
         let _alone = self.containers.alone(&attachment.container_id).await;
         self.cni_take_away(attachment).await?;
         self.forget_deleted(attachment)
     }
 
-    /// Detaches an attachment. Succeeds if it does not exist. The caller must hold the lock of the container.
+    /// Detaches an attachment and those that were made with it. Succeeds if it does not exist. The caller must hold the lock
+    /// of the container.
     async fn cni_take_away(&self, attachment: &Attachment) -> Result<(), CniError> {
-        match self.attached(attachment) {
-            Some(id) => self.take_away(&[id]).await.map_err(explain),
-            None => Ok(()),
-        }
+        let ids: Vec<EndpointId> = {
+            let state = self.state.borrow();
+            let all = state.endpoints.iter();
+            let theirs = all.filter(|(_, local)| local.known_attachment().as_ref() == Some(attachment));
+            theirs.map(|(id, _)| id).collect()
+        };
+        if ids.is_empty() { Ok(()) } else { self.take_away(&ids).await.map_err(explain) }
     }
 
     async fn cni_check(&self, check: &Check) -> Result<(), CniError> {
@@ -140,9 +185,9 @@ impl Node {
 
     /// Deletes the stale attachments of a network. If one cannot be deleted, the others still are.
     async fn cni_gc(&self, gc: &Gc) -> Result<(), CniError> {
-        let stale: Vec<Attachment> = {
+        let stale: BTreeSet<Attachment> = {
             let state = self.state.borrow();
-            let all = state.endpoints.iter().filter_map(|(_, local)| local.cni.clone());
+            let all = state.endpoints.iter().filter_map(|(_, local)| local.known_attachment());
             all.filter(|attachment| attachment.network == gc.network && !gc.keeps(attachment)).collect()
         };
         let mut failed = Vec::new();

@@ -322,6 +322,7 @@ impl Node {
             ifname: String::new(),
             inode: 0,
             cni: None,
+            beside: None,
             docker: Some(id),
             netns: HERE.into(),
         };

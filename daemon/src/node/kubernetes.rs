@@ -280,7 +280,7 @@ impl Node {
         }
         let mut promised = ReservedClaims::default();
         let ranges = &self.config.ranges;
-        let mut allocator = ServiceAllocator::new(&state.view.resources, ranges, &mut promised);
+        let mut allocator = ServiceAllocator::new(&state.view, ranges, &mut promised);
         let permits = Permits::of(&state.view, ranges);
         for resource in read.iter_mut() {
             let key = resource.key();
@@ -358,7 +358,8 @@ impl Node {
                     Resource::Namespace(_)
                     | Resource::Service(_)
                     | Resource::EndpointSlice(_)
-                    | Resource::NetworkPolicy(_) => continue,
+                    | Resource::NetworkPolicy(_)
+                    | Resource::ServiceCidr(_) => continue,
                 },
                 Err(problems) => {
                     let reason = format!(

@@ -223,7 +223,6 @@ impl Node {
             count += 1;
             self.judge_all(&mut self.state.borrow_mut());
             self.probe_silent();
-            self.look_for_recoveries(count.is_multiple_of(10));
             self.tick_alloc();
             self.ask_later_map();
             self.check_caught_up();
@@ -237,6 +236,7 @@ impl Node {
                 tracing::warn!("{error:#}");
             }
             if count.is_multiple_of(5) {
+                self.look_for_recoveries(count.is_multiple_of(10));
                 let node = Rc::clone(&self);
                 spawn_local(async move { node.announce_again().await });
                 self.pull_missing();

@@ -9,11 +9,13 @@ mod alloc;
 mod apply;
 mod asking;
 mod attach;
+mod capture;
 mod clocks;
 mod cni;
 mod docker;
 mod doctor;
 mod firewall;
+mod flows;
 mod guard;
 mod ingress;
 mod inside;
@@ -82,6 +84,7 @@ use tokio::time::Instant;
 use self::state::{RunDir, State};
 use crate::addresses::Addresses;
 use crate::asked::Asked;
+use crate::capture::Captures;
 use crate::clashes::Clashes;
 use crate::clocks::{LastWall, RefusedObjects};
 use crate::config::{Config, OWN_DOMAIN};
@@ -93,6 +96,7 @@ use crate::events::Events;
 use crate::exchange::Exchanges;
 use crate::failed::Failed;
 use crate::firewall::Firewalls;
+use crate::flows::FlowFollowers;
 use crate::health::HealthAnswers;
 use crate::kubernetes::Kubernetes;
 use crate::metrics::Measured;
@@ -642,6 +646,8 @@ fn first_state(
         engines: Engines::new(&saved.docker),
         multicast: Multicast::default(),
         traces: Traces::new(first()),
+        captures: Captures::new(first()),
+        flows: FlowFollowers::default(),
         reconcile: Progress::new(),
         caught_up: false,
         path_faults: PathFaults::default(),

@@ -156,9 +156,10 @@ impl Node {
                 return Err(Failed::invalid(format!("{prefix} overlaps {other}")));
             }
             check_overlap(state, None, *prefix)?;
-            let Ranges { services, load_balancers, external, .. } = &self.config.ranges;
+            let Ranges { load_balancers, external, .. } = &self.config.ranges;
+            let services = self.config.ranges.of_services(&state.view);
             let named = [
-                ("service_range", services),
+                ("service_range", &services),
                 ("load_balancer_pool", load_balancers),
                 ("external_ranges", external),
             ];

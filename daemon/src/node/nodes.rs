@@ -5,9 +5,11 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::rc::Rc;
 
-use ovl_control::{Join, Nodes, PeerState, RecoveryState, Reply};
+use ovl_control::{Join, Nodes, OwnNode, PeerState, RecoveryState, Reply};
 use ovl_proto::alloc::Change;
 use ovl_proto::id::NodeId;
+use ovl_proto::record::is_zone;
+use ovl_subsystems::Change as What;
 use tokio::task::spawn_local;
 
 use super::state::State;
@@ -38,6 +40,7 @@ impl Node {
         if request.begin {
             self.begin_cluster();
         }
+        self.follow_recovery();
         Ok(Reply::Done)
     }
 
@@ -58,9 +61,50 @@ impl Node {
         self.carry_out(output);
     }
 
+    /// Moves to the cluster that the members recovered while this host waited for its admission to the earlier one. It was no
+    /// member, so no majority of the earlier cluster loses it, and it holds no blocks. Others that were left out decide for
+    /// themselves: see [`ovl_control::RecoverStep::Accept`].
+    fn follow_recovery(&self) {
+        let output = {
+            let mut state = self.state.borrow_mut();
+            if state.is_member() {
+                return;
+            }
+            state.allocator.accept_recovery()
+        };
+        if let Some(output) = output {
+            self.carry_out(output);
+            self.event(
+                "peer",
+                &self.config.node,
+                "joins the recovered cluster: it was no member of the earlier one",
+            );
+        }
+    }
+
     /// Returns the id of this host, if it needs hosts to join through.
     pub(super) fn seeks_nodes(&self, state: &State) -> Option<NodeId> {
         (self.config.join_nodes && !state.is_member()).then_some(state.view.me)
+    }
+
+    /// Takes over what the API server has of this host's Node. A zone in the configuration counts more than the Node's.
+    pub(super) fn take_own_node(&self, own: OwnNode) -> Result<Reply, Failed> {
+        let OwnNode { zone } = own;
+        if !is_zone(&zone) {
+            return Err(Failed::invalid(format!("the Node's zone '{zone}' is no name of a zone")));
+        }
+        if self.config.zone.is_empty() && self.change_record(|record| record.zone.clone_from(&zone)) {
+            self.event(
+                "kubernetes",
+                &self.config.node,
+                &format!("this host is in the zone '{zone}', as its Node says"),
+            );
+            let mut state = self.state.borrow_mut();
+            let me = state.view.me;
+            state.changed(What::Host(me));
+            self.work.notify_one();
+        }
+        Ok(Reply::Done)
     }
 
     /// Takes over which Nodes there are.

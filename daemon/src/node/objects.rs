@@ -298,7 +298,7 @@ impl Node {
                 resources.services().get(*name).map(|service| service.metadata.creation_timestamp)
             });
             let mut promised = ReservedClaims::default();
-            let mut allocator = ServiceAllocator::new(resources, &self.config.ranges, &mut promised);
+            let mut allocator = ServiceAllocator::new(&state.view, &self.config.ranges, &mut promised);
             let mended = lacking.into_iter().filter_map(|name| {
                 let before = resources.services().get(name)?;
                 let mut service = before.clone();

@@ -173,8 +173,8 @@ impl Node {
 
     /// Returns whether gossip heard a host a moment ago.
     fn vouches(&self) -> impl Fn(NodeId) -> bool {
-        let contacts = self.gossip().contacts();
-        move |id| contacts.get(&id).is_some_and(|contact| contact.last_heard.elapsed() < VOUCHED)
+        let gossip = self.gossip();
+        move |id| gossip.last_heard(id).is_some_and(|heard| heard.elapsed() < VOUCHED)
     }
 
     fn send_probes(

@@ -17,6 +17,7 @@ use ovl_proto::id::{ClusterKeyId, NodeId};
 use ovl_proto::record::{NodeRecord, Presence, SignedRecord};
 use ovl_proto::sync::Message;
 use ovl_proto::table::{Entry, Key};
+use tokio::time::Instant;
 
 use super::asking::Topic;
 use super::state::{Peer, State};
@@ -117,9 +118,10 @@ impl Node {
             StreamEvent::Up(peer) => self.greet(peer),
             StreamEvent::Down(peer) => tracing::debug!(%peer, "stream down"),
             StreamEvent::Record { record, signed } => {
-                let peer = record.id;
+                let (peer, generation) = (record.id, record.generation);
                 self.take_record(record, signed);
                 self.note_proved(peer);
+                self.links().met(peer, generation);
                 // The peer has just connected to this host, so it can be reached again.
                 self.links().kick(peer);
             }
@@ -152,6 +154,16 @@ impl Node {
             Message::TraceReply { id, result } => {
                 self.state.borrow_mut().traces.asked.answer(id, from, result);
             }
+            Message::TimeRequest { id } => self.send_time(from, id),
+            Message::TimeReply { id, now_ns } => {
+                self.state.borrow_mut().captures.times.answer(id, from, now_ns)
+            }
+            Message::CaptureStart { id, ask } => self.take_capture_start(from, id, ask),
+            Message::CaptureBatch { id, batch } => self.take_capture_batch(from, id, &batch),
+            Message::CaptureTaken { id, batches } => {
+                self.state.borrow().captures.taken(from, id, batches);
+            }
+            Message::CaptureStop { id } => self.state.borrow_mut().captures.stop(from, id),
             // A host that is not a member cannot know which key a majority has chosen.
             Message::ClusterKey(secret) => {
                 if self.state.borrow().is_member() {
@@ -228,7 +240,13 @@ impl Node {
             | Message::ReportRequest { .. }
             | Message::ReportReply { .. }
             | Message::TraceAsk { .. }
-            | Message::TraceReply { .. } => false,
+            | Message::TraceReply { .. }
+            | Message::TimeRequest { .. }
+            | Message::TimeReply { .. }
+            | Message::CaptureStart { .. }
+            | Message::CaptureBatch { .. }
+            | Message::CaptureTaken { .. }
+            | Message::CaptureStop { .. } => false,
         }
     }
 
@@ -434,6 +452,7 @@ impl Node {
         // A daemon that has just started has not heard any peer, so it keeps the entries that it found for a
         // while.
         let settling = now < liveness::PROBE_VALID_MS * 3;
+        let wall_ms = state.environment.wall_ms();
         let mut changed = Vec::new();
         for (id, peer) in &mut state.peers {
             let Some(node) = state.view.nodes.get_mut(id) else { continue };
@@ -443,7 +462,7 @@ impl Node {
                 verdict = PeerState::Suspect;
             }
             if peer.signs.gossip {
-                peer.last_alive_ms = state.environment.wall_ms();
+                peer.last_alive_ms = wall_ms;
             }
             if node.state != verdict {
                 changed.push((*id, node.record.name.clone(), node.state, verdict));
@@ -486,10 +505,8 @@ impl Node {
 
     /// Sends ICMP probes to hosts that have been silent for a while.
     pub(super) fn probe_silent(self: &Rc<Self>) {
-        let (contacts, ping_every) = {
-            let gossip = self.gossip();
-            (gossip.contacts(), millis(gossip.ping_every()))
-        };
+        let gossip = self.gossip();
+        let ping_every = millis(gossip.ping_every());
         let targets: Vec<_> = {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
@@ -497,9 +514,8 @@ impl Node {
             let mut due = Vec::new();
             for (id, peer) in &state.peers {
                 let Some(node) = state.view.nodes.get(id) else { continue };
-                let heard = contacts.get(id).is_some_and(|contact| {
-                    !liveness::is_late(millis(contact.last_heard.elapsed()), ping_every)
-                });
+                let is_heard = |heard: Instant| !liveness::is_late(millis(heard.elapsed()), ping_every);
+                let heard = gossip.last_heard(*id).is_some_and(is_heard);
                 let expired = !peer.signs.gossip
                     && now.saturating_sub(peer.signs.silent_since) > millis(self.config.keep);
                 let quiet = peer.signs.gossip && heard && node.record.presence == Presence::Running;

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use ovl_cluster::addresses as ipam;
 use ovl_control::{
-    ApiReport, DaemonState, Document, FdbRow, MirrorOffer, PeerInfo, PeerState, Problem, ReconcileStatus,
-    Reply, Request, RouteRow, Status, SubnetUse,
+    ApiReport, CaptureRequest, CapturedFrom, DaemonState, Document, Failure, FdbRow, Flows, MAX_NAMES,
+    MirrorOffer, PeerInfo, PeerState, Problem, ReconcileStatus, Reply, Request, RouteRow, Status, SubnetUse,
 };
 use ovl_dataplane::device::Device;
 use ovl_dataplane::state::{Dataplane, Hop};
@@ -16,7 +16,7 @@ use ovl_proto::id::{Mac, NetworkId, NodeId};
 use ovl_proto::object::{Driver, Subnet};
 use ovl_proto::table::Entry;
 use ovl_subsystems::encryption::tunnel::peers as sealed_to;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use super::peers::{UNREACHABLE, millis};
 use super::ready::READY_WITHIN;
@@ -51,6 +51,17 @@ impl Answers for Node {
 
     fn api_report(&self) -> watch::Receiver<ApiReport> {
         Node::api_report(self)
+    }
+
+    async fn capture(
+        self: &Rc<Self>,
+        request: CaptureRequest,
+    ) -> Result<mpsc::Receiver<CapturedFrom>, Failure> {
+        Node::capture(self, request).await.map_err(|failed| failed.0)
+    }
+
+    async fn follow_flows(self: &Rc<Self>) -> Result<mpsc::Receiver<Flows>, Failure> {
+        Node::follow_flows(self).await.map_err(|failed| failed.0)
     }
 }
 
@@ -149,6 +160,12 @@ impl Node {
                 Reply::PolicyExplain(self.policy_explain(&from, &to, port.map(|port| (protocol, port)))?)
             }
             Request::PolicyDrops => Reply::PolicyDrops(self.policy_drops().await?),
+            Request::CapturePlan { target } => Reply::CapturePlan(Box::new(self.capture_plan(target)?)),
+            Request::Flows { .. } => Reply::Flows(Box::new(self.flows().await?)),
+            Request::NamesOf { addresses } => {
+                let some = addresses.get(..addresses.len().min(MAX_NAMES)).unwrap_or_default();
+                Reply::Names(crate::capture::names(&self.state.borrow().view, some))
+            }
             Request::Trace(request) => Reply::Trace(Box::new(self.trace(request).await?)),
             Request::Dns(question) => Reply::Dns(Box::new(self.dns(question).await?)),
             Request::ResolvConf { endpoint, network } => {
@@ -164,11 +181,12 @@ impl Node {
                 self.delete(staged, keys, namespace.as_deref(), dry_run).await?
             }
             // The socket itself handles it.
-            Request::MirrorTurn(_) | Request::ApiReport => Reply::Done,
+            Request::MirrorTurn(_) | Request::ApiReport | Request::Capture(_) => Reply::Done,
             Request::Mirror(request) => self.mirror(staged, &request).await?,
             Request::NodePods(request) => self.node_pods(staged, &request),
             Request::Join(request) => self.join_nodes(&request)?,
             Request::Nodes(nodes) => self.take_nodes(nodes)?,
+            Request::OwnNode(own) => self.take_own_node(own)?,
             Request::Get(query) => Reply::Resources(self.resources(&query)?),
             Request::Backends(query) => Reply::Backends(self.service_backends(&query)),
         })

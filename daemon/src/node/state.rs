@@ -11,6 +11,7 @@ use ovl_cluster::liveness::Signs;
 use ovl_cluster::view::{Placed, View};
 use ovl_consensus::{Output, Replica as Allocator};
 use ovl_mesh::gossip::Hints;
+use ovl_proto::alloc::{AllocMap, Block};
 use ovl_proto::id::{EndpointId, NetworkId, NodeId};
 use ovl_proto::object::Mode;
 use ovl_proto::record::{NodeRecord, SignedRecord};
@@ -25,12 +26,14 @@ use tokio::time::Instant;
 use super::Failed;
 use crate::addresses::Addresses;
 use crate::asked::Asked;
+use crate::capture::Captures;
 use crate::clashes::Clashes;
 use crate::clocks::{LastWall, RefusedObjects};
 use crate::endpoints::{FullName, LocalEndpoints};
 use crate::engines::Engines;
 use crate::environment::Environment;
 use crate::exchange::Exchanges;
+use crate::flows::FlowFollowers;
 use crate::kubernetes::Kubernetes;
 use crate::multicast::Multicast;
 use crate::networks::Bridges;
@@ -130,6 +133,10 @@ pub(crate) struct State {
     pub multicast: Multicast,
     /// Parts of traces that are in flight.
     pub traces: Traces,
+    /// Captures that are in flight.
+    pub captures: Captures,
+    /// Clients that follow flows.
+    pub flows: FlowFollowers,
     /// Pending work of the reconcile loop, and the results so far.
     pub reconcile: Progress,
     /// Whether gossip has caught up. Nothing is removed from the kernel before that.
@@ -290,19 +297,50 @@ impl State {
                 networks.into_iter().for_each(|network| self.changed(Change::Rights(network)));
                 self.reconcile.mark_rights();
             }
-            Change::Rights(_) | Change::Network(_) | Change::Built(_) | Change::Tunnel => {
+            Change::Rights(_)
+            | Change::HostRights { .. }
+            | Change::Network(_)
+            | Change::Built(_)
+            | Change::Tunnel => {
                 self.reconcile.mark_rights();
             }
             Change::Attaching(_)
             | Change::Resources(_)
             | Change::Backends(_)
-            | Change::Announcers
             | Change::Groups(_)
             | Change::Uplink => {}
         }
         self.workloads.changed(&change, &self.view);
         let (cluster, subsystems) = self.parts();
         subsystems.into_iter().for_each(|subsystem| subsystem.changed(&change, &cluster));
+    }
+
+    /// Reports what a new allocation map changes.
+    pub(crate) fn map_changed(&mut self, before: &AllocMap) {
+        let (me, after) = (self.view.me, &self.view.alloc);
+        let is_member = |map: &AllocMap| map.members.contains(&me);
+        if before.origin() != after.origin() || is_member(before) != is_member(after) {
+            return self.changed(Change::ThisHost);
+        }
+        let members: Vec<NodeId> = before.members.symmetric_difference(&after.members).copied().collect();
+        let blocks = before.blocks.keys().chain(after.blocks.keys());
+        let blocks: BTreeSet<Block> =
+            blocks.filter(|block| before.blocks.get(block) != after.blocks.get(block)).copied().collect();
+        let mode = |block: &Block| self.view.networks.get(&block.network).map(|found| found.network.mode);
+        let (routed, switched): (BTreeSet<Block>, BTreeSet<Block>) =
+            blocks.into_iter().partition(|block| mode(block) == Some(Mode::L3));
+        // The endpoints whose addresses are in a block on which nothing else depends. Most blocks were free before.
+        let holders = switched.iter().flat_map(|Block { network, prefix }| {
+            let all = self.view.all_endpoints_on(*network);
+            all.filter(|placed| placed.endpoint.addresses.iter().any(|net| prefix.contains(&net.addr())))
+        });
+        let holders: Vec<(NodeId, Entry)> =
+            holders.map(|placed| (placed.node.record.id, Entry::Endpoint(placed.endpoint.clone()))).collect();
+        members.into_iter().for_each(|host| self.changed(Change::Host(host)));
+        let routed: BTreeSet<NetworkId> = routed.into_iter().map(|block| block.network).collect();
+        routed.into_iter().for_each(|network| self.changed(Change::Network(network)));
+        holders.iter().for_each(|(host, entry)| self.changed(Change::Entry { host: *host, entry }));
+        self.reconcile.mark_rights();
     }
 
     /// Reports that the right to an address may have changed: the endpoints with it may be valid now or no longer.
@@ -329,7 +367,7 @@ impl State {
                 Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) | Entry::Opaque(_) => None,
             }));
         }
-        networks.into_iter().for_each(|network| self.changed(Change::Rights(network)));
+        networks.into_iter().for_each(|network| self.changed(Change::HostRights { host, network }));
     }
 
     /// Finds an endpoint of any host by network, Kubernetes namespace and name.

@@ -164,27 +164,15 @@ impl Node {
             return Err(None);
         }
         let networks: Vec<NetworkId> = node.table.networks().collect();
-        let (mut before, mut after, mut rights) = (Vec::new(), Vec::new(), BTreeSet::new());
-        let whole = update.base.is_none();
-        if whole {
-            rights.extend(networks_of(&node.table));
-        } else {
-            before = entries_of(&node.table, &update.set, &update.unset);
-            after.clone_from(&update.set);
-        }
-        let announced = node.table.announced().next().is_some();
+        // Most whole tables say what is known: that of a host whose daemon was restarted, for example.
+        let (before, after) = match update.base {
+            None => differences(&node.table, &update.set),
+            Some(_) => (entries_of(&node.table, &update.set, &update.unset), update.set.clone()),
+        };
         node.table.apply(update).map_err(Some)?;
         tracing::debug!(%owner, revision = %node.table.revision(), "table");
         state.problems.set(Code::TableRefused, owner.to_string(), None);
         let moved = !node.table.networks().eq(networks);
-        if whole {
-            rights.extend(networks_of(&node.table));
-            let announced = announced || node.table.announced().next().is_some();
-            rights.into_iter().for_each(|network| state.changed(Change::Rights(network)));
-            if announced {
-                state.changed(Change::Announcers);
-            }
-        }
         tell_entries(state, owner, &before, &after);
         super::newer::note_newer(state);
         state.uncached.insert(owner);
@@ -386,6 +374,14 @@ fn entries_of(table: &Table, set: &[Entry], unset: &[Key]) -> Vec<Entry> {
     keys.filter_map(|key| table.get(&key).cloned()).collect()
 }
 
+/// Returns the entries of a table that differ from those of the whole table that replaces it, and their new values.
+fn differences(table: &Table, whole: &[Entry]) -> (Vec<Entry>, Vec<Entry>) {
+    let new: BTreeMap<Key, &Entry> = whole.iter().map(|entry| (entry.key(), entry)).collect();
+    let before = table.entries().filter(|entry| new.get(&entry.key()) != Some(entry)).cloned().collect();
+    let after = new.into_iter().filter(|(key, entry)| table.get(key) != Some(entry));
+    (before, after.map(|(_, entry)| entry.clone()).collect())
+}
+
 /// Tells what has changed in a host's table, from its entries before and after.
 fn tell_entries(state: &mut State, host: NodeId, before: &[Entry], after: &[Entry]) {
     fn endpoint(entry: &Entry) -> Option<(EndpointId, &Endpoint)> {
@@ -413,20 +409,6 @@ fn tell_entries(state: &mut State, host: NodeId, before: &[Entry], after: &[Entr
     }
     let networks: BTreeSet<NetworkId> = joined.into_values().collect();
     networks.into_iter().for_each(|network| state.changed(Change::Groups(network)));
-}
-
-fn networks_of(table: &Table) -> Vec<NetworkId> {
-    let mut networks: Vec<_> = table
-        .entries()
-        .filter_map(|entry| match entry {
-            Entry::Endpoint(endpoint) => Some(endpoint.network),
-            Entry::Lease { network, .. } => Some(*network),
-            Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) | Entry::Opaque(_) => None,
-        })
-        .collect();
-    networks.sort_unstable();
-    networks.dedup();
-    networks
 }
 
 /// Ends the leases of a borrower that its changed table no longer uses. Returns their addresses.

@@ -358,7 +358,7 @@ impl Node {
             desired,
             actual,
             own: own.map(|(_, address)| address).collect(),
-            services: self.config.ranges.services.clone(),
+            services: self.config.ranges.of_services(&state.view),
             broken: broken.collect(),
         })
     }

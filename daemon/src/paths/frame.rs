@@ -202,7 +202,7 @@ impl Frame {
         // Not all alike, so that damage of any byte changes the tag's input.
         let padding = (0u8..=u8::MAX).cycle().take((start + length - TAG).saturating_sub(frame.len()));
         frame.extend(padding);
-        let tag = hmac::sign(&key_of(key), frame.get(start..).unwrap_or_default());
+        let tag = hmac::sign(key.probes(), frame.get(start..).unwrap_or_default());
         frame.extend(tag.as_ref().iter().take(TAG));
     }
 
@@ -252,7 +252,7 @@ impl Frame {
         let sealed = probe.get(..length).filter(|_| length >= LENGTH).ok_or(FrameError::Malformed)?;
         let (body, tag) = sealed.split_last_chunk::<TAG>().ok_or(FrameError::Malformed)?;
         let is_genuine = |key: &ClusterKey| {
-            let whole = hmac::sign(&key_of(key), body);
+            let whole = hmac::sign(key.probes(), body);
             // Without a comparison that leaks where the tags differ.
             let differs = whole.as_ref().iter().zip(tag).fold(0, |differs, (a, b)| differs | (a ^ b));
             differs == 0
@@ -262,10 +262,6 @@ impl Frame {
         }
         Ok(Self { from, to, size, run, number, heard_run, heard_trial, small, large, arrived })
     }
-}
-
-fn key_of(key: &ClusterKey) -> hmac::Key {
-    hmac::Key::new(hmac::HMAC_SHA256, &*key.derive(b"", b"ovl path probe v1"))
 }
 
 struct Reader<'a>(&'a [u8]);

@@ -385,12 +385,9 @@ impl Judge<'_> {
         // Another program's rule is what the operator does not expect.
         all.sort_by_key(|(_, drop)| drop.table.starts_with("ovl"));
         let (host, drop) = all.first()?;
-        let FilterDrop { family, table, chain, rule, .. } = drop;
+        let FilterDrop { family, table, chain, .. } = drop;
         let what = if answers { "its answer is" } else { "it is" };
-        let by = match rule {
-            Some(rule) => format!("the rule `{rule}` of chain {family} {table} {chain}"),
-            None => format!("the policy of chain {family} {table} {chain}"),
-        };
+        let by = drop.by();
         let is_foreign = !table.starts_with("ovl");
         let advice = match is_foreign {
             true => format!(

@@ -212,7 +212,7 @@ pub(super) fn translation(
         return none;
     };
     let at = (flow.to, protocol_number(protocol), number);
-    match translate(&here.desired.elements, client, at, is_own) {
+    match translate(&here.desired.elements, client, flow.source, at, is_own) {
         Some(Translated::To(all)) => {
             let shown: Vec<String> = all
                 .iter()
@@ -243,6 +243,15 @@ pub(super) fn translation(
                 format!("{what} port {number} has no backend on this host, and the traffic policy Local"),
                 command,
                 "use a host with a backend, or the traffic policy Cluster",
+            );
+            (Some(step), Some(Vec::new()))
+        }
+        Some(Translated::NotLetIn) => {
+            let step = Step::stops(
+                Stage::Service,
+                format!("{what} port {number} does not let this source in: spec.loadBalancerSourceRanges"),
+                command,
+                "add the source to spec.loadBalancerSourceRanges of the Service",
             );
             (Some(step), Some(Vec::new()))
         }

@@ -38,11 +38,11 @@ impl Subsystem for Encryption {
             Change::Entry { entry: Entry::PathMtu { .. }, .. } => true,
             Change::Entry { .. }
             | Change::Rights(_)
+            | Change::HostRights { .. }
             | Change::Built(_)
             | Change::Attaching(_)
             | Change::Resources(_)
             | Change::Backends(_)
-            | Change::Announcers
             | Change::Groups(_)
             | Change::Uplink => false,
         };

@@ -168,7 +168,7 @@ impl Subsystem for Guard {
                 self.touch(endpoint);
             }
             Change::Attaching(endpoint) => self.touch(endpoint),
-            Change::Rights(network) => {
+            Change::Rights(network) | Change::HostRights { network, .. } => {
                 self.networks.insert(network);
             }
             Change::Network(network) | Change::Built(network) => {
@@ -181,7 +181,6 @@ impl Subsystem for Guard {
             | Change::Tunnel
             | Change::Resources(_)
             | Change::Backends(_)
-            | Change::Announcers
             | Change::Groups(_)
             | Change::Uplink => {}
         }

@@ -285,6 +285,15 @@ impl Subsystem for Names {
             Change::Rights(network) | Change::Network(network) => {
                 self.marked.networks.insert(network);
             }
+            Change::HostRights { host, network } => {
+                let node = cluster.view.nodes.get(&host);
+                for endpoint in node.into_iter().flat_map(|node| node.table.endpoints_on(network)) {
+                    self.mark(endpoint);
+                    if endpoint.pod.is_some() {
+                        self.mark_pod(cluster.view, &endpoint.pod_name());
+                    }
+                }
+            }
             Change::Backends(settled) => self.marked.settled(settled),
             Change::Entry { .. }
             | Change::Built(_)
@@ -293,7 +302,6 @@ impl Subsystem for Names {
             | Change::ThisHost
             | Change::Tunnel
             | Change::Attaching(_)
-            | Change::Announcers
             | Change::Groups(_)
             | Change::Uplink => {}
         }

@@ -227,7 +227,10 @@ impl Subsystem for Networks {
                 self.touched.entry(endpoint.network).or_default().note_attach(endpoint.id);
             }
             Change::Groups(network) => self.touched.entry(network).or_default().note_groups(),
-            Change::Rights(network) | Change::Network(network) | Change::Built(network) => self.mark(network),
+            Change::Rights(network)
+            | Change::HostRights { network, .. }
+            | Change::Network(network)
+            | Change::Built(network) => self.mark(network),
             Change::Tunnel => {
                 let networks = cluster.view.networks.values().map(|found| &found.network);
                 self.changed.extend(networks.filter(|network| network.encrypted).map(|network| network.id));
@@ -244,11 +247,7 @@ impl Subsystem for Networks {
                     self.changed.extend(cluster.view.switched().map(|network| network.id));
                 }
             }
-            Change::Entry { .. }
-            | Change::Host(_)
-            | Change::Backends(_)
-            | Change::Announcers
-            | Change::Uplink => {}
+            Change::Entry { .. } | Change::Host(_) | Change::Backends(_) | Change::Uplink => {}
         }
     }
 

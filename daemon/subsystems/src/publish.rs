@@ -139,12 +139,12 @@ impl Subsystem for PublishedPorts {
             Change::ThisHost => self.all_changed = true,
             Change::Entry { .. }
             | Change::Rights(_)
+            | Change::HostRights { .. }
             | Change::Built(_)
             | Change::Host(_)
             | Change::Tunnel
             | Change::Resources(_)
             | Change::Backends(_)
-            | Change::Announcers
             | Change::Groups(_)
             | Change::Uplink => {}
         }

@@ -47,20 +47,28 @@ pub enum Change<'a> {
         /// The entry.
         entry: &'a Entry,
     },
-    /// The set of endpoints of this network with a valid address may have changed: blocks, liveness, or whole tables.
+    /// The set of endpoints of this network with a valid address may have changed.
     Rights(NetworkId),
+    /// The endpoints of one host on a network may all have become valid, or no longer be valid: its liveness or its
+    /// membership changed.
+    HostRights {
+        /// The host.
+        host: NodeId,
+        /// The network.
+        network: NetworkId,
+    },
     /// A network was added, changed or removed.
     Network(NetworkId),
     /// The local host may have to create or delete the devices of this network.
     Built(NetworkId),
-    /// The record or the liveness of a remote host changed. [`Change::Rights`] of its networks are reported first.
+    /// The record or the liveness of a remote host changed. [`Change::HostRights`] of its networks are reported first.
     Host(NodeId),
     /// Endpoints on this network have joined or left multicast groups, and are the same otherwise.
     Groups(NetworkId),
     /// Keys, sessions or routes of the tunnel changed.
     Tunnel,
-    /// A property of the local host that each network may depend on changed: its address, its MTU, its segment or the
-    /// allocation map. [`Change::Rights`] of all networks are reported first.
+    /// A property of the local host that each network may depend on changed: its address, its MTU, its segment, or
+    /// whether it is a member. [`Change::Rights`] of all networks are reported first.
     ThisHost,
     /// An attach of this endpoint of the local host began or ended.
     Attaching(&'a Endpoint),
@@ -68,8 +76,6 @@ pub enum Change<'a> {
     Resources(&'a [ResourceKey]),
     /// Backends of Services or the set of selectable endpoints changed.
     Backends(&'a Settled),
-    /// The hosts that announce LoadBalancer addresses changed.
-    Announcers,
     /// The device on which the local host announces addresses changed, or whether it may announce any.
     Uplink,
 }

@@ -63,16 +63,17 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
 }
 
 /// The resource usage of a daemon so far.
-struct Use {
-    rss_mib: f64,
+pub(crate) struct Use {
+    pub(crate) rss_mib: f64,
     pss_mib: f64,
-    cpu_s: f64,
+    pub(crate) cpu_s: f64,
     switches: f64,
     threads: usize,
+    pub(crate) descriptors: usize,
 }
 
 impl Use {
-    fn of(host: &Host) -> Result<Self> {
+    pub(crate) fn of(host: &Host) -> Result<Self> {
         let pid = host.pid().with_context(|| format!("ovld is not running on {}", host.name()))?;
         let mut switches = 0.0;
         let mut threads = 0;
@@ -86,6 +87,7 @@ impl Use {
             cpu_s: host.cpu_time()?.as_secs_f64(),
             switches,
             threads,
+            descriptors: fs::read_dir(format!("/proc/{pid}/fd"))?.count(),
         })
     }
 }

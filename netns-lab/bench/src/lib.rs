@@ -10,13 +10,16 @@ mod checks;
 mod client;
 mod cluster;
 mod cni;
+mod commits;
 mod connect;
 mod dead;
 mod dns;
 mod docker;
 mod flow;
+mod grow;
 mod idle;
 mod kill;
+mod kube;
 mod loss;
 mod neigh;
 mod netlink;
@@ -38,7 +41,7 @@ mod turns;
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
@@ -72,6 +75,10 @@ pub enum Suite {
     Policy,
     /// Service figures: compared with the layouts of kube-proxy
     Services,
+    /// Figures of many hosts: 60 and 100 daemons on this machine
+    Grow,
+    /// Figures with a Kubernetes API server of the tests
+    Kube,
 }
 
 impl Suite {
@@ -86,6 +93,8 @@ impl Suite {
             Suite::Dns => "dns",
             Suite::Policy => "policy",
             Suite::Services => "services",
+            Suite::Grow => "grow",
+            Suite::Kube => "kube",
         }
     }
 }
@@ -160,6 +169,18 @@ pub enum Name {
     Removed,
     /// services: time until another host answers for a lost host's address
     Failover,
+    /// grow: 60 hosts that start at once, and what their daemons use when idle
+    Forming,
+    /// grow: 100 hosts that start at once
+    Hundred,
+    /// grow: bytes on all links for Services and for a network
+    Bytes,
+    /// kube: time from a changed label until policies follow on 8 hosts
+    Label,
+    /// kube: time from an endpoint that becomes ready until 8 hosts send to it
+    Ready,
+    /// kube: memory and start with 5,000 Services and 50,000 endpoints
+    Size,
 }
 
 impl Name {
@@ -198,6 +219,12 @@ impl Name {
             Name::Many => "many",
             Name::Removed => "removed",
             Name::Failover => "failover",
+            Name::Forming => "forming",
+            Name::Hundred => "hundred",
+            Name::Bytes => "bytes",
+            Name::Label => "label",
+            Name::Ready => "ready",
+            Name::Size => "size",
         }
     }
 
@@ -223,6 +250,8 @@ impl Name {
             Name::Answers | Name::Resolved | Name::Search => Suite::Dns,
             Name::Policies => Suite::Policy,
             Name::Many | Name::Removed | Name::Failover => Suite::Services,
+            Name::Forming | Name::Hundred | Name::Bytes => Suite::Grow,
+            Name::Label | Name::Ready | Name::Size => Suite::Kube,
         }
     }
 
@@ -261,6 +290,12 @@ impl Name {
             Name::Many => services::many::measure(bench),
             Name::Removed => services::removed::measure(bench),
             Name::Failover => services::failover::measure(bench),
+            Name::Forming => grow::measure_forming(bench),
+            Name::Hundred => grow::measure_hundred(bench),
+            Name::Bytes => grow::measure_bytes(bench),
+            Name::Label => kube::follow::measure_label(bench),
+            Name::Ready => kube::follow::measure_ready(bench),
+            Name::Size => kube::size::measure(bench),
         }
     }
 }
@@ -300,15 +335,27 @@ impl Bench {
 
     /// Like [`lab`](Self::lab), with TOML for the daemons' configuration.
     fn lab_with(&self, hosts: usize, toml: &str) -> Result<Lab> {
-        let mut config = LabConfig::hosts(hosts).config(toml);
-        config.ovld = Some(self.ovld.clone());
-        config.ovlctl = Some(self.ovlctl.clone());
-        Lab::new(config)
+        Lab::new(self.lab_config(hosts).config(toml))
+    }
+
+    /// Like [`lab`](Self::lab), with more time until all hosts are there.
+    fn patient_lab(&self, hosts: usize, ready_timeout: Duration) -> Result<Lab> {
+        Lab::new(LabConfig { ready_timeout, ..self.lab_config(hosts) })
+    }
+
+    fn lab_config(&self, hosts: usize) -> LabConfig {
+        let (ovld, ovlctl) = (Some(self.ovld.clone()), Some(self.ovlctl.clone()));
+        LabConfig { ovld, ovlctl, ..LabConfig::hosts(hosts) }
     }
 
     /// Returns the path of the Docker plugin.
     fn ovl_docker(&self) -> Result<PathBuf> {
         binary(self.binaries.as_deref(), "ovl-docker")
+    }
+
+    /// Returns the path of the program that follows an API server.
+    fn ovl_kube(&self) -> Result<PathBuf> {
+        binary(self.binaries.as_deref(), "ovl-kube")
     }
 
     /// Returns the path of the CNI plugin.

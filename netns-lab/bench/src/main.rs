@@ -33,7 +33,7 @@ struct Args {
     /// How long gossip loses datagrams, in seconds [default: 300]
     #[arg(long, value_name = "N")]
     loss_seconds: Option<u64>,
-    /// Where ovld, ovlctl, ovl-cni and ovl-docker are, such as target/release
+    /// Where ovld, ovlctl, ovl-cni, ovl-docker and ovl-kube are, such as target/release
     #[arg(long, value_name = "DIR")]
     release_dir: Option<PathBuf>,
     /// Everything once and briefly, to see that it works
@@ -80,7 +80,9 @@ fn bench(args: Args) -> Result<ExitCode> {
             | Suite::Docker
             | Suite::Dns
             | Suite::Policy
-            | Suite::Services,
+            | Suite::Services
+            | Suite::Grow
+            | Suite::Kube,
             _,
         ) => {
             ensure!(args.peers.is_empty() && !args.install, "only `bench tunnel` has --peers and --install");

@@ -63,6 +63,11 @@ pub struct Plan {
     pub(crate) services: usize,
     pub(crate) service_loads: usize,
     pub(crate) service_changes: usize,
+    /// `bench grow`: number of hosts, and of Services applied.
+    pub(crate) grow_hosts: usize,
+    pub(crate) grow_services: usize,
+    /// `bench kube`: number of Services, each with ten endpoints.
+    pub(crate) kube_services: usize,
 }
 
 impl Plan {
@@ -108,6 +113,9 @@ impl Plan {
             services: 10_000,
             service_loads: 3,
             service_changes: 200,
+            grow_hosts: 60,
+            grow_services: 2000,
+            kube_services: 5000,
         }
     }
 
@@ -152,6 +160,9 @@ impl Plan {
             services: 500,
             service_loads: 1,
             service_changes: 10,
+            grow_hosts: 6,
+            grow_services: 50,
+            kube_services: 100,
         }
     }
 
@@ -195,6 +206,9 @@ impl Plan {
             "services": self.services,
             "service_loads": self.service_loads,
             "service_changes": self.service_changes,
+            "grow_hosts": self.grow_hosts,
+            "grow_services": self.grow_services,
+            "kube_services": self.kube_services,
         })
     }
 }

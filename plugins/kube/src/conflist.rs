@@ -32,6 +32,8 @@ pub(crate) struct Keeper {
     pub network: String,
     /// The subnets with which the network is created if there is none. Empty: it is not.
     pub subnets: Vec<IpNet>,
+    /// More networks that pods may choose.
+    pub more: Vec<String>,
     /// The control socket of ovld.
     pub socket: PathBuf,
 }
@@ -96,8 +98,14 @@ impl Keeper {
         }
         let socket = &self.socket;
         let name = self.path.file_stem().unwrap_or_default().to_string_lossy();
-        let conflist =
-            Conflist { name: &name, network: &self.network, socket, versions: &CNI_VERSIONS, portmap: false };
+        let conflist = Conflist {
+            name: &name,
+            network: &self.network,
+            socket,
+            versions: &CNI_VERSIONS,
+            portmap: false,
+            more: &self.more,
+        };
         let text = format!("{:#}\n", conflist.to_json());
         if fs::read_to_string(&self.path).is_ok_and(|found| found == text) {
             return Ok(());

@@ -4,7 +4,7 @@ use std::fmt::{Display, Formatter};
 
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use k8s_openapi::api::networking::v1::NetworkPolicy;
+use k8s_openapi::api::networking::v1::{NetworkPolicy, ServiceCIDR};
 use kube::Resource as _;
 use ovl_proto::resource::{Kind, Name};
 use serde_json::{Map, Value, json};
@@ -12,8 +12,8 @@ use serde_json::{Map, Value, json};
 use crate::status::Status;
 
 /// The kinds of the cluster's objects that one host mirrors for all. Pods are followed by the host of their node.
-pub(crate) const MIRRORED: [Kind; 4] =
-    [Kind::Namespace, Kind::NetworkPolicy, Kind::Service, Kind::EndpointSlice];
+pub(crate) const MIRRORED: [Kind; 5] =
+    [Kind::Namespace, Kind::NetworkPolicy, Kind::ServiceCidr, Kind::Service, Kind::EndpointSlice];
 
 /// Returns the path of a kind's objects in all namespaces.
 pub(crate) fn path(kind: Kind) -> String {
@@ -23,6 +23,7 @@ pub(crate) fn path(kind: Kind) -> String {
         Kind::Service => Service::url_path(&(), None),
         Kind::EndpointSlice => EndpointSlice::url_path(&(), None),
         Kind::NetworkPolicy => NetworkPolicy::url_path(&(), None),
+        Kind::ServiceCidr => ServiceCIDR::url_path(&(), None),
     }
 }
 
@@ -31,6 +32,11 @@ pub(crate) trait Followed: Copy + Display {
     /// Returns the path of its objects in all namespaces.
     fn path(self) -> String;
 
+    /// Whether an API server may not have the kind.
+    fn is_optional(self) -> bool {
+        false
+    }
+
     /// Reads an object that the API server sent.
     fn read(self, value: Value) -> Result<Object, Unusable>;
 }
@@ -38,6 +44,11 @@ pub(crate) trait Followed: Copy + Display {
 impl Followed for Kind {
     fn path(self) -> String {
         path(self)
+    }
+
+    fn is_optional(self) -> bool {
+        // Kubernetes has it since 1.33.
+        self == Kind::ServiceCidr
     }
 
     fn read(self, value: Value) -> Result<Object, Unusable> {

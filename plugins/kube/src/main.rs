@@ -86,6 +86,9 @@ struct Args {
     /// Create that network, routed and with this subnet, if there is none; may be repeated
     #[arg(long = "subnet", value_name = "CIDR", requires = "conflist")]
     subnets: Vec<IpNet>,
+    /// A network that pods may choose beside it, by the annotation `ovl.networks`; may be repeated
+    #[arg(long = "more-network", value_name = "NET", requires = "conflist")]
+    more: Vec<String>,
     /// How much to log
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     log: tracing::Level,
@@ -135,11 +138,11 @@ async fn run(args: Args) -> Result<()> {
     let joins = members::join(client.clone(), node.clone(), args.socket.clone(), heard.clone());
     let keeper = args.conflist.map(|path| {
         let (network, subnets, socket) = (args.network, args.subnets, args.socket.clone());
-        Keeper { path, network, subnets, socket }
+        Keeper { path, network, subnets, more: args.more, socket }
     });
     let conflist = OptionFuture::from(keeper.map(|keeper| keeper.run(heard.clone())));
+    let condition = node::keep(client.clone(), node.clone(), args.socket.clone(), heard);
     let reports = reports::listen(args.socket, hear);
-    let condition = node::keep(client.clone(), node.clone(), heard);
     let writer = Writer::new(client.clone(), node.clone(), write_trouble).run(says);
     let turns = Turns::new(client, surroundings, own, writes).run();
     tracing::info!(node, "follows the API server");

@@ -1,5 +1,6 @@
-//! Keeps the condition NetworkUnavailable of this host's Node.
+//! Looks at this host's Node: keeps its condition NetworkUnavailable, and tells ovld its zone.
 
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Node;
@@ -8,20 +9,30 @@ use k8s_openapi::jiff::Timestamp;
 use kube::api::{GetParams, Patch, PatchParams};
 use kube::core::Request;
 use kube::{Client, Resource as _};
+use ovl_control::OwnNode;
+use serde_json::Value;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
 use crate::condition::{Condition, Health, due, reconsider_in};
+use crate::ovld::Connection;
 use crate::reports::Heard;
 use crate::writer::{WriteError, send};
 
 /// How often the Node is looked at: another program may have changed it, or it was made anew.
 const LOOK: Duration = Duration::from_secs(60);
+/// The label that names the zone of a Node.
+const ZONE: &str = "topology.kubernetes.io/zone";
 /// The wait after a failure: at first there may be no such Node.
 const AGAIN: Duration = Duration::from_secs(5);
 
-/// Keeps the condition of a Node for ever.
-pub(crate) async fn keep(client: Client, node: String, mut heard: watch::Receiver<Option<Heard>>) {
+/// Keeps the condition of a Node for ever, and tells ovld what the Node says.
+pub(crate) async fn keep(
+    client: Client,
+    node: String,
+    socket: PathBuf,
+    mut heard: watch::Receiver<Option<Heard>>,
+) {
     let mut failed = false;
     loop {
         let Some(Heard { report, since }) = heard.borrow_and_update().clone() else {
@@ -34,7 +45,7 @@ pub(crate) async fn keep(client: Client, node: String, mut heard: watch::Receive
             None => Health::Silent,
             Some(report) => report.unready.map_or(Health::Ready, Health::Unready),
         };
-        let wait = match look(&client, &node, &health, since.elapsed()).await {
+        let wait = match look(&client, &node, &socket, &health, since.elapsed()).await {
             Ok(()) => {
                 failed = false;
                 reconsider_in(&health, since.elapsed()).unwrap_or(LOOK)
@@ -56,11 +67,25 @@ pub(crate) async fn keep(client: Client, node: String, mut heard: watch::Receive
 }
 
 /// Looks at the Node, and writes its condition if it is to be another one.
-async fn look(client: &Client, node: &str, health: &Health, lasted: Duration) -> Result<(), WriteError> {
+async fn look(
+    client: &Client,
+    node: &str,
+    socket: &Path,
+    health: &Health,
+    lasted: Duration,
+) -> Result<(), WriteError> {
     let path = Node::url_path(&(), None);
     // As a cache of the server has it.
     let params = GetParams { resource_version: Some("0".to_owned()) };
     let found = send(client, Request::new(path.clone()).get(node, &params)).await?;
+    if !matches!(health, Health::Silent) {
+        let zone = found.pointer("/metadata/labels").and_then(|labels| labels.get(ZONE));
+        let zone = zone.and_then(Value::as_str).unwrap_or_default().to_owned();
+        let told = async { Connection::open(socket).await?.own_node(OwnNode { zone }).await };
+        if let Err(error) = told.await {
+            tracing::debug!(%error, "cannot tell ovld the zone of the Node");
+        }
+    }
     let now = serde_json::to_value(Time(Timestamp::now()))?;
     let now = now.as_str().unwrap_or_default();
     let Some(condition) = due(Condition::of(&found).as_ref(), health, lasted, now) else { return Ok(()) };

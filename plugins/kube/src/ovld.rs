@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use ovl_control::{
     ApiReport, DeletedObject, DeletedPod, Document, Join, ListedKind, MAX_REQUEST, Mirror, MirrorOffer,
-    Mirrored, NetworkCreate, NetworkInfo, NodePods, Nodes, NotMirrored, Reply, Request,
+    Mirrored, NetworkCreate, NetworkInfo, NodePods, Nodes, NotMirrored, OwnNode, Reply, Request,
 };
 use ovl_proto::resource::{Kind, Name, ResourceKey};
 use serde_json::Value;
@@ -87,6 +87,11 @@ impl Connection {
     /// Says which Nodes there are.
     pub(crate) async fn nodes(&mut self, names: BTreeSet<String>) -> Result<(), Failure> {
         self.done(&Request::Nodes(Nodes { names })).await
+    }
+
+    /// Says what the API server has of this host's Node.
+    pub(crate) async fn own_node(&mut self, own: OwnNode) -> Result<(), Failure> {
+        self.done(&Request::OwnNode(own)).await
     }
 
     /// Returns all networks.

@@ -24,6 +24,9 @@ const WATCH_SECONDS: u32 = 290;
 /// How long a watch may be silent. The server sends a bookmark every minute; otherwise the way to it is broken.
 const SILENT: Duration = Duration::from_secs(90);
 
+/// How often an API server is asked that does not have the kind.
+const ABSENT: Duration = Duration::from_secs(60);
+
 /// What a watcher tells.
 #[derive(Debug)]
 pub(crate) enum Item<K> {
@@ -100,7 +103,14 @@ pub(crate) async fn follow<K: Followed>(
             match step(&client, kind, selector.as_deref(), &mut position, &tell, &mut troubled).await {
                 Ok(end) => (end, None),
                 Err(Failure::Stopping) => return,
-                Err(failure) if is_gone(&failure) => (End::Gone, None),
+                Err(failure) if is_answered(&failure, GONE) => (End::Gone, None),
+                Err(failure) if kind.is_optional() && is_answered(&failure, NOT_FOUND) => {
+                    if settled(kind, &tell, &mut troubled).await.is_err() {
+                        return;
+                    }
+                    sleep(ABSENT).await;
+                    continue;
+                }
                 Err(failure) => (End::Failed, Some(sentence(&failure))),
             };
         if let Some(trouble) = trouble {
@@ -210,8 +220,12 @@ async fn list<K: Followed>(
 /// 410 Gone.
 const GONE: u16 = 410;
 
-fn is_gone(failure: &Failure) -> bool {
-    matches!(failure, Failure::Kube(error) if matches!(&**error, kube::Error::Api(status) if status.code == GONE))
+/// 404 Not Found.
+const NOT_FOUND: u16 = 404;
+
+/// Whether the API server has answered with a code.
+fn is_answered(failure: &Failure, code: u16) -> bool {
+    matches!(failure, Failure::Kube(error) if matches!(&**error, kube::Error::Api(status) if status.code == code))
 }
 
 fn request_error(error: kube::core::request::Error) -> Failure {

@@ -5,7 +5,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::reply::{Failure, Reply};
+use crate::info::Failure;
+use crate::reply::Reply;
 use crate::request::Request;
 
 /// Why a request failed.

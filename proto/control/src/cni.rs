@@ -32,6 +32,8 @@ pub struct Conflist<'a> {
     pub versions: &'a [&'a str],
     /// Whether the reference plugin portmap publishes ports, later in the chain, and not `ovl-cni`.
     pub portmap: bool,
+    /// More networks that pods may choose by the annotation `ovl.networks`.
+    pub more: &'a [String],
 }
 
 impl Conflist<'_> {
@@ -52,6 +54,9 @@ impl Conflist<'_> {
         });
         if self.socket != Path::new(DEFAULT_SOCKET) {
             plugin["socket"] = self.socket.to_string_lossy().into();
+        }
+        if !self.more.is_empty() {
+            plugin["moreNetworks"] = self.more.into();
         }
         let mut plugins = vec![plugin];
         if self.portmap {

@@ -127,6 +127,15 @@ pub struct Nodes {
     pub names: BTreeSet<String>,
 }
 
+/// What an API server has of the Node of this host.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OwnNode {
+    /// The zone that it is in. Empty: none is named.
+    #[serde(default)]
+    pub zone: String,
+}
+
 /// What ovld has to say to the API server.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ApiReport {

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::reply::{DaemonState, EndpointInfo, NetworkInfo, PeerInfo, PeerPath, Problem};
+use crate::info::{DaemonState, EndpointInfo, NetworkInfo, PeerInfo, PeerPath, Problem};
 use crate::resources::ServiceBackends;
 use ovl_proto::id::NodeId;
 use ovl_proto::record::PeerState;

@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::kubernetes::{Join, Mirror, MirrorOffer, NodePods, Nodes};
+use crate::capture::{CaptureRequest, CaptureTarget};
+use crate::kubernetes::{Join, Mirror, MirrorOffer, NodePods, Nodes, OwnNode};
 use crate::resources::{Apply, Document, ResourceQuery};
 use crate::trace::TraceRequest;
 use ovl_proto::bandwidth::Bandwidth;
@@ -184,6 +185,26 @@ pub enum Request {
     PolicyDrops,
     /// Follows a packet from one end to the other: [`crate::Reply::Trace`].
     Trace(TraceRequest),
+    /// Says which packets a capture means: [`crate::Reply::CapturePlan`].
+    CapturePlan {
+        /// Whose packets.
+        target: CaptureTarget,
+    },
+    /// Captures packets until the client closes the connection: [`crate::Reply::Captured`], whenever there is something and
+    /// at least every few tenths of a second from each host, until each has ended.
+    Capture(CaptureRequest),
+    /// Says who talks to whom on this host: [`crate::Reply::Flows`].
+    Flows {
+        /// Whether to go on each second, until the client closes the connection, with what was seen in it. Otherwise:
+        /// connections that are tracked now, and those that were refused recently.
+        #[serde(default)]
+        follow: bool,
+    },
+    /// Says what has addresses: [`crate::Reply::Names`].
+    NamesOf {
+        /// The addresses: at most [`crate::MAX_NAMES`].
+        addresses: Vec<IpAddr>,
+    },
     /// Resolves a DNS query and explains the answer: [`crate::Reply::Dns`].
     Dns(DnsQuestion),
     /// Returns the content of an endpoint's resolv.conf(5): [`crate::Reply::Text`].
@@ -243,6 +264,8 @@ pub enum Request {
     /// Says which Nodes an API server has, on the host whose turn it is to mirror: [`crate::Reply::Done`]. Members that are
     /// lost and whose Node was deleted are forgotten.
     Nodes(Nodes),
+    /// Says what an API server has of the Node of this host: [`crate::Reply::Done`].
+    OwnNode(OwnNode),
     /// Lists objects by namespace and name: [`crate::Reply::Resources`].
     Get(ResourceQuery),
     /// Lists Services with their backends, by namespace and name: [`crate::Reply::Backends`]. The kind of the query

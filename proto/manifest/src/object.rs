@@ -231,13 +231,8 @@ pub fn read(manifest: Value, namespace: Option<&str>, validation: Validation) ->
     problems.append(&mut unsupported.errors);
     resource.meta_mut().namespace = key.name.namespace;
     complete(&mut resource, terminating, &mut unsupported.warnings);
-    if let Resource::Service(service) = &resource {
-        let ranges = service.metadata.annotations.get(fields::SOURCE_RANGES_ANNOTATION);
-        problems.want(
-            ranges.is_none_or(String::is_empty),
-            format!("metadata.annotations.{}", fields::SOURCE_RANGES_ANNOTATION),
-            fields::SOURCE_RANGES,
-        );
+    if let Resource::Service(service) = &mut resource {
+        service::take_source_ranges(service, &mut problems);
     }
     check_into(&resource, &mut problems);
     let Unsupported { warnings, ignored, .. } = unsupported;
@@ -325,6 +320,7 @@ fn as_written(resource: &Resource) -> Result<Value, serde_json::Error> {
         Resource::Service(it) => serde_json::to_value(it),
         Resource::EndpointSlice(it) => serde_json::to_value(it),
         Resource::NetworkPolicy(it) => serde_json::to_value(it),
+        Resource::ServiceCidr(it) => serde_json::to_value(it),
     }
 }
 
@@ -395,6 +391,7 @@ fn complete(resource: &mut Resource, terminating: bool, warnings: &mut Vec<Probl
         Resource::Namespace(_) | Resource::EndpointSlice(_) => {}
         Resource::Pod(pod) => workload::complete(pod, terminating),
         Resource::Service(it) => service::complete(it, warnings),
+        Resource::ServiceCidr(it) => it.spec.cidrs.iter_mut().for_each(|range| *range = range.trunc()),
         Resource::NetworkPolicy(it) => {
             let spec = &mut it.spec;
             if spec.policy_types.is_empty() {
@@ -421,6 +418,7 @@ fn check_into(resource: &Resource, problems: &mut Problems) {
         Resource::Service(it) => service::check(it, problems),
         Resource::EndpointSlice(it) => workload::check_slice(it, problems),
         Resource::NetworkPolicy(it) => policy::check(it, problems),
+        Resource::ServiceCidr(it) => service::check_cidr(it, problems),
     }
 }
 
@@ -430,7 +428,7 @@ fn check_meta(kind: Kind, meta: &Meta, problems: &mut Problems) {
         Kind::Service | Kind::Namespace => {
             problems.want(is_label(&meta.name), "metadata.name", names::LABEL);
         }
-        Kind::Pod | Kind::EndpointSlice | Kind::NetworkPolicy => {
+        Kind::Pod | Kind::EndpointSlice | Kind::NetworkPolicy | Kind::ServiceCidr => {
             problems.want(is_subdomain(&meta.name), "metadata.name", names::SUBDOMAIN);
         }
     }

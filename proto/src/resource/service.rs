@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::{IntOrString, Labels, Meta, Protocol};
@@ -86,6 +87,8 @@ pub struct ServiceSpec {
     pub traffic_distribution: Option<TrafficDistribution>,
     /// Which program gives a LoadBalancer its addresses: see [`Self::is_of_other_class`].
     pub load_balancer_class: Option<String>,
+    /// The only sources that are let in at the addresses of a LoadBalancer. Empty: all.
+    pub load_balancer_source_ranges: Vec<IpNet>,
     /// Fields that this release does not know.
     #[serde(skip)]
     pub unknown: Unknown,
@@ -99,7 +102,8 @@ fields! {
         12 internal_traffic_policy optional, 13 external_traffic_policy optional,
         14 health_check_node_port optional, 15 publish_not_ready_addresses optional,
         16 load_balancer_ip optional, 17 allocate_load_balancer_node_ports optional,
-        18 traffic_distribution optional, 19 load_balancer_class optional, ..unknown
+        18 traffic_distribution optional, 19 load_balancer_class optional,
+        20 load_balancer_source_ranges optional, ..unknown
     }
 }
 

@@ -58,6 +58,13 @@ fn resources_round_trip_through_the_wire_codec() {
         Resource::NetworkPolicy(policy()),
         Resource::Pod(Pod::default()),
         Resource::Namespace(Namespace::default()),
+        Resource::ServiceCidr(ServiceCidr {
+            spec: ServiceCidrSpec {
+                cidrs: vec!["10.97.0.0/16".parse().unwrap()],
+                ..ServiceCidrSpec::default()
+            },
+            ..ServiceCidr::default()
+        }),
     ] {
         let object = Object { stamp: Stamp::default(), deleted: false, body: Body::Resource(resource) };
         let bytes = wire::encode_body(&object).unwrap();

@@ -142,7 +142,7 @@ impl<'a> Writer<'a> {
     /// Begins a value with these unknown fields.
     pub fn new(unknown: Option<&'a Unknown>) -> Self {
         let unknown = unknown.and_then(|unknown| unknown.0.as_deref()).unwrap_or_default();
-        Self { out: Vec::new(), scratch: Vec::new(), unknown }
+        Self { out: Vec::with_capacity(128), scratch: Vec::with_capacity(64), unknown }
     }
 
     /// Writes a field. The numbers ascend.

@@ -54,7 +54,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("ovl-docker", &["ovl-proto", "ovl-control", "ovl-runtimes"]),
     ("ovl-kube", &["ovl-proto", "ovl-control"]),
     ("netns-lab", &[]),
-    ("netns-lab-bench", &["netns-lab"]),
+    ("netns-lab-bench", &["netns-lab", "ovl-tests"]),
     ("ovl-tests", &["netns-lab"]),
     ("ovl-machines", &["netns-lab"]),
     ("ovl-simulation", &[]),

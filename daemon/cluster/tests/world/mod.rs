@@ -153,6 +153,7 @@ pub(crate) fn read(kind: Kind, manifest: Value) -> Resource {
         Kind::Service => Resource::Service(serde_json::from_value(manifest).unwrap()),
         Kind::EndpointSlice => Resource::EndpointSlice(serde_json::from_value(manifest).unwrap()),
         Kind::NetworkPolicy => Resource::NetworkPolicy(serde_json::from_value(manifest).unwrap()),
+        Kind::ServiceCidr => Resource::ServiceCidr(serde_json::from_value(manifest).unwrap()),
     }
 }
 

@@ -20,15 +20,15 @@ use crate::filter;
 use super::packet::{AROUND, IN_TRANSPORT, IPV4, IPV6};
 
 /// The prefix of the names of these tables. Another number follows for each trace.
-const TABLE: &str = "ovl-trace-";
+pub(super) const TABLE: &str = "ovl-trace-";
 /// The families in which a probe can be dropped.
-const FAMILIES: [&str; 2] = ["inet", "bridge"];
+pub(super) const FAMILIES: [&str; 2] = ["inet", "bridge"];
 /// The maximum number of traced packets and drops that are remembered.
 const MOST: usize = 64;
 
 /// The group of messages about traced packets, and their attributes (`linux/netfilter/nf_tables.h`).
 const GROUP: u32 = 9;
-const TRACE: u16 = (libc::NFNL_SUBSYS_NFTABLES as u16) << 8 | 17;
+pub(super) const TRACE: u16 = (libc::NFNL_SUBSYS_NFTABLES as u16) << 8 | 17;
 const TABLE_NAME: u16 = 1;
 const CHAIN_NAME: u16 = 2;
 const RULE_HANDLE: u16 = 3;
@@ -61,14 +61,7 @@ pub(super) struct RuleTrace {
 impl RuleTrace {
     /// Marks packets with a cookie from now on, also inside of VXLAN to these ports.
     pub(super) fn begin(cookie: u32, vxlan_ports: &[u16]) -> Result<Self> {
-        let open = || -> io::Result<Socket> {
-            let mut socket = Socket::new(NETLINK_NETFILTER)?;
-            socket.bind(&SocketAddr::new(0, 0))?;
-            socket.add_membership(GROUP)?;
-            Ok(socket)
-        };
-        let socket =
-            open().map_err(|error| KernelError::io("cannot hear of packets that nftables traces", &error))?;
+        let socket = open()?;
         let table = format!("{TABLE}{cookie:08x}");
         let trace = Self {
             table,
@@ -144,21 +137,34 @@ impl Drop for RuleTrace {
     }
 }
 
+/// Opens a socket that hears of traced packets.
+pub(super) fn open() -> Result<Socket> {
+    let open = || -> io::Result<Socket> {
+        let mut socket = Socket::new(NETLINK_NETFILTER)?;
+        socket.bind(&SocketAddr::new(0, 0))?;
+        socket.add_membership(GROUP)?;
+        Ok(socket)
+    };
+    open().map_err(|error| KernelError::io("cannot hear of packets that nftables traces", &error))
+}
+
 /// A message about a traced packet.
 #[derive(Debug)]
-struct Event<'a> {
-    family: &'static str,
-    table: &'a str,
-    chain: &'a str,
-    handle: Option<u64>,
-    id: u32,
-    drops: bool,
+pub(super) struct Event<'a> {
+    pub(super) family: &'static str,
+    pub(super) table: &'a str,
+    pub(super) chain: &'a str,
+    pub(super) handle: Option<u64>,
+    pub(super) id: u32,
+    pub(super) drops: bool,
     source: Option<IpAddr>,
     is_answer: bool,
+    /// The beginnings of the IP header and of the transport header; empty in most messages about a packet.
+    pub(super) headers: [&'a [u8]; 2],
 }
 
 impl<'a> Event<'a> {
-    fn read(payload: &'a [u8]) -> Option<Self> {
+    pub(super) fn read(payload: &'a [u8]) -> Option<Self> {
         let mut event = Self {
             family: "",
             table: "",
@@ -168,6 +174,7 @@ impl<'a> Event<'a> {
             drops: false,
             source: None,
             is_answer: false,
+            headers: [&[], &[]],
         };
         let (mut kind, mut verdict, mut policy) = (None, None, None);
         let (mut network, mut transport): (&[u8], &[u8]) = (&[], &[]);
@@ -195,6 +202,7 @@ impl<'a> Event<'a> {
             Some(BY_POLICY) => policy == Some(DROP),
             _ => false,
         };
+        event.headers = [network, transport];
         if let Ok((ip, _)) = LaxIpSlice::from_slice(network) {
             event.source = Some(ip.source_addr());
             event.is_answer = is_answer(ip.payload_ip_number().0, transport);
@@ -268,7 +276,7 @@ fn rules(table: &str, cookie: u32, vxlan_ports: &[u16]) -> String {
 }
 
 /// Returns the commands that delete the tables of a trace, whether they exist or not.
-fn deletion(table: &str) -> String {
+pub(crate) fn deletion(table: &str) -> String {
     FAMILIES.map(|family| format!("table {family} {table}\ndelete table {family} {table}\n")).concat()
 }
 
@@ -286,7 +294,7 @@ pub(super) fn remove_left() -> Result<()> {
 }
 
 /// Completes what is known of a drop. A message has the family of the packet, and the table may be one of `inet`.
-fn look_up(drop: &mut FilterDrop, handle: Option<u64>) {
+pub(super) fn look_up(drop: &mut FilterDrop, handle: Option<u64>) {
     for family in [drop.family.clone(), "inet".to_owned()] {
         let Ok(chain) = list(&["-a", "-n", "list", "chain", &family, &drop.table, &drop.chain]) else {
             continue;
@@ -324,7 +332,7 @@ fn list(arguments: &[&str]) -> Result<String> {
     filter::run(arguments, "")?.check()
 }
 
-fn change(text: &str) -> Result<()> {
+pub(crate) fn change(text: &str) -> Result<()> {
     filter::run(&["-f", "-"], text)?.check().map(drop)
 }
 

@@ -105,6 +105,8 @@ pub(super) struct PeerBook {
     early_pings: Budget,
     relayed_pings: Budget,
     random: SystemRandom,
+    /// The live peer that was last found at an address.
+    last_at: HashMap<SocketAddr, NodeId>,
     /// The peer that is asked next to ping another one.
     next_relay: usize,
     /// Counts the calls of [`Self::next_known`].
@@ -147,6 +149,7 @@ impl PeerBook {
             early_pings: Budget::new(EARLY_PINGS, now),
             relayed_pings: Budget::new(RELAYED_PINGS, now),
             random: SystemRandom::new(),
+            last_at: HashMap::new(),
             next_relay: 0,
             turn: 0,
         }
@@ -253,6 +256,11 @@ impl PeerBook {
         (peer.last_heard, peer.proved) = (Some(now), Some(now));
     }
 
+    /// The time of a peer's last answer to a ping of the local host.
+    pub(super) fn last_heard(&self, node: NodeId) -> Option<Instant> {
+        self.peers.get(&node)?.last_heard
+    }
+
     /// The keys of the local host and a peer.
     pub(super) fn pair(&self, node: NodeId) -> Option<&Pair> {
         self.peers.get(&node)?.pair.as_ref()
@@ -332,8 +340,19 @@ impl PeerBook {
     }
 
     /// The live peer at an address.
-    pub(super) fn live_at(&self, addr: SocketAddr) -> Option<NodeId> {
-        self.peers.iter().find(|(_, peer)| peer.alive && peer.addr == addr).map(|(node, _)| *node)
+    pub(super) fn live_at(&mut self, addr: SocketAddr) -> Option<NodeId> {
+        let is_there = |peer: &Peer| peer.alive && peer.addr == addr;
+        if let Some(node) = self.last_at.get(&addr)
+            && self.peers.get(node).is_some_and(is_there)
+        {
+            return Some(*node);
+        }
+        let found = self.peers.iter().find(|(_, peer)| is_there(peer)).map(|(node, _)| *node)?;
+        if self.last_at.len() > self.peers.len() {
+            self.last_at.clear();
+        }
+        self.last_at.insert(addr, found);
+        Some(found)
     }
 
     /// Notes the acknowledgement of a path MTU probe.

@@ -91,6 +91,7 @@ impl Cluster {
             }
         })
         .await;
+        self.hub.lock().stir(Instant::now());
     }
 
     /// Replaces the state of chitchat by one without superseded runs. It has no call to forget one, and names each in
@@ -186,7 +187,7 @@ fn subscribe(chitchat: &Chitchat, hub: &Arc<Hub>) {
     let news = Arc::downgrade(hub);
     let listener = chitchat.subscribe_event("", move |_| {
         if let Some(hub) = news.upgrade() {
-            hub.lock().rounds.stir(Instant::now());
+            hub.lock().stir(Instant::now());
             hub.news.notify_one();
         }
     });

@@ -20,6 +20,8 @@ use std::net::{IpAddr, SocketAddr};
 use chitchat::{ChitchatMessage, Deserializable};
 use ovl_proto::id::NodeId;
 
+use super::decompress::decompress;
+
 /// The maximum size of a delta in bytes, decompressed. chitchat keeps the compressed size below 64 KiB, and signed
 /// records do not compress by more than a quarter.
 pub(super) const MAX_DELTA: usize = 256 << 10;
@@ -184,7 +186,7 @@ fn inflate(input: &mut Input<'_>) -> Result<Vec<u8>, DecodeError> {
         let room = MAX_DELTA.saturating_sub(plain.len()).min(usize::from(u16::MAX));
         match kind {
             1 => {
-                let more = zstd::bulk::decompress(block, room)
+                let more = decompress(block, room)
                     .map_err(|_| DecodeError::Malformed("compressed block, damaged or too large"))?;
                 plain.extend_from_slice(&more);
             }

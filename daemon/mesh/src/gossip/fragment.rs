@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::bytes::Bytes;
+use super::decompress::decompress;
 use super::packet::{Fragment, MAX_FRAGMENT};
 use super::seal::RunId;
 
@@ -176,7 +177,7 @@ fn decompressed(data: Vec<u8>, compressed: bool) -> Result<Vec<u8>, &'static str
     if !compressed {
         return Ok(data);
     }
-    zstd::bulk::decompress(&data, MAX_MESSAGE).map_err(|_| "invalid compressed message: damaged or too large")
+    decompress(&data, MAX_MESSAGE).map_err(|_| "invalid compressed message: damaged or too large")
 }
 
 #[cfg(test)]

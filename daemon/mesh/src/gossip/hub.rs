@@ -115,6 +115,8 @@ pub(super) struct Hub {
 pub(super) struct State {
     pub(super) book: PeerBook,
     pub(super) rounds: Rounds,
+    /// Whether a record in the state of chitchat has changed since the monitor looked.
+    changed: bool,
     pub(super) admission: Admission,
     /// Events that the monitor passes on.
     pub(super) queue: VecDeque<GossipEvent>,
@@ -161,6 +163,7 @@ impl Hub {
         let state = State {
             book: PeerBook::new(record.link_mtu, now),
             rounds: Rounds::new(now),
+            changed: true,
             admission: Admission::new(Incarnation {
                 node,
                 generation: record.generation,
@@ -603,6 +606,17 @@ impl State {
     /// Takes the addresses of senders that have proved to be live since the last call.
     pub(super) fn take_proved(&mut self) -> Vec<SocketAddr> {
         std::mem::take(&mut self.proved)
+    }
+
+    /// Notes that a record in the state of chitchat has changed.
+    pub(super) fn stir(&mut self, now: Instant) {
+        self.rounds.stir(now);
+        self.changed = true;
+    }
+
+    /// Whether a record in the state of chitchat has changed since the last call.
+    pub(super) fn take_changed(&mut self) -> bool {
+        std::mem::take(&mut self.changed)
     }
 
     /// Takes the records that hosts have sent themselves since the last call, for chitchat.

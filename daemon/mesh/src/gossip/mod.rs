@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`seal`], [`replay`] | encryption, authentication and replay protection of datagrams |
 //! | [`packet`], [`fragment`], [`decode`] | the plaintext of datagrams |
+//! | [`decompress`] | decompression with a limit |
 //! | [`hub`] | the dispatch of packets |
 //! | [`statement`] | signed answers to pings and signed hints, the only signs of life |
 //! | [`cluster`] | chitchat, which spreads records |
@@ -18,6 +19,7 @@ mod book;
 mod bytes;
 mod cluster;
 mod decode;
+mod decompress;
 mod fragment;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
@@ -279,6 +281,11 @@ impl Gossip {
     /// The state of the direct path to each peer that was ever heard.
     pub fn contacts(&self) -> HashMap<NodeId, Contact> {
         self.hub.lock().book.contacts()
+    }
+
+    /// The time of a peer's last authentic answer to a ping of the local host. `None` if it never gave one.
+    pub fn last_heard(&self, node: NodeId) -> Option<Instant> {
+        self.hub.lock().book.last_heard(node)
     }
 
     /// The interval between pings to each live peer.

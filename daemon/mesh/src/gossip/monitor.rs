@@ -30,6 +30,9 @@ const MAX_TICK_GAP: Duration = Duration::from_secs(1);
 const GREETINGS: u32 = 10;
 /// With more hosts than this, there is a pause between two scans.
 const FEW_HOSTS: usize = 20;
+/// How often the state of chitchat is looked at while it tells of no change. Heartbeats, of which it does not tell, only
+/// make this host ping others.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// The pause, for each host: 15 ms with 60 hosts.
 const PAUSE_EACH: Duration = Duration::from_micros(250);
 /// The time after a suspension in which no host is declared dead.
@@ -56,10 +59,14 @@ pub(super) async fn run(hub: Arc<Hub>, cluster: Arc<Cluster>, events: mpsc::Send
             trust_from = now + RECOVERY;
         }
         last = now;
-        let mut news = cluster.with(|chitchat| monitor.scan(chitchat, &hub, now, now >= trust_from)).await;
-        if hub.lock().admission.is_crowded() {
-            cluster.forget_superseded().await;
+        let mut news = Vec::new();
+        if monitor.is_due(hub.lock().take_changed(), now) {
+            cluster.with(|chitchat| monitor.look(chitchat, &hub, now, &mut news)).await;
+            if hub.lock().admission.is_crowded() {
+                cluster.forget_superseded().await;
+            }
         }
+        monitor.judge(&hub, now, now >= trust_from, &mut news);
         {
             let mut state = hub.lock();
             news.extend(state.queue.drain(..));
@@ -84,12 +91,16 @@ pub(super) async fn run(hub: Arc<Hub>, cluster: Arc<Cluster>, events: mpsc::Send
 #[derive(Default)]
 struct Monitor {
     seen: BTreeMap<ChitchatId, SeenGeneration>,
+    /// When the state of chitchat was last looked at.
+    looked: Option<Instant>,
     reported: BTreeMap<NodeId, ReportedPeer>,
     clashes: BTreeMap<NodeId, (Instant, Option<Instant>)>,
 }
 
 /// A generation of a host in the state of chitchat.
 struct SeenGeneration {
+    /// `None` if chitchat has a name that no host has.
+    node: Option<NodeId>,
     version: u64,
     /// Whether chitchat considers it alive. Any host with the cluster key can forge that.
     live: bool,
@@ -106,11 +117,16 @@ struct ReportedPeer {
 }
 
 impl Monitor {
-    /// Returns the events since the last scan.
-    fn scan(&mut self, chitchat: &mut Chitchat, hub: &Hub, now: Instant, trust: bool) -> Vec<GossipEvent> {
+    /// Whether to look at the state of chitchat, which `changed` or may have.
+    fn is_due(&self, changed: bool, now: Instant) -> bool {
+        changed || self.looked.is_none_or(|at| now.saturating_duration_since(at) >= LOOK_EVERY)
+    }
+
+    /// Looks at the state of chitchat.
+    fn look(&mut self, chitchat: &mut Chitchat, hub: &Hub, now: Instant, events: &mut Vec<GossipEvent>) {
+        self.looked = Some(now);
         let own = chitchat.self_chitchat_id().clone();
         let live: HashSet<&ChitchatId> = chitchat.live_nodes().collect();
-        let mut events = Vec::new();
         for (id, state) in chitchat.node_states() {
             let version = state.max_version();
             let seen = self.seen.get_mut(id);
@@ -122,45 +138,43 @@ impl Monitor {
                 continue;
             }
             let text = state.get(KEY_RECORD).filter(|_| *id != own);
-            let record = text.and_then(|text| self.read(id, text, hub, &mut events));
-            let seen = SeenGeneration { version, live: live.contains(id), record, scan: now };
+            let record = text.and_then(|text| self.read(id, text, hub, events));
+            let node = id.node_id.parse().ok();
+            let seen = SeenGeneration { node, version, live: live.contains(id), record, scan: now };
             self.seen.insert(id.clone(), seen);
         }
+        let before = self.seen.len();
         self.seen.retain(|_, seen| seen.scan == now);
-        {
-            let mut state = hub.lock();
-            // All that chitchat has was let in, so it has all of it if it has as much. It has this host besides.
-            if state.admission.inside() != self.seen.len().saturating_sub(1) {
-                let inside = self.seen.keys().filter(|id| **id != own).filter_map(name_of).collect();
-                state.admission.set_inside(inside);
+        if self.seen.len() != before {
+            let present: HashSet<NodeId> = self.seen.values().filter_map(|seen| seen.node).collect();
+            self.clashes.retain(|node, _| present.contains(node));
+            let gone = self.reported.keys().filter(|node| !present.contains(node));
+            for node in gone.copied().collect::<Vec<_>>() {
+                self.reported.remove(&node);
+                hub.lock().book.unlist(node);
+                events.push(GossipEvent::Gone(node));
             }
         }
+        let mut state = hub.lock();
+        // All that chitchat has was let in, so it has all of it if it has as much. It has this host besides.
+        if state.admission.inside() != self.seen.len().saturating_sub(1) {
+            let inside = self.seen.keys().filter(|id| **id != own).filter_map(name_of).collect();
+            state.admission.set_inside(inside);
+        }
+    }
 
-        let mut ids: Vec<(NodeId, &ChitchatId, &SeenGeneration)> = Vec::new();
-        for (id, seen) in &self.seen {
-            if let Ok(node) = id.node_id.parse() {
-                ids.push((node, id, seen));
-            }
-        }
-        let mut present = HashSet::new();
+    /// Adds the events since the last call.
+    fn judge(&mut self, hub: &Hub, now: Instant, trust: bool, events: &mut Vec<GossipEvent>) {
+        let ids = self.seen.iter().filter_map(|(id, seen)| Some((seen.node?, id, seen)));
+        let ids: Vec<(NodeId, &ChitchatId, &SeenGeneration)> = ids.collect();
         // The generations of a host are adjacent, because the ids are sorted by their text.
         for group in ids.chunk_by(|one, other| one.0 == other.0) {
             let Some(&(node, ..)) = group.first() else { continue };
-            present.insert(node);
-            clash(&mut self.clashes, node, group, now, &mut events);
+            clash(&mut self.clashes, node, group, now, events);
             if node != hub.node {
-                report(&mut self.reported, node, group, hub, now, trust, &mut events);
+                report(&mut self.reported, node, group, hub, now, trust, events);
             }
         }
-        self.clashes.retain(|node, _| present.contains(node));
-        let gone: Vec<NodeId> =
-            self.reported.keys().filter(|node| !present.contains(node)).copied().collect();
-        for node in gone {
-            self.reported.remove(&node);
-            hub.lock().book.unlist(node);
-            events.push(GossipEvent::Gone(node));
-        }
-        events
     }
 
     /// Decodes and verifies the record of a host. `None` if it is invalid, not understood or of another host. A record

@@ -15,10 +15,12 @@ use tokio::time::Instant;
 /// How long all rounds are sent after a change.
 const LIVELY_FOR: Duration = Duration::from_secs(5);
 /// With up to this many hosts, all rounds are sent after a change.
-const LIVELY_HOSTS: usize = 20;
+const LIVELY_HOSTS: usize = 10;
 /// The interval between rounds after a change, for each further host. A host sends its changes to the others itself, so
 /// rounds bring only what was lost, and hosts that others have heard of first.
-const LIVELY_EACH: Duration = Duration::from_millis(25);
+const LIVELY_EACH: Duration = Duration::from_millis(100);
+/// The maximum of that interval.
+const MAX_LIVELY: Duration = Duration::from_millis(1500);
 /// The interval between rounds while nothing changes, for each host of the cluster.
 const CALM_EACH: Duration = Duration::from_millis(80);
 /// The minimum of that interval.
@@ -65,7 +67,7 @@ impl Rounds {
         }
         let times = |hosts: usize| u32::try_from(hosts).unwrap_or(u32::MAX);
         let every = if now < self.lively_until {
-            LIVELY_EACH * times(hosts.saturating_sub(LIVELY_HOSTS))
+            (LIVELY_EACH * times(hosts.saturating_sub(LIVELY_HOSTS))).min(MAX_LIVELY)
         } else {
             (CALM_EACH * times(hosts)).max(MIN_CALM)
         };
@@ -100,15 +102,15 @@ mod tests {
     fn what_is_sent_does_not_grow_with_the_hosts_unless_something_changes() {
         let start = Instant::now();
         let mut calm = Rounds::new(start);
-        assert_eq!(rounds(&mut calm, 60, start), 5 + 11, "lively at first, then every 4.8 s");
+        assert_eq!(rounds(&mut calm, 60, start), 4 + 11, "lively at first, then every 4.8 s");
         let at = |minutes: u64| start + Duration::from_secs(60 * minutes);
         assert_eq!(rounds(&mut calm, 8, at(1)), 75);
         assert_eq!(rounds(&mut calm, 100, at(2)), 7);
         calm.stir(at(3));
-        let soon = at(3) + LIVELY_EACH * 80;
-        assert!(calm.permits(TO, 100, soon) && calm.permits(TO, 100, soon + LIVELY_FOR / 2));
+        let soon = at(3) + MAX_LIVELY;
+        assert!(calm.permits(TO, 100, soon) && calm.permits(TO, 100, soon + MAX_LIVELY));
         let mut few = Rounds::new(at(4));
-        assert_eq!(rounds(&mut few, LIVELY_HOSTS, at(4)), 25 + 34, "all of them at first, then every 1.6 s");
+        assert_eq!(rounds(&mut few, LIVELY_HOSTS, at(4)), 25 + 68, "all of them at first, then every 0.8 s");
     }
 
     #[test]

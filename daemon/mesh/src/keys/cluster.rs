@@ -14,11 +14,21 @@ use zeroize::{Zeroize as _, Zeroizing};
 use super::read_secret;
 
 /// The cluster key: 32 secret bytes that all hosts of a cluster share. They are overwritten when it is dropped.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct ClusterKey {
     bytes: Zeroizing<[u8; 32]>,
     id: ClusterKeyId,
+    /// Derived once, because there are dozens of probes a second.
+    probes: hmac::Key,
 }
+
+impl PartialEq for ClusterKey {
+    fn eq(&self, other: &Self) -> bool {
+        self.bytes == other.bytes
+    }
+}
+
+impl Eq for ClusterKey {}
 
 impl std::fmt::Debug for ClusterKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -75,7 +85,8 @@ impl ClusterKey {
     pub fn new(bytes: [u8; 32]) -> Self {
         let bytes = Zeroizing::new(bytes);
         let [a, b, c, d, ..] = *hkdf(&*bytes, b"", b"ovl key id v1");
-        Self { bytes, id: ClusterKeyId([a, b, c, d]) }
+        let probes = hmac::Key::new(hmac::HMAC_SHA256, &*hkdf(&*bytes, b"", b"ovl path probe v1"));
+        Self { bytes, id: ClusterKeyId([a, b, c, d]), probes }
     }
 
     /// The public id of the key, which is derived from it and does not disclose it.
@@ -90,6 +101,11 @@ impl ClusterKey {
         let whole = hkdf(&*self.bytes, b"", b"ovl key commitment v1");
         commitment.iter_mut().zip(whole.iter()).for_each(|(to, from)| *to = *from);
         commitment
+    }
+
+    /// The key that authenticates path probes.
+    pub fn probes(&self) -> &hmac::Key {
+        &self.probes
     }
 
     /// Derives a key for one purpose.

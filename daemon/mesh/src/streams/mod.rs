@@ -18,6 +18,7 @@ mod outbound;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -58,7 +59,7 @@ pub struct StreamsConfig {
 /// An event of streams.
 #[derive(Debug)]
 pub enum StreamEvent {
-    /// The dialled stream to a peer is connected.
+    /// The dialled stream to a peer is connected. It stays so while it rests.
     Up(NodeId),
     /// The dialled stream to a peer was closed, and queued messages are lost. It follows an `Up`.
     Down(NodeId),
@@ -110,6 +111,8 @@ struct Shared {
     record: Mutex<SignedRecord>,
     events: mpsc::Sender<StreamEvent>,
     inbound: Inbound,
+    /// The number of dialled connections, without those that are being closed to rest.
+    open: AtomicUsize,
 }
 
 impl Shared {
@@ -136,7 +139,8 @@ impl Streams {
         #[cfg(test)]
         let local_addr = listener.local_addr()?;
         let (record, keyring, inbound) = (Mutex::new(record), Mutex::new(keyring), Inbound::default());
-        let shared = Arc::new(Shared { transport, identity, keyring, record, events, inbound });
+        let open = AtomicUsize::new(0);
+        let shared = Arc::new(Shared { transport, identity, keyring, record, events, inbound, open });
         let listener = tokio::spawn(inbound::run(listener, Arc::clone(&shared)));
         Ok(Self {
             shared,
@@ -209,6 +213,14 @@ impl Streams {
             && !peer.is_connected()
         {
             peer.kick();
+        }
+    }
+
+    /// Notes that a peer runs with the generation of its record, so that a stream which rests does not go on where an earlier
+    /// run ended.
+    pub fn met(&self, node: NodeId, generation: u64) {
+        if let Some(peer) = self.lock().outbound.get(&node) {
+            peer.met(generation);
         }
     }
 

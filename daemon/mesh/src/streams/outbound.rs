@@ -1,7 +1,12 @@
 //! Dialled streams: one task and one queue for each peer.
+//!
+//! Connections cost each host two descriptors for each peer, and the probes that find a lost one. So beyond the first
+//! [`KEPT`], an idle stream *rests*: its connection is closed, and the next message dials again. The stream is up all the
+//! time for the daemon, which learns only if that fails.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -10,7 +15,7 @@ use bytes::Bytes;
 use ovl_proto::id::{ClusterKeyId, NodeId};
 use ring::rand::{SecureRandom as _, SystemRandom};
 use snow::TransportState;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
 use tracing::{debug, warn};
@@ -27,6 +32,10 @@ const MAX_QUEUE: usize = 16 << 20;
 const BATCH: usize = 256 << 10;
 /// The capacity of the write buffer that is kept while the stream is idle.
 const KEEP_CAPACITY: usize = 16 << 10;
+/// The number of dialled connections that stay open while they are idle.
+const KEPT: usize = if cfg!(test) { 1 } else { 16 };
+/// The time without a message after which a stream may rest.
+const REST_AFTER: Duration = Duration::from_millis(if cfg!(test) { 500 } else { 60_000 });
 const MIN_BACKOFF: Duration = Duration::from_millis(50);
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
 /// After a stream that lasted this long, the backoff is reset.
@@ -47,7 +56,12 @@ pub(super) struct Outbound {
 
 struct Queue {
     addr: SocketAddr,
+    /// Whether messages are accepted.
     connected: bool,
+    /// Whether there is no connection although it is connected.
+    resting: bool,
+    /// The generation of the peer's record in the last handshake.
+    generation: u64,
     /// The cluster key of the connection.
     key: ClusterKeyId,
     /// Whether the connection must be replaced by one with another key once the queue is written.
@@ -71,6 +85,8 @@ impl Outbound {
         let queue = Queue {
             addr,
             connected: false,
+            resting: false,
+            generation: 0,
             key: ClusterKeyId::default(),
             renew: false,
             messages: VecDeque::new(),
@@ -97,7 +113,7 @@ impl Outbound {
         let mut queue = self.lock();
         if queue.addr != addr {
             queue.addr = addr;
-            if queue.connected {
+            if queue.connected && !queue.resting {
                 self.halt.notify_one();
             }
             self.kick.notify_one();
@@ -108,7 +124,8 @@ impl Outbound {
     /// closed.
     pub(super) fn set_keyring(&self, keyring: &Keyring) {
         let mut queue = self.lock();
-        if !queue.connected {
+        // One that rests is dialled with the new keys.
+        if !queue.connected || queue.resting {
             return;
         }
         if keyring.get(queue.key).is_none() {
@@ -136,8 +153,11 @@ impl Outbound {
         }
         if queue.bytes + message.len() > MAX_QUEUE && !queue.messages.is_empty() {
             warn!(peer = %self.node, "the queue to a peer is full: the stream is closed and dialled again");
+            if !queue.resting {
+                self.halt.notify_one();
+            }
             queue.disconnect();
-            self.halt.notify_one();
+            self.wake.notify_one();
             return false;
         }
         queue.bytes += message.len();
@@ -146,11 +166,22 @@ impl Outbound {
         true
     }
 
-    /// Notes a new connection with a cluster key. The keyring may have changed during the handshake.
-    fn connected(&self, shared: &Shared, key: ClusterKeyId) {
+    /// Notes that the peer runs with a generation. If it was started again while the stream rests, the stream has failed.
+    pub(super) fn met(&self, generation: u64) {
+        let mut queue = self.lock();
+        if queue.resting && queue.generation != generation {
+            queue.disconnect();
+            self.wake.notify_one();
+        }
+    }
+
+    /// Notes a new connection with a cluster key to a run of the peer. The keyring may have changed during the handshake.
+    fn connected(&self, shared: &Shared, key: ClusterKeyId, generation: u64) {
         {
             let mut queue = self.lock();
             queue.connected = true;
+            queue.resting = false;
+            queue.generation = generation;
             queue.key = key;
             queue.renew = false;
         }
@@ -170,6 +201,23 @@ impl Outbound {
         self.lock().end
     }
 
+    fn rests(&self) -> bool {
+        self.lock().resting
+    }
+
+    /// Completes when a stream that rests must be dialled, has failed, or must end. It must be the only waiter for `wake`.
+    async fn roused(&self) {
+        loop {
+            {
+                let queue = self.lock();
+                if !queue.resting || !queue.messages.is_empty() || queue.end.is_some() {
+                    return;
+                }
+            }
+            self.wake.notified().await;
+        }
+    }
+
     /// Completes when the task must end. It must be the only waiter for `wake`.
     async fn ended(&self) {
         while self.ends().is_none() {
@@ -178,9 +226,18 @@ impl Outbound {
     }
 }
 
+impl Shared {
+    /// Takes an open connection out of the count, unless as few are left as stay open.
+    fn take_rest(&self) -> bool {
+        let fewer = |open: usize| (open > KEPT).then(|| open - 1);
+        self.open.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fewer).is_ok()
+    }
+}
+
 impl Queue {
     fn disconnect(&mut self) {
         self.connected = false;
+        self.resting = false;
         self.messages.clear();
         self.bytes = 0;
     }
@@ -191,6 +248,18 @@ pub(super) async fn run(peer: Arc<Outbound>, shared: Arc<Shared>) {
     let mut backoff = MIN_BACKOFF;
     let mut warned: Option<Instant> = None;
     while peer.ends().is_none() {
+        let rested = peer.rests();
+        if rested {
+            peer.roused().await;
+            if peer.ends().is_some() {
+                return;
+            }
+        }
+        // It does not rest any more if it has failed meanwhile.
+        let resumes = peer.rests();
+        if rested && !resumes && shared.events.send(StreamEvent::Down(peer.node)).await.is_err() {
+            return;
+        }
         let addr = peer.lock().addr;
         let start = Instant::now();
         let dialled = tokio::select! {
@@ -199,11 +268,14 @@ pub(super) async fn run(peer: Arc<Outbound>, shared: Arc<Shared>) {
         };
         let result = match dialled {
             Ok(Ok((stream, secured))) => {
-                let result = serve(&peer, &shared, stream, secured).await;
+                let result = serve(&peer, &shared, stream, secured, resumes).await;
+                if matches!(result, Ok(WriteEnd::Rest)) {
+                    continue;
+                }
                 if start.elapsed() > RESET_BACKOFF_AFTER {
                     backoff = MIN_BACKOFF;
                 }
-                result
+                result.map(drop)
             }
             Ok(Err(DialError::Connect(error))) => Err(error),
             Ok(Err(DialError::Handshake(error))) => {
@@ -216,6 +288,13 @@ pub(super) async fn run(peer: Arc<Outbound>, shared: Arc<Shared>) {
             }
             Err(_) => Err(anyhow::anyhow!("no answer within {HANDSHAKE:?}")),
         };
+        if peer.rests() {
+            // It could not be dialled again.
+            peer.lock().disconnect();
+            if shared.events.send(StreamEvent::Down(peer.node)).await.is_err() {
+                return;
+            }
+        }
         if let Err(error) = result {
             debug!(peer = %peer.node, %addr, "outgoing stream closed: {error:#}");
         }
@@ -277,19 +356,35 @@ async fn dial_with(
     Ok((stream, secured))
 }
 
-/// Serves a connected stream until it is closed.
+/// Serves a connected stream until it is closed or rests. `resumes` says whether it has rested, and is up.
 async fn serve(
     peer: &Outbound,
     shared: &Shared,
     stream: Box<dyn Stream>,
     secured: AuthenticatedStream,
-) -> anyhow::Result<()> {
-    peer.lock().disconnect();
-    peer.connected(shared, secured.key);
-    let result = match shared.events.send(StreamEvent::Up(peer.node)).await {
-        Ok(()) => write_on(peer, shared, stream, secured.noise).await,
-        Err(_) => Ok(()),
+    resumes: bool,
+) -> anyhow::Result<WriteEnd> {
+    let generation = secured.record.generation;
+    let is_same_run = peer.lock().generation == generation;
+    if resumes && !is_same_run && shared.events.send(StreamEvent::Down(peer.node)).await.is_err() {
+        return Ok(WriteEnd::All);
+    }
+    let resumes = resumes && is_same_run;
+    if !resumes {
+        peer.lock().disconnect();
+    }
+    peer.connected(shared, secured.key, generation);
+    let told = resumes || shared.events.send(StreamEvent::Up(peer.node)).await.is_ok();
+    shared.open.fetch_add(1, Ordering::Relaxed);
+    let result = match told {
+        true => write_on(peer, shared, stream, secured.noise).await,
+        false => Ok(WriteEnd::All),
     };
+    if matches!(result, Ok(WriteEnd::Rest)) {
+        peer.lock().resting = true;
+        return result;
+    }
+    shared.open.fetch_sub(1, Ordering::Relaxed);
     peer.lock().disconnect();
     if shared.events.send(StreamEvent::Down(peer.node)).await.is_err() {
         debug!("the receiver of stream events was dropped");
@@ -304,8 +399,12 @@ async fn write_on(
     shared: &Shared,
     mut stream: Box<dyn Stream>,
     mut noise: TransportState,
-) -> anyhow::Result<()> {
-    while write(peer, stream, noise).await? == WriteEnd::Renew {
+) -> anyhow::Result<WriteEnd> {
+    loop {
+        let end = write(peer, shared, stream, noise).await?;
+        if end != WriteEnd::Renew {
+            return Ok(end);
+        }
         let addr = peer.lock().addr;
         let secured = match timeout(HANDSHAKE, dial(peer, shared, addr)).await {
             Ok(Ok((fresh, secured))) => {
@@ -319,10 +418,9 @@ async fn write_on(
                 "cannot replace the stream by one with another cluster key: no answer within {HANDSHAKE:?}"
             ),
         };
-        peer.connected(shared, secured.key);
+        peer.connected(shared, secured.key, secured.record.generation);
         noise = secured.noise;
     }
-    Ok(())
 }
 
 /// The reason why writing to a connection ended.
@@ -332,16 +430,20 @@ enum WriteEnd {
     All,
     /// Another connection replaces it.
     Renew,
+    /// It is idle, and there are enough others.
+    Rest,
 }
 
 async fn write(
     peer: &Outbound,
+    shared: &Shared,
     stream: Box<dyn Stream>,
     mut noise: TransportState,
 ) -> anyhow::Result<WriteEnd> {
     let (mut reader, mut writer) = tokio::io::split(stream);
     let mut buffer = Vec::new();
     let mut current: Option<Sealing> = None;
+    let mut idle = false;
     loop {
         buffer.clear();
         while buffer.len() < BATCH {
@@ -362,18 +464,20 @@ async fn write(
             writer.shutdown().await.context("cannot close")?;
             return Ok(WriteEnd::All);
         }
-        let mut nothing = [0];
-        if peer.lock().renew {
-            writer.shutdown().await.context("cannot close")?;
-            let closed = timeout(HANDSHAKE, reader.read(&mut nothing)).await;
-            // The peer closes the connection after it has read everything.
-            closed
-                .context("the peer does not read the remaining messages")?
-                .context("the connection failed")?;
-            return Ok(WriteEnd::Renew);
+        let renews = peer.lock().renew;
+        let rests = !renews && idle && shared.take_rest();
+        if renews || rests {
+            let closed = close(&mut reader, &mut writer).await;
+            if rests && closed.is_err() {
+                shared.open.fetch_add(1, Ordering::Relaxed);
+            }
+            return closed.map(|()| if renews { WriteEnd::Renew } else { WriteEnd::Rest });
         }
+        let mut nothing = [0];
+        idle = false;
         tokio::select! {
             () = peer.wake.notified() => {}
+            () = tokio::time::sleep(REST_AFTER) => idle = true,
             () = peer.halt.notified() => bail!("ended by ourselves"),
             read = reader.read(&mut nothing) => {
                 let length = read.context("the connection failed")?;
@@ -382,6 +486,17 @@ async fn write(
             }
         }
     }
+}
+
+/// Closes a connection after the peer has read everything on it, which it shows by closing it too.
+async fn close(
+    reader: &mut (impl AsyncRead + Unpin),
+    writer: &mut (impl AsyncWrite + Unpin),
+) -> anyhow::Result<()> {
+    writer.shutdown().await.context("cannot close")?;
+    let closed = timeout(HANDSHAKE, reader.read(&mut [0])).await;
+    closed.context("the peer does not read the remaining messages")?.context("the connection failed")?;
+    Ok(())
 }
 
 /// Varies the backoff, so that hosts that lost a peer at the same time do not all dial it at the same time.

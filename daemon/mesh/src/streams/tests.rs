@@ -330,3 +330,50 @@ async fn message_that_is_not_understood_is_ignored_and_the_stream_stays_open() {
     assert!(a.links.send(b.id, &text(3)));
     assert_eq!(b.wait_message().await, (a.id, text(3)));
 }
+
+#[tokio::test]
+async fn idle_streams_rest_except_some_and_go_on_with_the_next_message() {
+    let mut nodes = Vec::new();
+    for _ in 0..3 {
+        nodes.push(node(&[1]).await);
+    }
+    let mut a = node(&[1]).await;
+    a.dial(&nodes.iter().collect::<Vec<_>>());
+    for _ in &nodes {
+        a.wait(|event| matches!(event, StreamEvent::Up(_)).then_some(())).await;
+    }
+    let open = |a: &Node| a.links.shared.open.load(std::sync::atomic::Ordering::Relaxed);
+    async fn until(reached: impl Fn() -> bool) {
+        let wait = async {
+            while !reached() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(Duration::from_secs(10), wait).await.expect("is not reached");
+    }
+    until(|| open(&a) == 1).await;
+    assert_eq!(a.links.connected().len(), 3, "they are up for the daemon");
+    assert_eq!(a.links.broadcast(&text(10)), 3);
+    for node in &mut nodes {
+        assert_eq!(node.wait_message().await, (a.id, text(10)));
+    }
+    assert!(a.events.try_recv().is_err(), "neither down nor up");
+    // A peer that was started again is greeted as a new one.
+    until(|| open(&a) == 1).await;
+    for node in &nodes {
+        a.links.met(node.id, 77);
+    }
+    let (mut downs, mut ups) = (0, 0);
+    while ups < 2 {
+        match timeout(Duration::from_secs(10), a.events.recv()).await.expect("not dialled again") {
+            Some(StreamEvent::Down(_)) => downs += 1,
+            Some(StreamEvent::Up(_)) => ups += 1,
+            _ => {}
+        }
+    }
+    assert_eq!(downs, 2);
+    assert!(
+        timeout(Duration::from_millis(100), a.events.recv()).await.is_err(),
+        "the third one did not rest"
+    );
+}

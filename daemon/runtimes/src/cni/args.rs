@@ -18,6 +18,11 @@ use super::{bandwidth, ports};
 const ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
 /// The annotation that labels the endpoint: `app=shop,tier=front`.
 const LABELS: &str = "ovl.labels";
+/// The annotation with more networks for the container: `blue,green@eth2`. An interface is `net1`, `net2` and so on by its
+/// place in the list, if none is named.
+const NETWORKS: &str = "ovl.networks";
+/// How many more networks a container may have.
+const MAX_NETWORKS: usize = 8;
 /// The capability with what the endpoint may send from beside its own addresses: lists `addresses` and `macs`.
 const ALLOWED: &str = "ovl.allowed";
 
@@ -36,6 +41,8 @@ pub(super) struct Wishes {
     pub(super) uid: String,
     pub(super) namespace: Option<String>,
     pub(super) labels: BTreeMap<String, String>,
+    /// More networks, each with the name of the interface on it.
+    pub(super) networks: Vec<(String, String)>,
     /// The ports to publish.
     pub(super) publish: Vec<Publish>,
     /// The limits of the container's traffic.
@@ -156,11 +163,15 @@ impl Wishes {
         }
         match runtime.get(ANNOTATIONS) {
             None | Some(Value::Null) => Ok(()),
-            Some(Value::Object(annotations)) => match annotations.get(LABELS) {
-                None => Ok(()),
-                Some(Value::String(text)) => self.read_labels(text),
-                Some(_) => Err(wrong(&format!("the annotation {LABELS}"), "text")),
-            },
+            Some(Value::Object(annotations)) => {
+                let text = |name: &str| match annotations.get(name) {
+                    None => Ok(""),
+                    Some(Value::String(text)) => Ok(text.as_str()),
+                    Some(_) => Err(wrong(&format!("the annotation {name}"), "text")),
+                };
+                self.read_labels(text(LABELS)?)?;
+                self.read_networks(text(NETWORKS)?)
+            }
             Some(_) => Err(wrong(&format!("runtimeConfig.{ANNOTATIONS}"), "an object")),
         }
     }
@@ -203,6 +214,27 @@ impl Wishes {
         Ok(())
     }
 
+    fn read_networks(&mut self, text: &str) -> Result<(), CniError> {
+        let place = format!("the annotation {NETWORKS}");
+        for (n, item) in text.split(',').map(str::trim).filter(|item| !item.is_empty()).enumerate() {
+            let (network, ifname) = match item.split_once('@') {
+                Some((network, ifname)) => (network, ifname.to_owned()),
+                None => (item, format!("net{}", n + 1)),
+            };
+            if network.is_empty() || !is_interface(&ifname) {
+                return Err(wrong(&place, "a list like blue,green@eth2"));
+            }
+            if n >= MAX_NETWORKS {
+                return Err(invalid(&place, format!("{place} names more than {MAX_NETWORKS} networks")));
+            }
+            if self.networks.iter().any(|(_, other)| *other == ifname) {
+                return Err(invalid(&place, format!("{place} names the interface {ifname} twice")));
+            }
+            self.networks.push((network.to_owned(), ifname));
+        }
+        Ok(())
+    }
+
     fn read_labels(&mut self, text: &str) -> Result<(), CniError> {
         for pair in text.split(',').map(str::trim).filter(|pair| !pair.is_empty()) {
             match pair.split_once('=') {
@@ -219,6 +251,12 @@ impl Wishes {
         }
         Ok(())
     }
+}
+
+/// Whether a text can be the name of an interface beside those that every container has.
+fn is_interface(text: &str) -> bool {
+    let is_allowed = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | ':' | '%');
+    (1..=15).contains(&text.len()) && text.chars().all(is_allowed) && !matches!(text, "." | ".." | "lo")
 }
 
 /// Translates the `dns` capability, whose keys differ from `nameservers` and `search` in a result.

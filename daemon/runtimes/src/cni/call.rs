@@ -55,6 +55,8 @@ pub struct Add {
     pub netns: PathBuf,
     /// The network's name or id.
     pub network: String,
+    /// More networks of the container, each with the name of the interface on it.
+    pub more: Vec<(String, String)>,
     /// The endpoint's name, unless it is taken: then [`Add::other_name`].
     pub name: String,
     /// The Kubernetes namespace.
@@ -170,6 +172,24 @@ pub fn parse(call: &CniCall) -> Result<Call, CniError> {
         (None, Some(Value::Object(dns))) => dns.clone(),
         (None, Some(_)) => return Err(wrong("dns", "an object")),
     };
+    let allowed = list("moreNetworks", config.get("moreNetworks"))?;
+    for (network, ifname) in &wishes.networks {
+        if *ifname == attachment.ifname {
+            let details = format!(
+                "the annotation ovl.networks names {ifname}, which is the interface on {}",
+                attachment.network
+            );
+            return Err(error(code::CONFIG, "invalid annotation", details));
+        }
+        // A right to create pods is not one to join every network.
+        if !allowed.iter().any(|one| one == network) {
+            let details = format!(
+                "the annotation ovl.networks names the network {network}, which the key `moreNetworks` of the configuration \
+                 does not list"
+            );
+            return Err(error(code::CONFIG, "pods may not choose this network", details));
+        }
+    }
     let name = match &wishes.pod {
         Some(pod) => endpoint_name(pod, &attachment),
         None => attachment.container_id.chars().take(12).collect(),
@@ -178,6 +198,7 @@ pub fn parse(call: &CniCall) -> Result<Call, CniError> {
         version,
         netns,
         network,
+        more: wishes.networks,
         name,
         namespace: wishes.namespace,
         pod: wishes.pod.filter(|pod| is_identifier(pod)).map(|name| PodRef { name, uid: wishes.uid }),

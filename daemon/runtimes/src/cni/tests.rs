@@ -83,6 +83,33 @@ fn containerd_call_is_parsed() {
 }
 
 #[test]
+fn annotation_names_more_networks_that_the_configuration_allows() {
+    let read = |text: &str| {
+        let annotations = json!({ "io.kubernetes.cri.pod-annotations": { "ovl.networks": text } });
+        add("", json!({ "moreNetworks": ["blue", "green"], "runtimeConfig": annotations }))
+            .map(|add| add.more)
+    };
+    let more = |all: &[(&str, &str)]| -> Vec<(String, String)> {
+        all.iter().map(|(network, ifname)| ((*network).to_owned(), (*ifname).to_owned())).collect()
+    };
+    assert_eq!(read(""), Ok(Vec::new()));
+    assert_eq!(read("blue, green@eth2"), Ok(more(&[("blue", "net1"), ("green", "eth2")])));
+    assert_eq!(read("blue,blue"), Ok(more(&[("blue", "net1"), ("blue", "net2")])));
+    for (wrong, why) in [
+        ("secret", "moreNetworks"),
+        ("blue@eth0", "names eth0"),
+        ("blue@a,green@a", "twice"),
+        ("blue@", "a list like"),
+        ("blue@a/b", "a list like"),
+        ("@x", "a list like"),
+        (&["blue"; 9].join(","), "more than 8"),
+    ] {
+        let error = read(wrong).unwrap_err();
+        assert!(error.details.contains(why), "{wrong}: {error:?}");
+    }
+}
+
+#[test]
 fn podman_call_is_parsed() {
     let args = "IgnoreUnknown=1;K8S_POD_NAME=elegant_blackburn;MAC=02:aa:00:00:00:01;IP=10.91.0.77";
     let add = add(args, json!({ "cniVersion": "0.4.0" })).unwrap();

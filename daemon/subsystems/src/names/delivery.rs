@@ -58,7 +58,10 @@ impl Delivery {
             Change::Entry { host, entry: Entry::Endpoint(endpoint) } if host == cluster.view.me => {
                 self.mark(endpoint.network);
             }
-            Change::Rights(network) | Change::Network(network) | Change::Built(network) => self.mark(network),
+            Change::Rights(network)
+            | Change::HostRights { network, .. }
+            | Change::Network(network)
+            | Change::Built(network) => self.mark(network),
             // The rights of all networks come before `ThisHost`.
             Change::Entry { .. }
             | Change::ThisHost
@@ -67,7 +70,6 @@ impl Delivery {
             | Change::Attaching(_)
             | Change::Resources(_)
             | Change::Backends(_)
-            | Change::Announcers
             | Change::Groups(_)
             | Change::Uplink => {}
         }

@@ -12,7 +12,7 @@
 //! The module owns no state. Begin to read at `tables`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -109,15 +109,13 @@ fn rewriting(cluster: &[IpAddr]) -> Skeleton {
             ));
         }
     }
-    let (own, own_answers) = of_host(cluster);
-    answers.extend(own_answers);
     let at = cluster.iter().map(|address| stand_in(*address));
     let served = [ADDRESS_V4.into(), ADDRESS_V6.into()].into_iter().chain(cluster.iter().copied());
     let asked = [LOOPBACK.into()].into_iter().chain(served.clone()).chain(at.clone());
-    let answering =
-        [ADDRESS_V4.into(), ADDRESS_V6.into(), Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+    let answering = [ADDRESS_V4.into(), ADDRESS_V6.into()];
     let (hook, output) = ("type filter hook", "output priority raw - 5; policy accept;");
-    // A packet of the host whose destination changes gets another route.
+    // Before the Services, which refuse what they do not have.
+    let translated = "type nat hook output priority -110; policy accept;";
     let chains = [
         led_to(
             "queries",
@@ -133,7 +131,7 @@ fn rewriting(cluster: &[IpAddr]) -> Skeleton {
             answering.into_iter().chain(at).collect(),
             answers,
         ),
-        led_to("host", &format!("type route hook {output}"), "daddr", served.collect(), own),
+        led_to("host", translated, "daddr", served.collect(), of_host(cluster)),
     ];
     Skeleton { chains: chains.into_iter().flatten().collect(), ..Skeleton::default() }
 }
@@ -162,28 +160,22 @@ fn led_to(
     ]
 }
 
-/// Returns the rules that rewrite the queries of programs of the host itself, and the answers to them. Pods with the host's
-/// network are such programs. They are led to loopback: only the host itself can send there, so the client is not an
-/// endpoint.
-fn of_host(cluster: &[IpAddr]) -> (Vec<String>, Vec<String>) {
+/// Returns the rules that lead the queries of programs of the host itself to loopback, where only the host can send, so the
+/// client is not an endpoint. Pods with the host's network are such programs.
+///
+/// Connection tracking translates them: the kubelet has a rule that drops what goes to 127.0.0.0/8 from other addresses, unless
+/// that was translated.
+fn of_host(cluster: &[IpAddr]) -> Vec<String> {
     let cluster = cluster.iter().map(|address| (*address, PORT_HOST));
     let own = [IpAddr::from(ADDRESS_V4), IpAddr::from(ADDRESS_V6)].map(|address| (address, PORT_HOST_DIRECT));
-    let (mut queries, mut answers) = (Vec::new(), Vec::new());
-    for (address, port) in cluster.chain(own) {
-        let (family, loopback): (&str, IpAddr) = match address {
-            IpAddr::V4(_) => ("ip", Ipv4Addr::LOCALHOST.into()),
-            IpAddr::V6(_) => ("ip6", Ipv6Addr::LOCALHOST.into()),
+    let rule = |(address, port): (IpAddr, u16)| {
+        let (family, to) = match address {
+            IpAddr::V4(_) => ("ip", SocketAddr::from((Ipv4Addr::LOCALHOST, port))),
+            IpAddr::V6(_) => ("ip6", SocketAddr::from((Ipv6Addr::LOCALHOST, port))),
         };
-        for proto in ["udp", "tcp"] {
-            queries.push(format!(
-                "{family} daddr {address} {proto} dport 53 {family} daddr set {loopback} {proto} dport set {port} notrack"
-            ));
-            answers.push(format!(
-                "{family} saddr {loopback} {proto} sport {port} {family} saddr set {address} {proto} sport set 53 notrack"
-            ));
-        }
-    }
-    (queries, answers)
+        format!("{family} daddr {address} meta l4proto {{ tcp, udp }} th dport 53 dnat {family} to {to}")
+    };
+    cluster.chain(own).map(rule).collect()
 }
 
 /// Returns the tables that deliver queries to ovld by the loopback device.

@@ -91,9 +91,9 @@ impl Subsystem for BaseFilter {
             }
             Change::Entry { .. }
             | Change::Rights(_)
+            | Change::HostRights { .. }
             | Change::Attaching(_)
             | Change::Backends(_)
-            | Change::Announcers
             | Change::Groups(_)
             | Change::Uplink => false,
         };

@@ -73,22 +73,19 @@ impl Subsystem for Enforcement {
                     match key.kind {
                         Kind::NetworkPolicy | Kind::Namespace => self.all_changed = true,
                         Kind::Pod => self.touch_pod(cluster.view, &key.name),
-                        Kind::Service | Kind::EndpointSlice => {}
+                        Kind::Service | Kind::EndpointSlice | Kind::ServiceCidr => {}
                     }
                 }
             }
             // With a network or a host, the right to many addresses may change.
             Change::Rights(_)
+            | Change::HostRights { .. }
             | Change::Network(_)
             | Change::Built(_)
             | Change::Host(_)
             | Change::Tunnel
             | Change::ThisHost => self.all_changed = true,
-            Change::Entry { .. }
-            | Change::Backends(_)
-            | Change::Announcers
-            | Change::Groups(_)
-            | Change::Uplink => {}
+            Change::Entry { .. } | Change::Backends(_) | Change::Groups(_) | Change::Uplink => {}
         }
     }
 

@@ -11,7 +11,9 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use ovl_cluster::claims::{Claim, balancers_of, claims_of};
 use ovl_cluster::digest::hash;
+use ovl_cluster::networks::overlaps;
 use ovl_cluster::resources::Resources;
+use ovl_cluster::view::View;
 use ovl_manifest::{Problem, Problems};
 use ovl_proto::resource::{
     ClusterIp, IpFamily, IpFamilyPolicy, LoadBalancerIngress, Name, Service, ServicePort, ServiceType,
@@ -21,6 +23,10 @@ use ovl_proto::resource::{
 const DNS_OFFSET: u128 = 10;
 /// The number of addresses at the start of a range that are used last, so that users can choose them.
 const MANUAL_ADDRESSES: u128 = 256;
+/// The number of ranges of ServiceCIDRs that are followed.
+const MAX_CIDRS: usize = 64;
+/// The shortest prefixes of ServiceCIDRs that are followed, of IPv4 and IPv6: those of the widest ranges that Kubernetes takes.
+const WIDEST_CIDR: (u8, u8) = (12, 64);
 /// The number of addresses that are tried before a range counts as full.
 const MAX_PROBES: u128 = 1 << 18;
 
@@ -29,6 +35,10 @@ const MAX_PROBES: u128 = 1 << 18;
 pub struct Ranges {
     /// Ranges of clusterIPs, at most one of each family. The first one is the default.
     pub services: Vec<IpNet>,
+    /// Whether another program is the cluster DNS, so that a Service may have its address.
+    pub dns_elsewhere: bool,
+    /// Whether the ranges of ServiceCIDRs are ranges of clusterIPs too.
+    pub follows_cidrs: bool,
     /// Pools of LoadBalancer addresses. If empty, Services of type LoadBalancer get no address.
     pub load_balancers: Vec<IpNet>,
     /// Ranges of external IPs. If empty, Services can have none.
@@ -104,7 +114,31 @@ impl Ranges {
         self.services.iter().filter_map(|range| address_at(*range, DNS_OFFSET))
     }
 
-    /// Returns all ranges.
+    /// Whether an address is one of the cluster DNS at which ovl itself answers.
+    pub fn is_own_dns(&self, address: IpAddr) -> bool {
+        !self.dns_elsewhere && self.dns_addresses().any(|dns| dns == address)
+    }
+
+    /// Returns the ranges of clusterIPs that there are: those that are configured, and those of ServiceCIDRs if they are
+    /// followed. None overlaps another one. A range of a ServiceCIDR is left out if it is wider than Kubernetes takes, has the
+    /// address of a member, or overlaps a network: what has no Service in it is refused.
+    pub fn of_services(&self, view: &View) -> Vec<IpNet> {
+        if !self.follows_cidrs {
+            return self.services.clone();
+        }
+        let is_taken = |range: &IpNet| {
+            let mut hosts = view.nodes.values().flat_map(|node| [node.record.vtep, node.record.address.ip()]);
+            let mut subnets = view.networks.values().flat_map(|found| &found.network.subnets);
+            let widest = if range.addr().is_ipv4() { WIDEST_CIDR.0 } else { WIDEST_CIDR.1 };
+            range.prefix_len() < widest
+                || hosts.any(|address| range.contains(&address))
+                || subnets.any(|subnet| overlaps(subnet.prefix, *range))
+        };
+        let added = view.resources.service_cidrs().filter(|range| !is_taken(range)).take(MAX_CIDRS);
+        IpNet::aggregate(&self.services.iter().copied().chain(added).collect())
+    }
+
+    /// Returns all ranges that are configured.
     pub fn all(&self) -> impl Iterator<Item = IpNet> {
         self.services.iter().chain(&self.load_balancers).chain(&self.external).copied()
     }
@@ -129,15 +163,18 @@ pub struct ReservedClaims(BTreeMap<Claim, Name>);
 pub struct ServiceAllocator<'a> {
     resources: &'a Resources,
     ranges: &'a Ranges,
+    /// The ranges in which a clusterIP may be chosen by hand.
+    services: Vec<IpNet>,
     reserved: &'a mut ReservedClaims,
     /// Pools without a free address. They are not searched again.
     full: BTreeSet<IpNet>,
 }
 
 impl<'a> ServiceAllocator<'a> {
-    /// Creates an allocator that avoids the claims of `resources` and the reserved claims.
-    pub fn new(resources: &'a Resources, ranges: &'a Ranges, reserved: &'a mut ReservedClaims) -> Self {
-        Self { resources, ranges, reserved, full: BTreeSet::new() }
+    /// Creates an allocator that avoids the claims of Services and the reserved claims.
+    pub fn new(view: &'a View, ranges: &'a Ranges, reserved: &'a mut ReservedClaims) -> Self {
+        let services = ranges.of_services(view);
+        Self { resources: &view.resources, ranges, services, reserved, full: BTreeSet::new() }
     }
 
     /// Fills in the addresses and ports that a Service needs. Values of its current version in the cluster are kept.
@@ -227,8 +264,9 @@ impl<'a> ServiceAllocator<'a> {
             match given.iter().find(|address| IpFamily::of(**address) == *family) {
                 Some(address) => {
                     let reason = format!("{address} is not in the service_range {range}");
-                    problems.want(range.contains(address), &path, reason);
-                    let dns = self.ranges.dns_addresses().any(|dns| dns == *address);
+                    let is_within = self.services.iter().any(|range| range.contains(address));
+                    problems.want(is_within, &path, reason);
+                    let dns = self.ranges.is_own_dns(*address);
                     problems.want(!dns, &path, format!("{address} is reserved for the cluster DNS"));
                     self.want_free(Claim::Address(*address), name, &path, problems);
                     ips.push(ClusterIp::Address(*address));

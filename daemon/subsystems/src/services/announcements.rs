@@ -83,7 +83,6 @@ impl Subsystem for Announcements {
         match *change {
             Change::Backends(settled) => self.changed.extend(settled.services.iter().cloned()),
             Change::Entry { entry: Entry::Announced(_), .. }
-            | Change::Announcers
             | Change::Uplink
             | Change::Network(_)
             | Change::Built(_)
@@ -93,6 +92,7 @@ impl Subsystem for Announcements {
             Change::Groups(_)
             | Change::Entry { .. }
             | Change::Rights(_)
+            | Change::HostRights { .. }
             | Change::Attaching(_)
             | Change::Resources(_) => {}
         }

@@ -60,8 +60,10 @@ pub struct Services {
     flows: BTreeMap<Name, resolve::UdpPorts>,
     counts: BTreeSet<u32>,
     sticky: BTreeSet<Sticky>,
-    /// The sizes of `counts` and `sticky` when the skeleton was built.
-    chains: (usize, usize),
+    /// Whether there are, or were, ports that let only some sources in.
+    guarded: bool,
+    /// The sizes of `counts` and `sticky`, and `guarded`, when the skeleton was built.
+    chains: (usize, usize, bool),
     /// The tables that were planned last.
     tables: BTreeMap<Table, Arc<Skeleton>>,
     ended: Vec<Flows>,
@@ -218,14 +220,14 @@ impl Services {
     fn skeletons(&mut self) -> BTreeMap<Table, Arc<Skeleton>> {
         let mut tables = BTreeMap::new();
         // Chains are only added, so an equal number of them means that they are the same.
-        let chains = (self.counts.len(), self.sticky.len());
+        let chains = (self.counts.len(), self.sticky.len(), self.guarded);
         let same = std::mem::replace(&mut self.chains, chains) == chains;
         let mut need = |table: Table, same: bool, make: &dyn Fn() -> Skeleton| {
             let old = self.tables.get(&table).filter(|_| same).map(Arc::clone);
             tables.insert(table, old.unwrap_or_else(|| Arc::new(make())));
         };
         if self.ledger.parts().any(|part| matches!(part, ElementOwner::Service(_))) {
-            need(Table::Services, same, &|| skeleton::skeleton(&self.counts, &self.sticky));
+            need(Table::Services, same, &|| skeleton::skeleton(&self.counts, &self.sticky, self.guarded));
         }
         if divert::BACKENDS.iter().any(|set| self.ledger.wanted().of(set).is_some()) {
             need(Table::Divert, true, &divert::skeleton);
@@ -260,7 +262,7 @@ impl Services {
             let of = backends.of(name);
             resolve::resolve(&self.context, view.resources.claims(), (name, service), of, &mut self.slots)
         });
-        let Resolved { entries, counts, sticky, flows, forwards } = resolved.unwrap_or_default();
+        let Resolved { entries, counts, sticky, flows, forwards, guards } = resolved.unwrap_or_default();
         if forwards.is_empty() {
             self.forwarding.remove(name);
         } else {
@@ -279,6 +281,7 @@ impl Services {
         }
         // Chains are kept once they exist: the table is written before elements are removed that lead to them.
         self.sticky.extend(sticky);
+        self.guarded |= guards;
         self.counts.extend(counts.into_iter().filter(|count| *count > skeleton::ALWAYS));
         let old = self.flows.remove(name).unwrap_or_default();
         let none = BTreeSet::new();
@@ -319,9 +322,9 @@ fn endpoint_part(endpoint: &Endpoint) -> Entries {
 /// Returns the elements that follow from networks and hosts alone.
 fn host(view: &View, context: &NetworkContext, ranges: &Ranges) -> Entries {
     let mut entries = Entries::new();
-    for range in &ranges.services {
+    for range in ranges.of_services(view) {
         let set = of_family(&skeleton::RANGES, range.addr().is_ipv4()).clone();
-        entries.insert((set, Key::of(&[Field::Net(*range)])), Value::None);
+        entries.insert((set, Key::of(&[Field::Net(range)])), Value::None);
     }
     for address in context.hosts.values() {
         let set = of_family(&skeleton::HOSTS, address.is_ipv4()).clone();

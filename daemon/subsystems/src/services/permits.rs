@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use ovl_cluster::view::{Node, View};
 use ovl_manifest::Problem;
 use ovl_proto::SEALED_VXLAN_PORT;
@@ -18,6 +19,8 @@ use super::allocation::{NodePortRange, Ranges};
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Permits {
     ranges: Ranges,
+    /// The ranges of clusterIPs.
+    services: Vec<IpNet>,
     /// The addresses of all members, whether they are alive or not, with their names.
     hosts: BTreeMap<IpAddr, String>,
     /// The ports at which ovl receives on this host.
@@ -95,6 +98,7 @@ impl Permits {
         });
         Self {
             ranges: ranges.clone(),
+            services: ranges.of_services(view),
             hosts: hosts.collect(),
             ports: own.into_iter().flat_map(ports_of).collect(),
         }
@@ -102,8 +106,8 @@ impl Permits {
 
     /// Returns why a cluster IP is not translated. `None` if it is.
     pub fn cluster_ip(&self, address: IpAddr) -> Option<Denial> {
-        let is_within = self.ranges.services.iter().any(|range| range.contains(&address));
-        let is_dns = self.ranges.dns_addresses().any(|dns| dns == address);
+        let is_within = self.services.iter().any(|range| range.contains(&address));
+        let is_dns = self.ranges.is_own_dns(address);
         (!is_within || is_dns).then_some(Denial::ClusterIp(address))
     }
 
@@ -158,7 +162,11 @@ impl Permits {
 
     /// Returns what a Service names and this host does not translate.
     pub fn denials(&self, service: &Service) -> Vec<Denial> {
-        let cluster = service.cluster_addresses().filter_map(|address| self.cluster_ip(address));
+        // At the address of the cluster DNS ovl answers itself, whatever Service an API server has there.
+        let is_served =
+            |address: &IpAddr| service.metadata.source.is_some() && self.ranges.is_own_dns(*address);
+        let cluster = service.cluster_addresses().filter(|address| !is_served(address));
+        let cluster = cluster.filter_map(|address| self.cluster_ip(address));
         let external = service.spec.external_ips.iter().filter_map(|address| self.external_ip(*address));
         let balancer = service.load_balancer_addresses().filter_map(|address| self.load_balancer(address));
         let ports = service.spec.ports.iter();
@@ -202,6 +210,8 @@ fn ports_of(node: &Node) -> Vec<(Protocol, u16)> {
 
 #[cfg(test)]
 mod tests {
+    use ovl_proto::resource::ClusterIp;
+
     use super::*;
 
     fn ip(text: &str) -> IpAddr {
@@ -210,8 +220,11 @@ mod tests {
 
     fn permits() -> Permits {
         let parse = |all: &[&str]| all.iter().map(|text| text.parse().unwrap()).collect();
+        let services: Vec<IpNet> = parse(&["10.96.0.0/16", "fd00:10:96::/112"]);
         let ranges = Ranges {
-            services: parse(&["10.96.0.0/16", "fd00:10:96::/112"]),
+            services: services.clone(),
+            dns_elsewhere: false,
+            follows_cidrs: false,
             load_balancers: parse(&["192.0.2.0/28"]),
             external: parse(&["198.51.100.0/24", "2001:db8::/64"]),
             node_ports: "30000-32000".parse().unwrap(),
@@ -219,6 +232,7 @@ mod tests {
         let hosts = [("198.51.100.7", "h2"), ("2001:db8::7", "h2"), ("192.0.2.7", "h3")];
         Permits {
             ranges,
+            services,
             hosts: hosts.map(|(address, name)| (ip(address), name.to_owned())).into(),
             ports: [(Protocol::Udp, 31000), (Protocol::Tcp, 31000)].into(),
         }
@@ -251,6 +265,19 @@ mod tests {
         assert!(!permits.is_announced(&service, ip("192.0.2.8")));
         service.spec.load_balancer_class = Some(ovl_proto::resource::LOAD_BALANCER_CLASS.to_owned());
         assert!(permits.is_announced(&service, ip("192.0.2.8")));
+    }
+
+    #[test]
+    fn service_of_the_cluster_dns_is_one_of_the_api_server() {
+        let permits = permits();
+        let mut service = Service::default();
+        service.spec.cluster_ips = vec![ClusterIp::Address(ip("10.96.0.10"))];
+        assert_eq!(permits.denials(&service), [Denial::ClusterIp(ip("10.96.0.10"))]);
+        service.metadata.source = Some(Box::default());
+        assert_eq!(permits.denials(&service), []);
+        assert!(permits.cluster_ip(ip("10.96.0.10")).is_some());
+        service.spec.cluster_ips.push(ClusterIp::Address(ip("10.98.0.10")));
+        assert_eq!(permits.denials(&service), [Denial::ClusterIp(ip("10.98.0.10"))]);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
-use ovl_proto::resource::Name;
+use ovl_proto::resource::{Kind, Name};
 
 use super::allocation::Ranges;
 use super::permits::Denial;
@@ -45,21 +45,22 @@ impl Translation {
 }
 
 impl Subsystem for Translation {
-    fn changed(&mut self, change: &Change<'_>, _: &Cluster<'_>) {
+    fn changed(&mut self, change: &Change<'_>, cluster: &Cluster<'_>) {
         match *change {
             Change::Backends(settled) => self.changed.extend(settled.services.iter().cloned()),
-            Change::Entry { .. }
-            | Change::Rights(_)
+            // Endpoints of other hosts are backends, of which `Backends` tells.
+            Change::Entry { host, .. } => self.context_changed |= host == cluster.view.me,
+            Change::Rights(_)
             | Change::Network(_)
             | Change::Built(_)
             | Change::Host(_)
             | Change::Tunnel
             | Change::ThisHost => self.context_changed = true,
-            Change::Attaching(_)
-            | Change::Resources(_)
-            | Change::Announcers
-            | Change::Groups(_)
-            | Change::Uplink => {}
+            Change::Resources(keys) => {
+                self.context_changed |= keys.iter().any(|key| key.kind == Kind::ServiceCidr);
+            }
+            // `Host` or `ThisHost` follows.
+            Change::HostRights { .. } | Change::Attaching(_) | Change::Groups(_) | Change::Uplink => {}
         }
     }
 

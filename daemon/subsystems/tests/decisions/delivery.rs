@@ -83,8 +83,8 @@ fn the_host_is_led_to_the_resolver_while_there_are_services() {
     let table = &names.sent().unwrap().tables[&Table::Resolver];
     let chain = table.chains.iter().find(|chain| chain.name == "host").unwrap();
     let hook = table.chains.iter().find(|chain| chain.name == "host-hook").unwrap();
-    assert!(hook.hook.as_ref().unwrap().starts_with("type route hook output"), "{hook:?}");
-    let to_cluster = "ip daddr 10.96.0.10 udp dport 53 ip daddr set 127.0.0.1 udp dport set 7955 notrack";
+    assert!(hook.hook.as_ref().unwrap().starts_with("type nat hook output"), "{hook:?}");
+    let to_cluster = "ip daddr 10.96.0.10 meta l4proto { tcp, udp } th dport 53 dnat ip to 127.0.0.1:7955";
     assert!(chain.rules.contains(&to_cluster.to_owned()), "{chain:?}");
     // Endpoints need the tables past firewalls too.
     names.resolve(NET);

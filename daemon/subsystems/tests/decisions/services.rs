@@ -157,8 +157,9 @@ fn lookup_finds_what_the_chains_of_the_table_do() {
     host.service("sticky", web(json!({ "clusterIPs": ["10.96.0.11"], "sessionAffinity": "ClientIP" })));
     host.plan(true);
     let ip = |text: &str| text.parse::<std::net::IpAddr>().unwrap();
-    let look =
-        |host: &Host, client, to: &str, port, own| translate(&host.elements, client, (ip(to), 6, port), own);
+    let look = |host: &Host, client, to: &str, port, own| {
+        translate(&host.elements, client, ip("203.0.113.9"), (ip(to), 6, port), own)
+    };
     let outside = Client::Remote(ip("198.51.100.1"));
     assert_eq!(look(&host, Client::Endpoint, "10.96.0.10", 80, false), Some(Translated::Refused));
     assert_eq!(look(&host, Client::Endpoint, "10.96.0.10", 81, false), None);

@@ -30,6 +30,8 @@ pub(crate) fn ranges() -> Ranges {
     let parse = |text: &str| vec![text.parse().unwrap()];
     Ranges {
         services: parse("10.64.0.0/10"),
+        dns_elsewhere: false,
+        follows_cidrs: false,
         load_balancers: parse("192.0.2.0/24"),
         external: parse("192.0.2.0/24"),
         node_ports: NodePortRange::default(),

@@ -8,9 +8,9 @@ use netns_lab::{Host, Workload, wait_until};
 use serde_json::{Map, Value, json};
 
 use super::reference::{self, Shown};
-use super::watch::Commits;
 use super::{NETWORK, PORT, apply, backend, endpoint_addresses, ready, service, service_address, slice};
 use crate::client::{self, Client};
+use crate::commits::{Commits, SERVICES};
 use crate::report::{Bar, Figure, Row};
 use crate::stats::{Samples, ms};
 use crate::{Bench, connect};
@@ -97,7 +97,7 @@ fn loads(bench: &Bench, host: &Host, client: &Workload, last: SocketAddr) -> Res
 /// Measures changes: from just before the request that marks a backend unready or ready until the kernel's
 /// notification of the commit.
 fn changes(bench: &Bench, host: &Host) -> Result<Samples> {
-    let commits = Commits::watch([host])?;
+    let commits = Commits::watch([host], SERVICES)?;
     let mut client = Client::connect(&host.socket())?;
     let mut times = Vec::new();
     for number in 0..bench.plan.service_changes {

@@ -5,7 +5,6 @@ mod layouts;
 pub(crate) mod many;
 mod reference;
 pub(crate) mod removed;
-mod watch;
 
 use std::net::{Ipv4Addr, SocketAddr};
 

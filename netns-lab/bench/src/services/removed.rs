@@ -6,10 +6,10 @@ use anyhow::Result;
 use netns_lab::wait_until;
 use serde_json::json;
 
-use super::watch::Commits;
 use super::{LABEL, apply, backend, ready, service, service_address};
 use crate::Bench;
 use crate::cluster::Cluster;
+use crate::commits::{Commits, SERVICES};
 use crate::report::{Bar, Figure, Row};
 use crate::stats::{Samples, ms};
 
@@ -34,7 +34,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<Figure> {
             host.ctl_ok(&["verify"]).map(drop)
         })?;
     }
-    let commits = Commits::watch(cluster.hosts())?;
+    let commits = Commits::watch(cluster.hosts(), SERVICES)?;
     let mut clients = (0..HOSTS).map(|index| cluster.client(index)).collect::<Result<Vec<_>>>()?;
     let mut times = Vec::new();
     for number in 0..bench.plan.service_changes {

@@ -35,8 +35,7 @@ const METADATA: &[(&str, Treatment)] = &[
 
 const NAMESPACE: &[(&str, Treatment)] = &[("spec", Treatment::Ignored(NO_FINALIZERS))];
 
-const SERVICE: &[(&str, Treatment)] =
-    &[("spec.loadBalancerSourceRanges", Treatment::Protective(SOURCE_RANGES))];
+const SERVICE_CIDR: &[(&str, Treatment)] = &[("status", Treatment::Informative)];
 
 const SLICE: &[(&str, Treatment)] = &[
     ("endpoints[].deprecatedTopology", Treatment::Informative),
@@ -140,10 +139,10 @@ pub(super) fn treatment(kind: Kind, path: &str, value: &Value) -> Treatment {
 fn of_kind(kind: Kind, path: &str, value: &Value) -> Treatment {
     match kind {
         Kind::Namespace => listed(NAMESPACE, path),
-        Kind::Service => listed(SERVICE, path),
         Kind::EndpointSlice => listed(SLICE, path),
         Kind::Pod => of_pod(path, value),
-        Kind::NetworkPolicy => Treatment::Unknown,
+        Kind::ServiceCidr => listed(SERVICE_CIDR, path),
+        Kind::Service | Kind::NetworkPolicy => Treatment::Unknown,
     }
 }
 
@@ -178,13 +177,6 @@ fn has_named_sidecar_port(containers: &Value) -> bool {
 fn listed(table: &[(&str, Treatment)], path: &str) -> Treatment {
     table.iter().find(|(field, _)| *field == path).map_or(Treatment::Unknown, |(_, treatment)| *treatment)
 }
-
-/// Why source ranges are refused.
-pub(super) const SOURCE_RANGES: &str = "is not implemented, and without it every source could connect: remove it, and \
-     restrict the sources by a NetworkPolicy with ipBlock";
-
-/// The annotation by which a load balancer takes source ranges.
-pub(super) const SOURCE_RANGES_ANNOTATION: &str = "service.beta.kubernetes.io/load-balancer-source-ranges";
 
 /// Whether the API server takes a value for one that is not given.
 pub(super) fn is_empty(value: &Value) -> bool {

@@ -37,7 +37,7 @@ const OTHERS: [(&str, &[&str]); 3] = [
             "ServiceAccount",
         ],
     ),
-    ("networking.k8s.io/v1", &["IPAddress", "Ingress", "IngressClass", "ServiceCIDR"]),
+    ("networking.k8s.io/v1", &["IPAddress", "Ingress", "IngressClass"]),
     ("discovery.k8s.io/v1", &[]),
 ];
 

@@ -4,9 +4,10 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use ovl_proto::resource::{
-    ClusterIp, IntOrString, IpFamily, IpFamilyPolicy, Service, ServiceSpec, ServiceType, SessionAffinity,
-    TrafficPolicy,
+    ClusterIp, IntOrString, IpFamily, IpFamilyPolicy, Service, ServiceCidr, ServiceSpec, ServiceType,
+    SessionAffinity, TrafficPolicy,
 };
 
 use crate::problem::{Problem, Problems};
@@ -16,6 +17,10 @@ use super::{USABLE, check_labels, check_number, check_port, is_usable};
 
 /// The maximum number of ports of a Service.
 const MAX_PORTS: usize = 1000;
+/// The maximum number of source ranges.
+const MAX_SOURCE_RANGES: usize = 1000;
+/// The annotation that has the source ranges of a LoadBalancer, if its specification has none.
+pub(super) const SOURCE_RANGES_ANNOTATION: &str = "service.beta.kubernetes.io/load-balancer-source-ranges";
 /// The maximum affinity timeout in seconds.
 const MAX_AFFINITY_SECONDS: u32 = 86_400;
 
@@ -41,8 +46,28 @@ pub(super) fn complete(service: &mut Service, warnings: &mut Vec<Problem>) {
         (None, Some(first)) => spec.cluster_ip = Some(*first),
         (None, None) | (Some(_), Some(_)) => {}
     }
+    spec.load_balancer_source_ranges.iter_mut().for_each(|range| *range = range.trunc());
     for port in &mut spec.ports {
         port.target_port.get_or_insert(IntOrString::Int(port.port));
+    }
+}
+
+/// Takes over the source ranges that a Service of type LoadBalancer has in its annotation, if it has none in its
+/// specification: as in Kubernetes.
+pub(super) fn take_source_ranges(service: &mut Service, problems: &mut Problems) {
+    let spec = &mut service.spec;
+    let Some(text) = service.metadata.annotations.get(SOURCE_RANGES_ANNOTATION) else { return };
+    if spec.kind != ServiceType::LoadBalancer || !spec.load_balancer_source_ranges.is_empty() {
+        return;
+    }
+    for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+        match part.parse::<IpNet>() {
+            Ok(range) => spec.load_balancer_source_ranges.push(range.trunc()),
+            Err(_) => problems.add(
+                format!("metadata.annotations.{SOURCE_RANGES_ANNOTATION}"),
+                format!("'{part}' is not a prefix such as 203.0.113.0/24"),
+            ),
+        }
     }
 }
 
@@ -166,10 +191,25 @@ fn check_addresses(spec: &ServiceSpec, problems: &mut Problems) {
         "spec.loadBalancerClass",
         LABEL_KEY,
     );
+    let field = "spec.loadBalancerSourceRanges";
+    problems.want(balanced || spec.load_balancer_source_ranges.is_empty(), field, reason);
+    let most = format!("exceed the limit of {MAX_SOURCE_RANGES}");
+    problems.want(spec.load_balancer_source_ranges.len() <= MAX_SOURCE_RANGES, field, most);
     problems.want(
         balanced || spec.allocate_load_balancer_node_ports.is_none(),
         "spec.allocateLoadBalancerNodePorts",
         reason,
+    );
+}
+
+/// Validates a ServiceCIDR.
+pub(super) fn check_cidr(cidr: &ServiceCidr, problems: &mut Problems) {
+    let ranges = &cidr.spec.cidrs;
+    let families: BTreeSet<bool> = ranges.iter().map(|range| range.addr().is_ipv4()).collect();
+    problems.want(
+        (1..=2).contains(&ranges.len()) && families.len() == ranges.len(),
+        "spec.cidrs",
+        "must be one range, or one of each address family",
     );
 }
 

@@ -580,7 +580,7 @@ fn every_invalid_field_is_named_with_the_reason() {
             "spec.loadBalancerSourceRanges",
             json!(["10.0.0.0/8"]),
             "spec.loadBalancerSourceRanges",
-            "every source could connect",
+            "requires type LoadBalancer",
         ),
         ("spec", json!("none"), "spec", "invalid type: string"),
         ("more", json!(1), "more", "is not a known field"),
@@ -1070,21 +1070,15 @@ fn fields_that_do_not_change_what_ovl_does_are_ignored() {
 
 #[test]
 fn fields_whose_loss_takes_a_protection_away_are_refused_always() {
-    let annotation = fields::SOURCE_RANGES_ANNOTATION;
+    let annotation = service::SOURCE_RANGES_ANNOTATION;
     let mut balanced = service();
     set(&mut balanced, "spec.type", json!("LoadBalancer"));
     for (good, place, value, field) in [
         (
             &balanced,
-            "spec.loadBalancerSourceRanges",
-            json!(["203.0.113.0/24"]),
-            "spec.loadBalancerSourceRanges",
-        ),
-        (
-            &balanced,
-            &format!("metadata.annotations.{}", annotation.replace('.', "|")),
-            json!("203.0.113.0/24"),
-            &format!("metadata.annotations.{annotation}"),
+            format!("metadata.annotations.{}", annotation.replace('.', "|")).as_str(),
+            json!("203.0.113.0/24, everywhere"),
+            format!("metadata.annotations.{annotation}").as_str(),
         ),
         (&service(), "$patch", json!("delete"), "$patch"),
         (&service(), "spec.$retainKeys", json!(["ports"]), "spec.$retainKeys"),
@@ -1105,9 +1099,30 @@ fn fields_whose_loss_takes_a_protection_away_are_refused_always() {
             assert_eq!(fields, [field], "{place} {value}: {problems:?}");
         }
     }
-    // Empty source ranges are as good as none.
-    set(&mut balanced, "spec.loadBalancerSourceRanges", json!([]));
-    assert!(read(balanced, None, Validation::Warn).is_ok());
+}
+
+#[test]
+fn source_ranges_are_in_the_specification_or_in_an_annotation() {
+    let annotation = format!("metadata.annotations.{}", service::SOURCE_RANGES_ANNOTATION.replace('.', "|"));
+    let ranges = |given: Value, annotated: Value| -> Vec<String> {
+        let mut manifest = service();
+        set(&mut manifest, "spec.type", json!("LoadBalancer"));
+        set(&mut manifest, "spec.loadBalancerSourceRanges", given);
+        set(&mut manifest, &annotation, annotated);
+        let Resource::Service(found) = accepted(manifest) else { panic!() };
+        found.spec.load_balancer_source_ranges.iter().map(ToString::to_string).collect()
+    };
+    assert_eq!(
+        ranges(json!(["203.0.113.7/24", "2001:db8::/32"]), json!("192.0.2.0/24")),
+        ["203.0.113.0/24", "2001:db8::/32"]
+    );
+    assert_eq!(ranges(json!([]), json!("203.0.113.0/24, 192.0.2.0/28")), ["203.0.113.0/24", "192.0.2.0/28"]);
+    assert!(ranges(json!([]), json!("")).is_empty());
+    // Other Services have no addresses of a LoadBalancer.
+    let mut other = service();
+    set(&mut other, &annotation, json!("203.0.113.0/24"));
+    let Resource::Service(found) = accepted(other) else { panic!() };
+    assert!(found.spec.load_balancer_source_ranges.is_empty());
 }
 
 #[test]

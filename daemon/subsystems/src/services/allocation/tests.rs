@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 
+use ovl_proto::alloc::AllocMap;
 use ovl_proto::clock::Stamp;
+use ovl_proto::id::NodeId;
 use ovl_proto::resource::{Created, Kind, Resource, ResourceKey, TrafficPolicy};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -12,6 +14,8 @@ use super::*;
 fn ranges() -> Ranges {
     Ranges {
         services: vec!["10.96.0.0/16".parse().unwrap(), "fd00:10:96::/112".parse().unwrap()],
+        dns_elsewhere: false,
+        follows_cidrs: false,
         load_balancers: vec!["192.0.2.0/29".parse().unwrap()],
         external: Vec::new(),
         node_ports: NodePortRange::default(),
@@ -30,8 +34,18 @@ fn service(name: &str, spec: Value) -> Service {
     service_at(name, 1, spec)
 }
 
+fn view(resources: &Resources) -> View {
+    View {
+        me: NodeId([1; 10]),
+        nodes: BTreeMap::new(),
+        networks: BTreeMap::new(),
+        alloc: AllocMap::default(),
+        resources: resources.clone(),
+    }
+}
+
 fn allocate(resources: &Resources, service: &mut Service, ranges: &Ranges) -> Result<(), Vec<Problem>> {
-    ServiceAllocator::new(resources, ranges, &mut ReservedClaims::default()).allocate(service)
+    ServiceAllocator::new(&view(resources), ranges, &mut ReservedClaims::default()).allocate(service)
 }
 
 fn allocated(resources: &Resources, mut service: Service) -> Service {
@@ -51,6 +65,36 @@ fn refused(resources: &Resources, mut service: Service) -> String {
 
 fn one(kind: &str) -> Value {
     json!({ "type": kind, "ports": [{ "port": 80 }] })
+}
+
+#[test]
+fn service_cidrs_are_ranges_if_they_are_followed() {
+    let mut resources = Resources::default();
+    // The second one is within a range that is configured, the third one is too wide.
+    for (name, cidr) in [("a", "10.97.0.0/24"), ("b", "10.96.4.0/24"), ("wide", "128.0.0.0/1")] {
+        let manifest = json!({ "metadata": { "name": name }, "spec": { "cidrs": [cidr] } });
+        resources.insert(Resource::ServiceCidr(serde_json::from_value(manifest).unwrap()));
+    }
+    let follows = Ranges { follows_cidrs: true, ..ranges() };
+    let texts = |ranges: &Ranges| -> BTreeSet<String> {
+        ranges.of_services(&view(&resources)).iter().map(IpNet::to_string).collect()
+    };
+    let configured = BTreeSet::from(["10.96.0.0/16".to_owned(), "fd00:10:96::/112".to_owned()]);
+    assert_eq!(texts(&ranges()), configured);
+    assert_eq!(texts(&follows), &configured | &BTreeSet::from(["10.97.0.0/24".to_owned()]));
+    // Chosen by hand only: others may not follow them.
+    let web = |spec| service("web", spec);
+    let given =
+        web(json!({ "clusterIP": "10.97.0.9", "clusterIPs": ["10.97.0.9"], "ports": [{ "port": 80 }] }));
+    assert!(allocate(&resources, &mut given.clone(), &ranges()).is_err());
+    allocate(&resources, &mut given.clone(), &follows).unwrap();
+    let mut chosen = web(one("ClusterIP"));
+    allocate(&resources, &mut chosen, &follows).unwrap();
+    assert!(
+        chosen
+            .cluster_addresses()
+            .all(|address| ranges().services.iter().any(|range| range.contains(&address)))
+    );
 }
 
 #[test]

@@ -5,12 +5,13 @@
 
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use ovl_dataplane::nft::{Elements, Field, Key, Set};
 
 use super::context::of_family;
 use super::skeleton::{
-    BACKENDS, BALANCERS, BackendKind, DROP, HOSTS, IDS, INSIDE, NODE_IDS, NODE_STAY, NODES, OUTSIDE, OWN,
-    OWN_PORTS, PORTS, REFUSE, RELAYED, STAY, kind_and_count,
+    BACKENDS, BALANCERS, BackendKind, DROP, GUARDED, HOSTS, IDS, INSIDE, NODE_IDS, NODE_STAY, NODES, OUTSIDE,
+    OWN, OWN_PORTS, PORTS, REFUSE, RELAYED, SOURCES, STAY, kind_and_count,
 };
 
 /// Where a packet comes from that may be for a Service.
@@ -33,13 +34,17 @@ pub enum Translated {
     Refused,
     /// It is dropped, because there is no backend on this host.
     Dropped,
+    /// It is dropped, because the port does not let this source in.
+    NotLetIn,
 }
 
 /// Returns what the table with these elements does with the first packet of a connection to an address and port.
-/// `is_own` says whether the address is one of this host. `None` if it is left as it is.
+/// `from` is its source, and `is_own` says whether the address is one of this host. `None` if it is left as
+/// it is.
 pub fn translate(
     elements: &Elements,
     client: Client,
+    from: IpAddr,
     (address, protocol, port): (IpAddr, u8, u16),
     is_own: bool,
 ) -> Option<Translated> {
@@ -54,6 +59,11 @@ pub fn translate(
             .of(of_family(sets, ipv4))
             .is_some_and(|all| all.contains_key(&Key::of(&[Field::Ip(address)])))
     };
+    let is_guarded =
+        elements.of(of_family(&GUARDED, ipv4)).is_some_and(|all| all.contains_key(&Key::of(&at_address)));
+    if is_guarded && !lets_in(elements, at_address, from) {
+        return Some(Translated::NotLetIn);
+    }
     let by_address = || match client {
         Client::Endpoint => value(&INSIDE, &at_address),
         Client::Host => [&OWN, &OUTSIDE, &INSIDE].into_iter().find_map(|sets| value(sets, &at_address)),
@@ -90,4 +100,14 @@ pub fn translate(
     };
     let first = BackendKind::first(kind);
     Some(Translated::To((first..first.saturating_add(count)).filter_map(backend).collect()))
+}
+
+/// Whether a port at an address of a LoadBalancer that lets only some sources in lets this one in.
+fn lets_in(elements: &Elements, [address, protocol, port]: [Field<'_>; 3], from: IpAddr) -> bool {
+    let Some(sources) = elements.of(of_family(&SOURCES, from.is_ipv4())) else { return false };
+    let bits = if from.is_ipv4() { 32 } else { 128 };
+    let prefixes = (0..=bits).filter_map(|bits| IpNet::new(from, bits).ok());
+    prefixes
+        .map(|prefix| Key::of(&[address, protocol, port, Field::Net(prefix)]))
+        .any(|key| sources.contains_key(&key))
 }

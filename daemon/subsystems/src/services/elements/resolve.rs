@@ -11,8 +11,9 @@ use ovl_proto::resource::{IpFamily, Name, Protocol, Service, ServicePort, Traffi
 
 use super::context::{At, NetworkContext, of_family};
 use super::skeleton::{
-    self, BACKENDS, BALANCERS, BackendKind, DROP, ELSEWHERE, HAIRPIN, IDS, INSIDE, MAX_STICKY, NODE_IDS,
-    NODE_STAY, NODES, OUTSIDE, OWN, OWN_PORTS, PORTS, REFUSE, RELAYED, ROUTED, STAY, Sticky,
+    self, BACKENDS, BALANCERS, BackendKind, DROP, ELSEWHERE, GUARDED, HAIRPIN, IDS, INSIDE, MAX_STICKY,
+    NODE_IDS, NODE_STAY, NODES, OUTSIDE, OWN, OWN_PORTS, PORTS, REFUSE, RELAYED, ROUTED, SOURCES, STAY,
+    Sticky,
 };
 use crate::services::divert;
 use ovl_cluster::backends::{Backend, Target, targets, targets_for};
@@ -39,6 +40,8 @@ pub(super) struct Resolved {
     /// The address families (`true` for IPv4) in which connections from outside are forwarded to remote hosts or out of the
     /// cluster again.
     pub(super) forwards: BTreeSet<bool>,
+    /// Whether it has ports that let only some sources in.
+    pub(super) guards: bool,
 }
 
 /// The numbers of backends, by Service. A backend that stays keeps its number.
@@ -100,6 +103,9 @@ pub(super) fn resolve(
     for address in &balancer {
         out.put(of_family(&BALANCERS, address.is_ipv4()), &[Field::Ip(*address)], Value::None);
     }
+    for address in &balancer {
+        guard(&mut out, service, *address);
+    }
     for (i, port) in service.spec.ports.iter().enumerate() {
         let given = service.spec.external_ips.iter().copied();
         let given = given.filter(|address| claims.has_external(name, *address, port.protocol, port.port));
@@ -113,6 +119,28 @@ pub(super) fn resolve(
         slots.0.insert(name.clone(), out.after);
     }
     out.resolved
+}
+
+/// Adds the sources that the ports at an address of a LoadBalancer let in, unless these are all.
+fn guard(out: &mut ElementWriter, service: &Service, address: IpAddr) {
+    let ranges = &service.spec.load_balancer_source_ranges;
+    if ranges.is_empty() {
+        return;
+    }
+    out.resolved.guards = true;
+    let ipv4 = address.is_ipv4();
+    let of_family_of = |range: &IpNet| range.addr().is_ipv4() == ipv4;
+    // The host that announces the address asks from it. The kernel takes no ranges that overlap.
+    let sources: Vec<IpNet> =
+        ranges.iter().copied().filter(of_family_of).chain([IpNet::from(address)]).collect();
+    for source in IpNet::aggregate(&sources) {
+        for port in &service.spec.ports {
+            let at = [Field::Ip(address), Field::Protocol(number_of(port.protocol)), Field::Port(port.port)];
+            out.put(of_family(&GUARDED, ipv4), &at, Value::None);
+            let [address, protocol, port] = at;
+            out.put(of_family(&SOURCES, ipv4), &[address, protocol, port, Field::Net(source)], Value::None);
+        }
+    }
 }
 
 /// Adds the elements of one port for one address family.

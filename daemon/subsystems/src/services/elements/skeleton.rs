@@ -60,6 +60,14 @@ pub(super) static BALANCERS: [Set; 2] = [
     set("balancers4", &[Type::Ipv4], Data::None, false),
     set("balancers6", &[Type::Ipv6], Data::None, false),
 ];
+/// Ports at addresses of LoadBalancers that let only some sources in.
+pub(super) static GUARDED: [Set; 2] =
+    [set("guarded4", PORT4, Data::None, false), set("guarded6", PORT6, Data::None, false)];
+/// The sources that these let in.
+pub(super) static SOURCES: [Set; 2] = [
+    set("sources4", &[Type::Ipv4, Type::Protocol, Type::Port, Type::Ipv4], Data::None, true),
+    set("sources6", &[Type::Ipv6, Type::Protocol, Type::Port, Type::Ipv6], Data::None, true),
+];
 /// The underlay addresses of remote hosts.
 pub(super) static HOSTS: [Set; 2] =
     [set("hosts4", &[Type::Ipv4], Data::None, false), set("hosts6", &[Type::Ipv6], Data::None, false)];
@@ -222,14 +230,15 @@ pub(super) const ALWAYS: u32 = 16;
 /// Devices of ovld from which packets arrive.
 const OUR_DEVICES: &str = "{ \"ovb-*\", \"ove-*\", \"ovx-*\", \"ovt-*\" }";
 
-/// Returns the table without elements, with chains for these numbers of backends and these kinds of affinity.
-pub(super) fn skeleton(counts: &BTreeSet<u32>, sticky: &BTreeSet<Sticky>) -> Skeleton {
+/// Returns the table without elements, with chains for these numbers of backends and these kinds of affinity. `guarded`:
+/// there are ports that let only some sources in.
+pub(super) fn skeleton(counts: &BTreeSet<u32>, sticky: &BTreeSet<Sticky>, guarded: bool) -> Skeleton {
     let counts: Vec<u32> =
         (1..=ALWAYS).chain(counts.iter().copied().filter(|count| *count > ALWAYS)).collect();
     let mut sets: Vec<Set> = Vec::new();
     for pair in [
         &INSIDE, &OUTSIDE, &BACKENDS, &PORTS, &NODES, &OWN, &OWN_PORTS, &RELAYED, &BALANCERS, &HOSTS,
-        &HAIRPIN, &GATEWAYS, &ROUTED, &ELSEWHERE, &OURS, &RANGES,
+        &HAIRPIN, &GATEWAYS, &ROUTED, &ELSEWHERE, &OURS, &RANGES, &GUARDED, &SOURCES,
     ] {
         sets.extend_from_slice(pair);
     }
@@ -284,6 +293,14 @@ pub(super) fn skeleton(counts: &BTreeSet<u32>, sticky: &BTreeSet<Sticky>) -> Ske
     chains.push(chain("inside", first("nearby", &[&INSIDE])));
     chains.push(chain("outside", first("nodes", &[&OUTSIDE, &INSIDE])));
     chains.push(chain("own", first("nearby", &[&OWN, &OUTSIDE, &INSIDE])));
+    let guards = |rules: Vec<String>| {
+        let guard = |ip: &str, n: usize| {
+            let at = format!("{ip} daddr . meta l4proto . th dport");
+            vec![format!("{at} @{} {at} . {ip} saddr != @{} drop", GUARDED[n].name, SOURCES[n].name)]
+        };
+        let guards = if guarded { each(guard) } else { Vec::new() };
+        guards.into_iter().chain(rules).collect::<Vec<_>>()
+    };
     // Before address translation of other programs at the usual priority.
     let hooked = |name: &str, hook: &str, rules| Chain {
         hook: Some(format!("{hook}; policy accept;")),
@@ -292,12 +309,12 @@ pub(super) fn skeleton(counts: &BTreeSet<u32>, sticky: &BTreeSet<Sticky>) -> Ske
     chains.push(hooked(
         "prerouting",
         "type nat hook prerouting priority dstnat - 5",
-        vec![format!("iifname {OUR_DEVICES} goto inside"), "goto outside".to_owned()],
+        guards(vec![format!("iifname {OUR_DEVICES} goto inside"), "goto outside".to_owned()]),
     ));
     chains.push(hooked(
         "output",
         "type nat hook output priority -105",
-        vec![format!("meta mark & {OWN_SOCKET:#x} != 0 return"), "goto own".to_owned()],
+        guards(vec![format!("meta mark & {OWN_SOCKET:#x} != 0 return"), "goto own".to_owned()]),
     ));
     // After address translation of other programs: what none of them has translated is refused, rather than sent by the
     // default route. An address of this host is another program's, such as that of kube-proxy in IPVS mode.
