@@ -361,11 +361,13 @@ function renderServices() {
   const found = state.overview.services.filter((service) => matches(`${service.namespace} ${service.name}`));
   table("service-table", ["Namespace", "Name", "Port", "Backends", "Ready", "Notes"], found.flatMap((service) =>
     (service.ports.length ? service.ports : [{ backends: [] }]).map((port) => {
-      const ready = port.backends.filter((backend) => backend.ready).length;
-      const names = port.backends.slice(0, 8).map((backend) => backend.name || backend.address);
-      if (port.backends.length > names.length) names.push(`and ${port.backends.length - names.length} more`);
+      // A backend with addresses of both families is there twice.
+      const backends = [...new Map(port.backends.map((each) => [`${each.name || each.address} ${each.node}`, each])).values()];
+      const ready = backends.filter((backend) => backend.ready).length;
+      const names = backends.slice(0, 8).map((backend) => backend.name || backend.address);
+      if (backends.length > names.length) names.push(`and ${backends.length - names.length} more`);
       return row(service.namespace, service.name, port.port ? `${port.port}/${port.protocol} ${port.name}` : "", names.join(", "),
-        el("td", { class: ready ? "number" : "number error" }, `${ready} of ${port.backends.length}`), service.notes.join(" "));
+        el("td", { class: ready ? "number" : "number error" }, `${ready} of ${backends.length}`), service.notes.join(" "));
     })));
 }
 
