@@ -4,6 +4,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, Signal, Spawned, wait_until};
@@ -21,16 +22,17 @@ struct Running {
 }
 
 impl Running {
-    /// Starts a capture, and waits until these hosts capture.
+    /// Starts a capture into a file of its own, and waits until these hosts capture.
     fn start(lab: &Lab, on: &Host, args: &[&str], hosts: &[&str]) -> Result<Self> {
-        let file = lab.dir().join("captured.pcapng");
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let file = lab.dir().join(format!("captured-{}.pcapng", NEXT.fetch_add(1, Ordering::Relaxed)));
         let path = file.to_str().context("a path that is no text")?;
         let args = [&["capture"], args, &["-w", path]].concat();
         let process = on.ctl_spawn(&args)?;
         wait_until(SOON, "the capture to begin", || {
             let said = process.stderr();
             let began = |host: &&str| said.contains(&format!("{host}: began"));
-            ensure!(hosts.iter().all(|host| began(&host)), "{args:?}: {said}");
+            ensure!(hosts.iter().all(began), "{args:?}: {said}");
             Ok(())
         })?;
         Ok(Self { process, file })
@@ -104,7 +106,7 @@ fn networks_and_pairs_are_captured_on_both_hosts() {
         let capture =
             Running::start(&lab, &lab["h2"], &["network:net", "icmp or icmp6"], &["h1", "h2"]).unwrap();
         let pair =
-            Running::start_other(&lab, &lab["h1"], &["h1,h2", "icmp", "or", "icmp6"], &["h1", "h2"]).unwrap();
+            Running::start(&lab, &lab["h1"], &["h1,h2", "icmp", "or", "icmp6"], &["h1", "h2"]).unwrap();
         for to in b.addresses() {
             a.workload.ping_until(&to, SOON).unwrap();
         }
@@ -141,17 +143,6 @@ fn networks_and_pairs_are_captured_on_both_hosts() {
         // The filter holds for what is inside of VXLAN, and gossip is left out.
         assert!(found.iter().all(|packet| packet[1].contains("icmp")), "{kind}: {found:?}");
         wait_nothing_left(&lab);
-    }
-}
-
-impl Running {
-    /// As [`Self::start`], into another file.
-    fn start_other(lab: &Lab, on: &Host, args: &[&str], hosts: &[&str]) -> Result<Self> {
-        let mut other = Self::start(lab, on, args, hosts)?;
-        let file = lab.dir().join("other.pcapng");
-        std::fs::rename(&other.file, &file)?;
-        other.file = file;
-        Ok(other)
     }
 }
 

@@ -74,6 +74,7 @@ fn dns_and_policies_can_be_turned_off_and_on_again() {
     // The cluster DNS is another program's, which is behind a Service as any other.
     host.set_config("dns = \"off\"\npolicy = \"off\"\n").unwrap();
     host.restart().unwrap();
+    host.wait_ready(SOON).unwrap();
     let dns = "{apiVersion: v1, kind: Service, metadata: {name: dns}, \
                spec: {clusterIP: 10.96.0.10, selector: {app: shut}, ports: [{port: 53, targetPort: 8080}]}}";
     apply(&lab, host, dns).unwrap();

@@ -333,12 +333,15 @@ impl Watch {
     }
 }
 
+/// Where packets are counted: the family of the table, the set, and the key of the element.
+type Place = (&'static str, &'static str, Box<[u8]>);
+
 /// The tables that count packets, and what they had when they were last read.
 #[derive(Debug)]
 struct Frames {
     table: String,
     nftables: Nftables,
-    last: BTreeMap<(&'static str, &'static str, Box<[u8]>), (u64, u64)>,
+    last: BTreeMap<Place, (u64, u64)>,
 }
 
 /// The sets of a table: connections that begin, bytes to a port, bytes back from it. The first are only in that of bridges.

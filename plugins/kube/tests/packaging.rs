@@ -157,7 +157,9 @@ fn helm_chart_renders_to_the_manifests() {
     let config = render(&fs::read_to_string(chart.join("templates/config.yaml")).unwrap(), &all);
     let toml = parse(&config)[0]["data"]["ovld.toml"].as_str().unwrap().to_owned();
     assert!(
-        toml.ends_with("[\"10.96.0.0/12\"]\nload_balancer_pool = [\"192.0.2.0/28\"]\nzone = \"a\"\n"),
+        toml.ends_with(
+            "[\"10.96.0.0/12\", \"kubernetes\"]\nload_balancer_pool = [\"192.0.2.0/28\"]\nzone = \"a\"\n"
+        ),
         "{toml}"
     );
 }
