@@ -554,14 +554,14 @@ mod tests {
 
     #[test]
     fn batches_of_a_host_that_was_not_asked_are_refused() {
-        let mut captures = Captures::default();
+        let mut captures = Captures::new(0);
         let (asked, other) = (NodeId([1; 10]), NodeId([2; 10]));
-        let mut batches = captures.ask(7, asked);
-        assert!(!captures.batch(other, 7, CaptureBatch::default()));
-        assert!(captures.batch(asked, 7, CaptureBatch::default()));
+        let (id, mut batches) = captures.ask(asked);
+        assert!(!captures.batch(other, id, CaptureBatch::default()));
+        assert!(captures.batch(asked, id, CaptureBatch::default()));
         assert!(batches.try_recv().is_ok());
         drop(batches);
-        assert!(!captures.batch(asked, 7, CaptureBatch::default()));
+        assert!(!captures.batch(asked, id, CaptureBatch::default()));
         for _ in 0..MOST {
             assert!(captures.begin());
         }
