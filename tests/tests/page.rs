@@ -172,9 +172,10 @@ fn cluster_is_shown_searched_and_asked_in_a_browser_by_keys_alone() {
     browser.wait_value("document.querySelectorAll('.chip').length", &json!(10)).unwrap();
 
     // What another host says of itself is text too, whatever it says.
-    lab["h3"].set_env(&[("OVL_TEST_VERSION", markup)]).unwrap();
+    let release = "<img/src=x/onerror=hit=1>";
+    lab["h3"].set_env(&[("OVL_TEST_VERSION", release)]).unwrap();
     lab["h3"].restart().unwrap();
-    browser.wait_text("#hosts", &[markup]).unwrap();
+    browser.wait_text("#hosts", &[release]).unwrap();
     assert_eq!(browser.value("document.querySelectorAll('img').length").unwrap(), json!(0));
     assert_eq!(browser.value("typeof window.hit").unwrap(), json!("undefined"));
 
