@@ -23,7 +23,7 @@ use std::time::Duration;
 pub use capture::{Capture, Captured};
 pub use flow::{Flow, FlowReport};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use netns_lab::{Host, Lab, LabConfig, Netns, Output, Workload, wait_until, without_prefix_length};
 use serde_json::Value;
 
@@ -191,11 +191,19 @@ pub fn verify(host: &Host) -> Result<Verification> {
 }
 
 /// Fails unless `ovlctl verify` finds no difference, and finds that at once. A plain `verify` passes while drift is
-/// repaired within 0.5 s, again and again.
+/// repaired within 0.5 s, again and again. On a busy machine one may meet a pass that is late: what is repaired again and
+/// again is there the next time too.
 pub fn ensure_settled(host: &Host) -> Result<()> {
-    let Verification { clean, differences, settled } = verify(host)?;
-    ensure!(clean, "{}: {differences:?}", host.name());
-    ensure!(settled.is_none_or(|settled| settled <= SETTLED), "{} settled after {settled:?}", host.name());
+    let find = || -> Result<Option<Duration>> {
+        let Verification { clean, differences, settled } = verify(host)?;
+        ensure!(clean, "{}: {differences:?}", host.name());
+        Ok(settled.filter(|settled| *settled > SETTLED))
+    };
+    if let Some(first) = find()?
+        && let Some(second) = find()?
+    {
+        bail!("{} settled after {first:?}, and then after {second:?}", host.name());
+    }
     Ok(())
 }
 
