@@ -18,6 +18,28 @@ use crate::{Attached, SOON, create_network, sctp, start_lab_with};
 pub use probe::{PORTS, Probe, Proto, Reached};
 pub use reference::Reference;
 
+/// A policy for the endpoints `app=web` that lets only `app=api` connect, to port 80.
+pub const ONLY_API: &str = "apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata:
+  name: only-api
+  namespace: default
+spec:
+  podSelector:
+    matchLabels:
+      app: web
+  policyTypes:
+  - Ingress
+  ingress:
+  - from:
+    - podSelector:
+        matchLabels:
+          app: api
+    ports:
+    - protocol: TCP
+      port: 80
+";
+
 /// How long to wait until all hosts enforce a manifest. Each round of probes takes a second, because refused probes
 /// time out.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(60);

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, Signal, Spawned, wait_until};
+use ovl_tests::policy::ONLY_API;
 use ovl_tests::routed::create_routed_network;
 use ovl_tests::service::apply;
 use ovl_tests::{Attached, SOON, attach, create_network, ctl_error, start_lab, wait_clean};
@@ -162,24 +163,6 @@ fn wait_nothing_left(lab: &Lab) {
     }
 }
 
-const POLICY: &str = "apiVersion: networking.k8s.io/v1
-kind: NetworkPolicy
-metadata:
-  name: only-api
-  namespace: default
-spec:
-  podSelector:
-    matchLabels:
-      app: web
-  policyTypes:
-  - Ingress
-  ingress:
-  - from:
-    - podSelector:
-        matchLabels:
-          app: api
-";
-
 const SERVICE: &str = "apiVersion: v1
 kind: Service
 metadata:
@@ -205,7 +188,7 @@ fn dropped_packets_say_why_and_services_are_captured() {
         for from in [&api, &other] {
             from.workload.ping_until(web.address(), SOON).unwrap();
         }
-        apply(&lab, h1, POLICY).unwrap();
+        apply(&lab, h1, ONLY_API).unwrap();
         apply(&lab, h1, SERVICE).unwrap();
         wait_clean(lab.hosts(), SOON).unwrap();
 

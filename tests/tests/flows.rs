@@ -6,31 +6,11 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use netns_lab::{Host, Lab, Signal, Spawned, cpu_time, wait_until};
+use ovl_tests::policy::ONLY_API;
 use ovl_tests::routed::create_routed_network;
 use ovl_tests::service::apply;
 use ovl_tests::{SOON, attach, create_network, ctl_error, start_lab, text, wait_clean};
 use serde_json::Value;
-
-const POLICY: &str = "apiVersion: networking.k8s.io/v1
-kind: NetworkPolicy
-metadata:
-  name: only-api
-  namespace: default
-spec:
-  podSelector:
-    matchLabels:
-      app: web
-  policyTypes:
-  - Ingress
-  ingress:
-  - from:
-    - podSelector:
-        matchLabels:
-          app: api
-    ports:
-    - protocol: TCP
-      port: 80
-";
 
 const SERVICE: &str = "apiVersion: v1
 kind: Service
@@ -151,7 +131,7 @@ fn flows_have_names_bytes_and_the_policy_that_decides() {
         }
 
         // With policies: which rule lets it pass, and which policy does not.
-        apply(&lab, h1, POLICY).unwrap();
+        apply(&lab, h1, ONLY_API).unwrap();
         apply(&lab, h1, SERVICE).unwrap();
         wait_clean(lab.hosts(), SOON).unwrap();
         let service = h1.ctl_json(&["get", "svc", "shop"]).unwrap();

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use netns_lab::{Host, Lab, wait_until};
+use ovl_tests::policy::ONLY_API;
 use ovl_tests::routed::create_routed_network;
 use ovl_tests::service::apply;
 use ovl_tests::{Attached, SOON, attach, create_network, start_lab, text, wait_clean};
@@ -232,28 +233,6 @@ fn services_names_hosts_and_published_ports_are_followed() {
     wait_clean(lab.hosts(), SOON).unwrap();
 }
 
-/// A policy for the endpoints `app=web` that lets only `app=api` connect, to port 80.
-const POLICY: &str = "apiVersion: networking.k8s.io/v1
-kind: NetworkPolicy
-metadata:
-  name: only-api
-  namespace: default
-spec:
-  podSelector:
-    matchLabels:
-      app: web
-  policyTypes:
-  - Ingress
-  ingress:
-  - from:
-    - podSelector:
-        matchLabels:
-          app: api
-    ports:
-    - protocol: TCP
-      port: 80
-";
-
 #[test]
 fn policies_are_named_on_switched_and_routed_networks() {
     for create in [switched as fn(&Lab), routed] {
@@ -264,7 +243,7 @@ fn policies_are_named_on_switched_and_routed_networks() {
         let api = attach(&lab["h1"], "api", "net", &["--label", "app=api"]).unwrap();
         attach(&lab["h1"], "other", "net", &[]).unwrap();
         api.workload.ping_until(web.address(), SOON).unwrap();
-        apply(&lab, &lab["h1"], POLICY).unwrap();
+        apply(&lab, &lab["h1"], ONLY_API).unwrap();
         wait_clean(lab.hosts(), SOON).unwrap();
         Traced::of(&lab["h2"], &["api", "web:80"]).unwrap().assert_arrived();
         for (from, to) in [("other", "web:80"), ("api", "web:81"), ("api", "web")] {
