@@ -155,7 +155,7 @@ fn flows_have_names_bytes_and_the_policy_that_decides() {
         assert!(shown.contains("default/other") && shown.contains("default/only-api"), "{shown}");
         assert!(!shown.contains("passed"), "{shown}");
 
-        // The fifth is refused, and nothing is left when nobody looks.
+        // The fifth is refused, and nothing is left when no client looks.
         let more: Vec<Followed> = (0..3).map(|_| Followed::start(h1).unwrap()).collect();
         assert!(ctl_error(h1, &["flows", "--follow"]).unwrap().contains("too many"));
         followed.into_iter().chain(more).for_each(Followed::end);

@@ -225,7 +225,7 @@ impl<'a> Out<'a> {
         })
     }
 
-    /// Writes packets. Breaks if that were enough, or nobody reads them any more.
+    /// Writes packets. Breaks if that were enough, or if no reader is left.
     fn put(&mut self, packets: Vec<Merged>) -> Result<ControlFlow<()>> {
         if packets.is_empty() {
             return Ok(ControlFlow::Continue(()));
