@@ -74,7 +74,8 @@ impl Node {
     }
 
     fn shown_prefixes(&self) -> Vec<ipnet::IpNet> {
-        shown_prefixes(&self.state.borrow().view, &self.config.ranges.services)
+        let view = &self.state.borrow().view;
+        shown_prefixes(view, &self.config.ranges.of_services(view))
     }
 
     fn rendered(&self, tick: &FlowTick, drops: Vec<ovl_control::PolicyDrop>) -> Flows {
