@@ -239,14 +239,14 @@ impl Plan {
     }
 
     fn service(view: &View, backends: &Backends, name: &str) -> Result<Self, Failed> {
-        let (namespace, short) = name.split_once('/').unwrap_or(("default", name));
+        let (namespace, short) = question::full_name(name);
         let name = Name::new(namespace, short);
         let Some(service) = view.resources.services().get(&name) else {
             return Err(Failed::not_found(format!(
                 "there is no Service {name}: `ovlctl get svc -A` lists them"
             )));
         };
-        let own: Vec<IpAddr> = service.cluster_addresses().chain(service.load_balancer_addresses()).collect();
+        let own: Vec<IpAddr> = question::service_addresses(service).collect();
         let mut parts: Vec<String> = own.iter().map(|address| format!("host {address}")).collect();
         let mut watched: Vec<IpNet> = own.into_iter().map(IpNet::from).collect();
         for backend in backends.of(&name) {
@@ -350,13 +350,7 @@ impl Plan {
             }
         };
         let mut ports: BTreeSet<u16> = port.iter().map(|(port, _)| *port).collect();
-        let service = view.resources.services().iter().find(|(_, service)| {
-            service
-                .cluster_addresses()
-                .chain(service.load_balancer_addresses())
-                .any(|own| addresses.contains(&own))
-        });
-        if let Some((name, service)) = service {
+        if let Some((name, service)) = question::service_with(view, &addresses) {
             for backend in backends.of(name) {
                 addresses.extend(backend.addresses.iter().copied());
                 let pairs = service.spec.ports.iter().zip(&backend.ports);
@@ -494,8 +488,7 @@ fn bounded(parts: Vec<String>) -> Result<String, Failed> {
 
 /// The names of what has addresses, for `ovlctl`.
 pub(crate) fn names(view: &View, addresses: &[IpAddr]) -> BTreeMap<IpAddr, String> {
-    let named = addresses.iter().map(|address| (*address, question::describe(view, *address)));
-    named.filter(|(address, name)| *name != address.to_string()).collect()
+    addresses.iter().filter_map(|address| Some((*address, question::known(view, *address)?))).collect()
 }
 
 #[cfg(test)]

@@ -9,11 +9,10 @@ use ipnet::IpNet;
 use ovl_cluster::view::View;
 use ovl_control::{Flow, FlowVerdict, PolicyDrop, PolicySide};
 use ovl_kernel::{FlowCounts, FlowKey, SeenFlows};
-use ovl_proto::resource::Protocol;
-use ovl_subsystems::policy::protocol_number;
+use ovl_subsystems::policy::protocol_of;
 
 use crate::policy;
-use crate::trace::question::describe;
+use crate::trace::question::known;
 
 /// The maximum number of clients that follow at a time.
 const MOST: usize = 4;
@@ -74,15 +73,13 @@ pub(crate) fn render(view: &View, seen: &SeenFlows, drops: Vec<PolicyDrop>) -> (
     most.sort_by_key(|(_, counts)| std::cmp::Reverse((counts.opened + counts.closed, counts.bytes)));
     let incomplete = most.len() > MOST_FLOWS;
     let passed = most.into_iter().take(MOST_FLOWS).map(|(key, counts)| {
-        let protocol = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp]
-            .into_iter()
-            .find(|known| protocol_number(*known) == key.protocol);
+        let protocol = protocol_of(key.protocol);
         let is_translated = key.target != (key.to, key.port) && protocol.is_some();
         let mut flow = Flow {
             from: key.from,
-            from_name: name(view, key.from),
+            from_name: known(view, key.from),
             to: key.to,
-            to_name: name(view, key.to),
+            to_name: known(view, key.to),
             protocol: match (protocol, key.protocol) {
                 (Some(protocol), _) => protocol.to_string(),
                 (None, 1 | 58) => "ICMP".to_owned(),
@@ -90,7 +87,7 @@ pub(crate) fn render(view: &View, seen: &SeenFlows, drops: Vec<PolicyDrop>) -> (
             },
             port: protocol.map(|_| key.port),
             backend: is_translated.then_some(key.target),
-            backend_name: is_translated.then(|| name(view, key.target.0)).flatten(),
+            backend_name: is_translated.then(|| known(view, key.target.0)).flatten(),
             verdict: FlowVerdict::Passed,
             policies: Vec::new(),
             why: None,
@@ -115,9 +112,9 @@ pub(crate) fn render(view: &View, seen: &SeenFlows, drops: Vec<PolicyDrop>) -> (
     });
     let dropped = drops.into_iter().take(MOST_FLOWS).map(|drop| Flow {
         from: drop.from,
-        from_name: drop.from_endpoint.or_else(|| name(view, drop.from)),
+        from_name: drop.from_endpoint.or_else(|| known(view, drop.from)),
         to: drop.to,
-        to_name: drop.to_endpoint.or_else(|| name(view, drop.to)),
+        to_name: drop.to_endpoint.or_else(|| known(view, drop.to)),
         protocol: drop.protocol,
         port: drop.port,
         backend: None,
@@ -132,10 +129,6 @@ pub(crate) fn render(view: &View, seen: &SeenFlows, drops: Vec<PolicyDrop>) -> (
         received_bytes: None,
     });
     (dropped.chain(passed).collect(), incomplete)
-}
-
-fn name(view: &View, address: IpAddr) -> Option<String> {
-    Some(describe(view, address)).filter(|name| *name != address.to_string())
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use ovl_metrics::{In, Page};
 use ovl_proto::resource::{Name, Protocol};
 use ovl_subsystems::policy::explain::{ConnectionEnd, Shown, Side, describe, explain};
 use ovl_subsystems::policy::refused::{Connection, Counter, REMEMBERED_MS};
-use ovl_subsystems::policy::{Direction, Policies, protocol_number};
+use ovl_subsystems::policy::{Direction, Policies, protocol_of};
 
 use crate::failed::Failed;
 
@@ -248,8 +248,7 @@ fn drop_of(view: &View, policies: &Policies, direction: Direction, connection: C
         let isolating = selecting.filter(|policy| policy.rules(direction).is_some()).chain(undecided);
         isolating.map(|policy| policy.name.to_string()).collect()
     });
-    let known = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
-    let known = known.into_iter().find(|known| protocol_number(*known) == protocol);
+    let known = protocol_of(protocol);
     PolicyDrop {
         direction: direction.name().to_owned(),
         from,

@@ -276,7 +276,7 @@ fn live_view_has_names_and_captures_are_bounded() {
     // What cannot be captured is said.
     assert!(ctl_error(h1, &["capture", "a", "tcp porrt 80"]).unwrap().contains("syntax"));
     assert!(
-        ctl_error(h1, &["capture", "nobody"]).unwrap().contains("no endpoint, network or Service nobody")
+        ctl_error(h1, &["capture", "absent"]).unwrap().contains("no endpoint, network or Service absent")
     );
     assert!(ctl_error(h1, &["capture", "h1,a"]).unwrap().contains("a is no host"));
 

@@ -19,7 +19,7 @@ pub(super) const SUBSYSTEM: u16 = nix::libc::NFNL_SUBSYS_CTNETLINK as u16;
 // The message types and attributes (`IPCTNL_...` and `CTA_...` in `linux/netfilter/nfnetlink_conntrack.h`), which
 // `libc` does not define.
 pub(super) const GET: u16 = SUBSYSTEM << 8 | 1;
-const DELETE: u16 = SUBSYSTEM << 8 | 2;
+pub(super) const DELETE: u16 = SUBSYSTEM << 8 | 2;
 
 pub(super) const TUPLE_ORIGINAL: u16 = 1;
 pub(super) const TUPLE_REPLY: u16 = 2;

@@ -265,8 +265,6 @@ impl Watch {
     }
 
     fn drain(&mut self) {
-        /// `IPCTNL_MSG_CT_DELETE`.
-        const DELETED: u16 = conntrack::SUBSYSTEM << 8 | 2;
         let mut buffer = Vec::with_capacity(64 * 1024);
         loop {
             buffer.clear();
@@ -285,7 +283,7 @@ impl Watch {
                     continue;
                 }
                 // Bytes are those of the tables: the kernel tells those of a connection minutes after it was closed.
-                let is_end = message.kind == DELETED;
+                let is_end = message.kind == conntrack::DELETE;
                 let counts =
                     FlowCounts { opened: u64::from(!is_end), closed: u64::from(is_end), bytes: None };
                 if !add(&mut self.tick.flows, key, counts) {

@@ -273,6 +273,5 @@ pub fn wall_ns() -> u64 {
 }
 
 fn now_us() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+    wall_ns() / 1000
 }

@@ -8,6 +8,7 @@ use ovl_control::PeerState;
 use ovl_proto::id::NodeId;
 use ovl_proto::sync::Message;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
 use super::Node;
@@ -60,8 +61,13 @@ impl Questions {
 }
 
 impl Node {
-    /// Asks all members but this host. Returns their names with the answers. Those that are down do not answer.
-    pub(super) async fn ask_members(&self, topic: Topic, within: Duration) -> Vec<(String, Option<String>)> {
+    /// Asks all members but this host. Returns the answers by name, which is that in the record of who gave it, and the names
+    /// of those that gave none. Those that are down do not answer.
+    pub(super) async fn ask_members<T: DeserializeOwned>(
+        &self,
+        topic: Topic,
+        within: Duration,
+    ) -> (Vec<(String, T)>, Vec<String>) {
         let mut waiting = Vec::new();
         let mut ids = Vec::new();
         {
@@ -81,14 +87,22 @@ impl Node {
             }
         }
         let end = Instant::now() + within;
-        let mut answers = Vec::new();
+        let (mut answers, mut unanswered) = (Vec::new(), Vec::new());
         for (name, answer) in waiting {
             let answer = tokio::time::timeout_at(end, answer).await;
-            answers.push((name, answer.ok().and_then(Result::ok)));
+            match answer.ok().and_then(Result::ok).map(|answer| serde_json::from_str(&answer)) {
+                Some(Ok(answer)) => answers.push((name, answer)),
+                Some(Err(error)) => {
+                    tracing::warn!(host = name, %error, ?topic, "cannot read the answer of another host");
+                    unanswered.push(name);
+                }
+                None => unanswered.push(name),
+            }
         }
         let mut state = self.state.borrow_mut();
         ids.iter().for_each(|id| state.questions.asked.give_up(*id));
-        answers
+        answers.sort_by(|(a, _), (b, _)| a.cmp(b));
+        (answers, unanswered)
     }
 
     /// Takes an answer from the host that was asked.

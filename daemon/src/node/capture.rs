@@ -8,8 +8,8 @@ use ovl_control::{CapturePlan, CaptureRequest, CaptureTarget, CapturedFrom};
 use ovl_kernel::{Capture, CaptureSpec, Captured, CapturedFilterDrop, devices_with, wall_ns};
 use ovl_proto::capture::{CaptureBatch, CapturePoint, CapturedDrop, MAX_MESSAGE};
 use ovl_proto::id::NodeId;
-use ovl_proto::resource::Protocol;
 use ovl_proto::sync::Message;
+use ovl_subsystems::policy::protocol_of;
 use tokio::sync::mpsc;
 
 use super::{Failed, Node};
@@ -299,9 +299,7 @@ impl Node {
         let CapturedFilterDrop { key, to, by, .. } = drop;
         let host = &self.config.node;
         if by.table == ovl_dataplane::nft::Table::Policy.name() {
-            let known = [(6, Protocol::Tcp), (17, Protocol::Udp), (132, Protocol::Sctp)];
-            let protocol = known.into_iter().find(|(number, _)| *number == key.protocol);
-            let port = protocol.map(|(_, protocol)| (protocol, to.1));
+            let port = protocol_of(key.protocol).map(|protocol| (protocol, to.1));
             let judged = policy::judgement(&self.state.borrow().view, key.source, to.0, port);
             let refusing = [judged.egress, judged.ingress].into_iter().find(|side| !side.passes);
             if let Some(side) = refusing {

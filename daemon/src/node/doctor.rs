@@ -66,25 +66,15 @@ impl Node {
     /// Checks what commonly breaks: on this host, or on all live members.
     pub(super) async fn doctor(self: &Rc<Self>, all_hosts: bool) -> Diagnosis {
         let others = async {
-            if all_hosts { self.ask_members(Topic::Diagnosis, OTHERS_WITHIN).await } else { Vec::new() }
-        };
-        let (own, others) = tokio::join!(self.diagnosis(), others);
-        let mut hosts = vec![own];
-        let mut unanswered = Vec::new();
-        for (name, answer) in others {
-            match answer.map(|answer| serde_json::from_str::<HostDiagnosis>(&answer)) {
-                // What a host says of itself is shown under the name that its record has.
-                Some(Ok(diagnosis)) => hosts.push(HostDiagnosis { host: name, ..diagnosis }),
-                Some(Err(error)) => {
-                    tracing::warn!(host = name, %error, "cannot read a diagnosis");
-                    unanswered.push(name);
-                }
-                None => unanswered.push(name),
+            match all_hosts {
+                true => self.ask_members(Topic::Diagnosis, OTHERS_WITHIN).await,
+                false => (Vec::new(), Vec::new()),
             }
-        }
-        if let Some(others) = hosts.get_mut(1..) {
-            others.sort_by(|a, b| a.host.cmp(&b.host));
-        }
+        };
+        let (own, (others, unanswered)) = tokio::join!(self.diagnosis(), others);
+        // What a host says of itself is shown under the name that its record has.
+        let others = others.into_iter().map(|(host, diagnosis)| HostDiagnosis { host, ..diagnosis });
+        let hosts: Vec<HostDiagnosis> = std::iter::once(own).chain(others).collect();
         let healthy = unanswered.is_empty() && hosts.iter().all(|host| host.findings.is_empty());
         Diagnosis { healthy, hosts, unanswered }
     }

@@ -51,24 +51,12 @@ impl Node {
 
     /// Asks all members what they say of themselves.
     pub(super) async fn reports(&self) -> Reports {
-        let (own, others) = tokio::join!(self.report(), self.ask_members(Topic::Report, WITHIN));
-        let mut reports = Reports { hosts: vec![own], unanswered: Vec::new() };
-        for (name, answer) in others {
-            match answer.map(|answer| serde_json::from_str::<HostReport>(&answer)) {
-                // What a host says of itself is shown under the name that its record has.
-                Some(Ok(report)) => reports.hosts.push(HostReport { host: name, ..report }),
-                Some(Err(error)) => {
-                    tracing::warn!(host = name, %error, "cannot read a report");
-                    reports.unanswered.push(name);
-                }
-                None => reports.unanswered.push(name),
-            }
-        }
-        if let Some(others) = reports.hosts.get_mut(1..) {
-            others.sort_by(|a, b| a.host.cmp(&b.host));
-        }
-        reports.unanswered.sort();
-        reports
+        let (own, (others, mut unanswered)) =
+            tokio::join!(self.report(), self.ask_members(Topic::Report, WITHIN));
+        // What a host says of itself is shown under the name that its record has.
+        let others = others.into_iter().map(|(host, report)| HostReport { host, ..report });
+        unanswered.sort();
+        Reports { hosts: std::iter::once(own).chain(others).collect(), unanswered }
     }
 
     /// Returns what this host says of itself.

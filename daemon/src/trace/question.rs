@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use ovl_cluster::view::{Node, Placed, View};
 use ovl_proto::id::NodeId;
-use ovl_proto::resource::Name;
+use ovl_proto::resource::{Name, Service};
 
 use crate::failed::Failed;
 
@@ -96,8 +96,7 @@ pub(crate) fn target(view: &View, text: &str) -> Target {
     }
     let (namespace, name) = full_name(text);
     if let Some(service) = view.resources.services().get(&Name::new(namespace, name)) {
-        let addresses: Vec<IpAddr> =
-            service.cluster_addresses().chain(service.load_balancer_addresses()).collect();
+        let addresses: Vec<IpAddr> = service_addresses(service).collect();
         if !addresses.is_empty() {
             return Target::Addresses(addresses, format!("Service {namespace}/{name}"));
         }
@@ -108,19 +107,31 @@ pub(crate) fn target(view: &View, text: &str) -> Target {
     }
 }
 
-/// Returns what has an address, for people.
+/// Returns what has an address, for people: the address itself if nothing is known of it.
 pub(crate) fn describe(view: &View, address: IpAddr) -> String {
+    known(view, address).unwrap_or_else(|| address.to_string())
+}
+
+/// Returns what has an address, for people. `None` if nothing is known of it.
+pub(crate) fn known(view: &View, address: IpAddr) -> Option<String> {
     if let Some(placed) = with_address(view, address) {
-        return format!("{}/{}", placed.endpoint.namespace, placed.endpoint.name);
+        return Some(format!("{}/{}", placed.endpoint.namespace, placed.endpoint.name));
     }
     if let Some(node) = host_with(view, address) {
-        return format!("host {}", node.record.name);
+        return Some(format!("host {}", node.record.name));
     }
-    let has = |address: &IpAddr, service: &ovl_proto::resource::Service| {
-        service.cluster_addresses().chain(service.load_balancer_addresses()).any(|own| own == *address)
-    };
-    let service = view.resources.services().iter().find(|(_, service)| has(&address, service));
-    service.map_or_else(|| address.to_string(), |(name, _)| format!("Service {name}"))
+    service_with(view, &[address]).map(|(name, _)| format!("Service {name}"))
+}
+
+/// Returns the addresses of a Service that are its own.
+pub(crate) fn service_addresses(service: &Service) -> impl Iterator<Item = IpAddr> {
+    service.cluster_addresses().chain(service.load_balancer_addresses())
+}
+
+/// Returns the Service that has one of these addresses.
+pub(crate) fn service_with<'a>(view: &'a View, addresses: &[IpAddr]) -> Option<(&'a Name, &'a Service)> {
+    let has = |service: &Service| service_addresses(service).any(|own| addresses.contains(&own));
+    view.resources.services().iter().find(|(_, service)| has(service))
 }
 
 /// Returns the used endpoint with an address.
@@ -133,7 +144,8 @@ pub(crate) fn host_with(view: &View, address: IpAddr) -> Option<&Node> {
     view.nodes.values().find(|node| node.record.vtep == address || node.record.address.ip() == address)
 }
 
-fn full_name(text: &str) -> (&str, &str) {
+/// Returns the namespace and the name in `NAMESPACE/NAME` or `NAME`.
+pub(crate) fn full_name(text: &str) -> (&str, &str) {
     text.split_once('/').unwrap_or(("default", text))
 }
 

@@ -387,6 +387,11 @@ pub fn protocol_number(protocol: Protocol) -> u8 {
     }
 }
 
+/// Returns the protocol with an IP protocol number. `None` if no policy can name it.
+pub fn protocol_of(number: u8) -> Option<Protocol> {
+    [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter().find(|known| protocol_number(*known) == number)
+}
+
 /// Returns the protocol's name in nft.
 fn protocol_name(protocol: Protocol) -> &'static str {
     match protocol {
