@@ -72,9 +72,14 @@ impl Captures {
         self.own + self.running.len() < MOST
     }
 
-    /// Keeps a capture for another host.
-    pub(crate) fn keep(&mut self, by: NodeId, id: u64, capture: Rc<Capture>) {
-        self.running.insert((by, id), capture);
+    /// Keeps a capture for another host. Returns false if there are too many by now: others may have begun since
+    /// [`Self::is_free`] said that there are not.
+    pub(crate) fn keep(&mut self, by: NodeId, id: u64, capture: Rc<Capture>) -> bool {
+        let free = self.is_free();
+        if free {
+            self.running.insert((by, id), capture);
+        }
+        free
     }
 
     /// Ends a capture for another host.

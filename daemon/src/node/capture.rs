@@ -250,11 +250,14 @@ impl Node {
         })?;
         check(&request)?;
         let plan = self.plan_of(&request.target)?;
+        let too_many = || Failed::unavailable("too many captures run there");
         if !self.state.borrow().captures.is_free() {
-            return Err(Failed::unavailable("too many captures run there"));
+            return Err(too_many());
         }
         let Started { capture, mut batches, first } = self.start_capture(&request, &plan).await?;
-        self.state.borrow_mut().captures.keep(by, id, Rc::new(capture));
+        if !self.state.borrow_mut().captures.keep(by, id, Rc::new(capture)) {
+            return Err(too_many());
+        }
         let mut is_sent = self.send_batch(by, id, &first);
         while is_sent && self.state.borrow().captures.is_running(by, id) {
             // The thread ends with its capture, and says something every tenth of a second until then.
