@@ -361,7 +361,7 @@ fn what_is_no_list_is_not_an_empty_one() {
     ] {
         let found = items(list.clone());
         assert_eq!(found.len(), 1, "{list}");
-        let expected = Problem { field: field.to_owned(), reason: reason.to_owned() };
+        let expected = FieldProblem { field: field.to_owned(), reason: reason.to_owned() };
         assert_eq!(identify(&found[0].value, None), Err(vec![expected]), "{list}");
     }
     let allowed = json!({ "apiVersion": "example.org/v1", "kind": "AllowList", "metadata": { "name": "x" } });
@@ -926,7 +926,7 @@ fn list_in_place_of_an_object_is_refused() {
         set(&mut manifest, place, value.clone());
         for validation in [Validation::Strict, Validation::Warn, Validation::Ignore] {
             let problems = read(manifest.clone(), None, validation).expect_err(&format!("{place} {value}"));
-            let expected = Problem {
+            let expected = FieldProblem {
                 field: field.to_owned(),
                 reason: "invalid type: sequence, expected an object".to_owned(),
             };
