@@ -43,6 +43,7 @@ mod problems;
 mod progress;
 mod publish;
 mod sandboxes;
+mod slots;
 mod store;
 mod trace;
 mod web;

@@ -96,7 +96,7 @@ use crate::events::Events;
 use crate::exchange::Exchanges;
 use crate::failed::Failed;
 use crate::firewall::Firewalls;
-use crate::flows::FlowFollowers;
+use crate::flows::MOST_FOLLOWERS;
 use crate::health::HealthAnswers;
 use crate::kubernetes::Kubernetes;
 use crate::metrics::Measured;
@@ -111,6 +111,7 @@ use crate::problems::{Code, Problems};
 use crate::progress::Progress;
 use crate::publish::PublishedPorts;
 use crate::sandboxes::Sandboxes;
+use crate::slots::ClientSlots;
 use crate::store;
 use crate::trace::Traces;
 use crate::workloads::Workloads;
@@ -647,7 +648,7 @@ fn first_state(
         multicast: Multicast::default(),
         traces: Traces::new(first()),
         captures: Captures::new(first()),
-        flows: FlowFollowers::default(),
+        flow_followers: ClientSlots::new(MOST_FOLLOWERS),
         reconcile: Progress::new(),
         caught_up: false,
         path_faults: PathFaults::default(),

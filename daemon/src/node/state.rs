@@ -33,7 +33,7 @@ use crate::endpoints::{FullName, LocalEndpoints};
 use crate::engines::Engines;
 use crate::environment::Environment;
 use crate::exchange::Exchanges;
-use crate::flows::FlowFollowers;
+
 use crate::kubernetes::Kubernetes;
 use crate::multicast::Multicast;
 use crate::networks::Bridges;
@@ -41,6 +41,7 @@ use crate::objects::ObjectStore;
 use crate::paths::PathFaults;
 use crate::problems::{Code, Problems};
 use crate::progress::Progress;
+use crate::slots::ClientSlots;
 use crate::trace::Traces;
 use crate::workloads::Workloads;
 use ovl_subsystems::{Change, Cluster, SubsystemList, Subsystems};
@@ -135,8 +136,8 @@ pub(crate) struct State {
     pub traces: Traces,
     /// Captures that are in flight.
     pub captures: Captures,
-    /// Clients that follow flows.
-    pub flows: FlowFollowers,
+    /// Slots for clients that follow flows.
+    pub flow_followers: ClientSlots,
     /// Pending work of the reconcile loop, and the results so far.
     pub reconcile: Progress,
     /// Whether gossip has caught up. Nothing is removed from the kernel before that.
