@@ -8,21 +8,9 @@ use anyhow::{Result, ensure};
 use netns_lab::{Host, Lab, Signal, Spawned, cpu_time, wait_until};
 use ovl_tests::policy::ONLY_API;
 use ovl_tests::routed::create_routed_network;
-use ovl_tests::service::apply;
+use ovl_tests::service::{SHOP, apply};
 use ovl_tests::{SOON, attach, create_network, ctl_error, start_lab, text, wait_clean};
 use serde_json::Value;
-
-const SERVICE: &str = "apiVersion: v1
-kind: Service
-metadata:
-  name: shop
-spec:
-  selector:
-    app: web
-  ports:
-  - port: 8000
-    targetPort: 80
-";
 
 /// A host's flows as they are followed.
 struct Followed(Spawned);
@@ -132,7 +120,7 @@ fn flows_have_names_bytes_and_the_policy_that_decides() {
 
         // With policies: which rule lets it pass, and which policy does not.
         apply(&lab, h1, ONLY_API).unwrap();
-        apply(&lab, h1, SERVICE).unwrap();
+        apply(&lab, h1, SHOP).unwrap();
         wait_clean(lab.hosts(), SOON).unwrap();
         let service = h1.ctl_json(&["get", "svc", "shop"]).unwrap();
         let service = service["spec"]["clusterIP"].as_str().unwrap().to_owned();

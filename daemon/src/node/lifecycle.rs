@@ -231,11 +231,6 @@ impl Node {
             note_step(&mut self.state.borrow_mut());
             self.tell_groups();
             self.ask_for_members();
-            // Often: a table that is not cached when the daemon is killed is unknown after a start without
-            // peers.
-            if let Err(error) = self.cache_tables() {
-                tracing::warn!("{error:#}");
-            }
             if count.is_multiple_of(5) {
                 self.judge_clocks();
                 self.look_for_recoveries(count.is_multiple_of(10));
@@ -247,6 +242,11 @@ impl Node {
                 self.end_clashes();
                 self.report_to_api(&self.state.borrow());
                 self.drop_forgotten(&mut self.state.borrow_mut());
+                // A table that is not cached when the daemon is killed is unknown after a start without peers. Each file has a
+                // whole table, of a host that may change it many times a second.
+                if let Err(error) = self.cache_tables() {
+                    tracing::warn!("{error:#}");
+                }
                 notify(&[sd_notify::NotifyState::Watchdog]);
             }
             if count.is_multiple_of(25) {
