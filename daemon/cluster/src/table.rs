@@ -74,8 +74,13 @@ struct TableContents {
 impl Table {
     /// Creates an empty table, older than any signed one.
     pub fn new(owner: NodeId) -> Self {
-        let head =
-            Head { owner, revision: Revision::default(), digest: [0; 32], unknown: Unknown::default() };
+        let head = Head {
+            owner,
+            revision: Revision::default(),
+            digest: [0; 32],
+            written_ms: None,
+            unknown: Unknown::default(),
+        };
         Self { head, signature: Signature([0; 64]), contents: TableContents::default() }
     }
 
@@ -278,6 +283,11 @@ impl Table {
     /// Whether there is room for this number of entries, of this total size in bytes. An owner asks before it writes.
     pub fn has_room(&self, entries: usize, bytes: usize) -> bool {
         self.contents.entries.len() + entries <= MAX_ENTRIES && self.contents.bytes + bytes <= MAX_BYTES
+    }
+
+    /// Sets the time of the next change that the owner writes, in milliseconds since 1970.
+    pub fn set_time(&mut self, now_ms: u64) {
+        self.head.written_ms = Some(now_ms);
     }
 
     /// Writes a change as the owner, and returns the update for the peers. The first update of an epoch is the whole

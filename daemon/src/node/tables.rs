@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use ovl_cluster::table::{Rejected, Table};
@@ -60,6 +61,7 @@ impl Node {
             unset.into_iter().partition(|key| own.table.is_kept(key));
         let silent = set.is_empty() && unset.is_empty() && !(kept.is_empty() && dropped.is_empty());
         own.table.keep(kept, &dropped);
+        own.table.set_time(self.wall_ms());
         let update = (!silent || own.table.revision().epoch != epoch)
             .then(|| own.table.write(epoch, set, unset, |head| self.sign_head(head)));
         let built: Vec<NetworkId> = own.table.networks().collect();
@@ -169,7 +171,13 @@ impl Node {
             None => differences(&node.table, &update.set),
             Some(_) => (entries_of(&node.table, &update.set, &update.unset), update.set.clone()),
         };
+        let known = node.table.revision();
+        let written = update.head.written_ms.filter(|_| known.epoch == update.head.revision.epoch);
         node.table.apply(update).map_err(Some)?;
+        // A host that joins learns of changes that are old. Of a run of the owner that was known, each change was waited for.
+        if let Some(took) = written.and_then(|written| self.since(owner, written)) {
+            self.measured.borrow_mut().convergence(took);
+        }
         tracing::debug!(%owner, revision = %node.table.revision(), "table");
         state.problems.set(Code::TableRefused, owner.to_string(), None);
         let moved = !node.table.networks().eq(networks);
@@ -180,6 +188,15 @@ impl Node {
             peer.pulled_at = None;
         }
         Ok((returned_leases(state, owner), moved))
+    }
+
+    /// Returns how long ago a moment of a host's clock is. Its answers to pings say what that clock shows, so the time for which the
+    /// last answer was under way is missing. `None`: the clock is not known, or was set back.
+    fn since(&self, host: NodeId, then_ms: u64) -> Option<Duration> {
+        /// What an estimate of a clock may be behind, in milliseconds.
+        const BEHIND: u64 = 1_000;
+        let now = self.gossip().clock(host)?;
+        (now + BEHIND >= then_ms).then(|| Duration::from_millis(now.saturating_sub(then_ms)))
     }
 
     /// Requests the whole table of a host from the host itself or from another one.
