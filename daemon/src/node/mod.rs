@@ -647,7 +647,7 @@ fn first_state(
         multicast: Multicast::default(),
         traces: Traces::new(first()),
         captures: Captures::new(first()),
-        flows: FlowFollowers::default(),
+        flows: FlowFollowers::new(first()),
         reconcile: Progress::new(),
         caught_up: false,
         path_faults: PathFaults::default(),
