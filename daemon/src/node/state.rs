@@ -285,6 +285,9 @@ impl State {
         if let Change::Host(_) | Change::ThisHost | Change::Network(_) | Change::Built(_) = change {
             self.reconcile.mark_ranges();
         }
+        if !matches!(change, Change::Attaching(_) | Change::Groups(_) | Change::Uplink | Change::Tunnel) {
+            self.reconcile.count_change();
+        }
         match change {
             Change::Entry { host, entry } => match entry {
                 Entry::Lease { network, address, .. } => self.rights_to(*network, *address),
