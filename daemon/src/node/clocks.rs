@@ -74,11 +74,10 @@ impl Node {
         }
     }
 
-    /// Raises and clears the problems of clocks. Called several times a second.
+    /// Raises and clears the problems of clocks.
     pub(super) fn judge_clocks(&self) {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
-        note_step(state);
         let clocks = self.clocks(state);
         state.problems.set(Code::OwnClock, "", own_sentence(state, &clocks));
         let wrong: Vec<(String, String)> = clocks
@@ -119,7 +118,7 @@ impl Node {
 
 /// Keeps the times for which hosts have been silent when the wall clock was set: a host that is down for a minute is not
 /// forgotten because the clock went on by a year.
-fn note_step(state: &mut State) {
+pub(super) fn note_step(state: &mut State) {
     let (wall_ms, now) = (state.wall_ms(), state.now());
     let Some(expected) = state.wall.step(wall_ms, now) else { return };
     tracing::warn!(from = timestamp(expected), to = timestamp(wall_ms), "the clock of this host was set");

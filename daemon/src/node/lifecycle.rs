@@ -18,6 +18,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::{JoinError, JoinSet, spawn_local};
 use tokio::time::{MissedTickBehavior, interval};
 
+use super::clocks::note_step;
 use super::{Failed, Inbox, Node, Stop};
 use crate::config::Config;
 use crate::control::{self, Answers as _};
@@ -227,7 +228,7 @@ impl Node {
             self.ask_later_map();
             self.check_caught_up();
             self.ask_missing_objects();
-            self.judge_clocks();
+            note_step(&mut self.state.borrow_mut());
             self.tell_groups();
             self.ask_for_members();
             // Often: a table that is not cached when the daemon is killed is unknown after a start without
@@ -236,6 +237,7 @@ impl Node {
                 tracing::warn!("{error:#}");
             }
             if count.is_multiple_of(5) {
+                self.judge_clocks();
                 self.look_for_recoveries(count.is_multiple_of(10));
                 let node = Rc::clone(&self);
                 spawn_local(async move { node.announce_again().await });
