@@ -91,8 +91,8 @@ fn top_shows_flows_of_all_hosts_while_they_are_listed() {
     assert!(!lab.hosts().iter().any(is_counted));
 
     // Once, for scripts: what is seen within the interval, in which there are connections.
+    let stop = AtomicBool::new(false);
     let flow = thread::scope(|scope| {
-        let stop = AtomicBool::new(false);
         let connecting = scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 connect();
