@@ -164,7 +164,7 @@ pub(crate) fn render(view: &View, seen: &SeenFlows, drops: Vec<PolicyDrop>) -> (
     let mut most: Vec<(&FlowKey, &FlowCounts)> = seen.iter().collect();
     most.sort_by_key(|(_, counts)| std::cmp::Reverse((counts.opened + counts.closed, counts.bytes)));
     let incomplete = most.len() > MOST_FLOWS;
-    let passed = most.into_iter().take(MOST_FLOWS).map(|(key, counts)| {
+    let passed = most.into_iter().take(MOST_FLOWS).filter_map(|(key, counts)| {
         let protocol = protocol_of(key.protocol);
         let is_translated = key.target != (key.to, key.port) && protocol.is_some();
         let mut flow = Flow {
@@ -192,6 +192,11 @@ pub(crate) fn render(view: &View, seen: &SeenFlows, drops: Vec<PolicyDrop>) -> (
         if has_policies {
             let port = protocol.map(|protocol| (protocol, key.target.1));
             let judged = judgement(key.from, key.target.0, port);
+            // Packets are counted before policies drop them, also at the other end. The host that drops them says so.
+            let is_unanswered = counts.closed == 0 && counts.bytes.is_some_and(|[_, back]| back == 0);
+            if is_unanswered && !judged.passes {
+                return None;
+            }
             let deciding: Vec<PolicySide> = [judged.egress, judged.ingress]
                 .into_iter()
                 .filter(|side| side.passes && side.rule.is_some())
@@ -200,7 +205,7 @@ pub(crate) fn render(view: &View, seen: &SeenFlows, drops: Vec<PolicyDrop>) -> (
             flow.why = Some(why.join("; ")).filter(|why| !why.is_empty());
             flow.policies = deciding.into_iter().flat_map(|side| side.policies).collect();
         }
-        flow
+        Some(flow)
     });
     let is_cut = incomplete || drops.len() > MOST_FLOWS;
     let dropped = drops.into_iter().take(MOST_FLOWS).map(|drop| Flow {

@@ -220,11 +220,15 @@ fn flows_of_other_hosts_come_over_the_streams_and_end_with_the_client() {
     // What policies refuse is told by the host that refuses it, in both forms.
     apply(&lab, h1, ONLY_API).unwrap();
     wait_clean(lab.hosts(), SOON).unwrap();
+    let passed = || all.of("default/other", "default/web", 80, "passed").len();
+    let before = passed();
     for address in web.addresses() {
         assert!(other.workload.tcp_roundtrip(&address, 80, b"hello").is_err());
     }
     let found = all.wait(("default/other", "default/web", 80, "dropped"), &[("dropped", 2)]);
     assert!(text(&found[0]["why"]).contains("default/only-api"), "{found:?}");
+    // The host of the sender counts the packets as well, and does not take them for passed.
+    assert_eq!(passed(), before, "{}", all.0.stdout());
     let now = h1.ctl_json(&["flows", "--all-hosts"]).unwrap();
     let hosts: Vec<String> = now.as_array().unwrap().iter().map(|host| text_of(&host["host"])).collect();
     assert_eq!(hosts, ["h1", "h2", "h3"], "{now:#}");
