@@ -28,6 +28,15 @@ pub(crate) struct FlowRates {
 }
 
 impl FlowRates {
+    fn plus(self, other: Self) -> Self {
+        Self {
+            opened: self.opened + other.opened,
+            sent_bytes: self.sent_bytes + other.sent_bytes,
+            received_bytes: self.received_bytes + other.received_bytes,
+            drops: self.drops + other.drops,
+        }
+    }
+
     /// A flow between two hosts is counted by both, so the larger count is that of the flow.
     fn larger(self, other: Self) -> Self {
         Self {
@@ -62,7 +71,8 @@ pub(crate) struct FlowRow {
     pub(crate) total: u64,
 }
 
-type Key = (IpAddr, IpAddr, Option<u16>, String, bool);
+/// Source, destination, port and whether it was dropped. Addresses of both families of one endpoint are one end.
+type Key = (String, String, String, bool);
 
 #[derive(Debug)]
 struct Seen {
@@ -108,7 +118,9 @@ impl FlowTable {
         let second = watched.second;
         for flow in flows {
             let is_dropped = flow.verdict == FlowVerdict::Dropped;
-            let key = (flow.from, flow.to, flow.port, flow.protocol.clone(), is_dropped);
+            let name = |name: &Option<String>, address: IpAddr| end(name.as_ref(), address);
+            let key =
+                (name(&flow.from_name, flow.from), name(&flow.to_name, flow.to), port(&flow), is_dropped);
             if self.flows.len() >= MOST && !self.flows.contains_key(&key) {
                 watched.note = Some("more flows than are shown".to_owned());
                 continue;
@@ -125,7 +137,9 @@ impl FlowTable {
                 self.flows.entry(key).or_insert_with(|| Seen { flow: flow.clone(), at, by: BTreeMap::new() });
             (seen.flow, seen.at) = (flow, at);
             let counted = seen.by.entry(host.clone()).or_default();
-            *counted = Counted { total: counted.total.saturating_add(count), rates, second };
+            let others = if counted.second == second { counted.rates } else { FlowRates::default() };
+            let total = counted.total.saturating_add(count);
+            *counted = Counted { total, rates: others.plus(rates), second };
         }
     }
 
@@ -208,6 +222,13 @@ pub(crate) mod tests {
         let expected = FlowRates { opened: 2.0, sent_bytes: 1000.0, received_bytes: 250_000.0, drops: 0.0 };
         assert_eq!(rows[0].per_second, expected);
         assert_eq!((rows[1].per_second.drops, rows[1].total), (3.0, 12));
+        // Addresses of both families are one row.
+        let mut both = seen("h1", 4_000);
+        let first = both.flows[0].clone();
+        both.flows = vec![Flow { from: "fd01::2".parse().unwrap(), ..first.clone() }, first];
+        let mut other = FlowTable::default();
+        other.take(both, at);
+        assert_eq!((other.rows().0.len(), other.rows().0[0].per_second.opened), (1, 8.0));
         // A second without it.
         for host in ["h1", "h2"] {
             table.take(Flows { flows: Vec::new(), ..seen(host, 4_000) }, at);

@@ -146,7 +146,7 @@ const FLOWS: &[(&str, u16)] = &[
     ("FROM", 0),
     ("TO", 0),
     ("PORT", 9),
-    ("VERDICT", 7),
+    ("VERDICT", 8),
     ("CONN/S", 6),
     ("SENT/S", 6),
     ("BACK/S", 6),
@@ -338,7 +338,7 @@ impl Screen {
         let sort = self.sort[self.view as usize];
         let titles = columns.iter().enumerate().map(|(n, (title, width))| {
             let style = if n == sort { Modifier::REVERSED } else { Modifier::BOLD };
-            cell(title, n > 0 && *width < 8).style(Style::new().add_modifier(style))
+            cell(title, n > 0 && (1..8).contains(width)).style(Style::new().add_modifier(style))
         });
         let listed = lines.iter().map(|line| {
             Row::new(line.values.iter().map(|value| cell(value.text(), matches!(value, Value::Number(..)))))
