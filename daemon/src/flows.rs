@@ -1,6 +1,7 @@
 //! Who talks to whom: names, verdicts and policies of what the kernel counted.
 //!
-//! [`FlowFollowers`] owns how many follow, for which hosts, and what other hosts were asked for. Begin to read at [`render`].
+//! [`FlowFollowers`] owns who follows, and what other hosts were asked for; [`DropsSeen`] what policies had dropped when a client was
+//! told last. Begin to read at [`render`].
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -15,6 +16,7 @@ use ovl_subsystems::policy::protocol_of;
 use tokio::sync::mpsc;
 
 use crate::policy;
+use crate::slots::{ClientSlot, ClientSlots};
 use crate::trace::question::known;
 
 /// The maximum number of clients and other hosts that follow at a time.
@@ -27,8 +29,8 @@ const MOST_BYTES: usize = 512 << 10;
 /// Those that follow flows of this host, and what other hosts were asked for.
 #[derive(Debug)]
 pub(crate) struct FlowFollowers {
-    /// How many follow the flows of this host, for whomever.
-    count: usize,
+    /// Slots for clients and other hosts that follow the flows of this host.
+    slots: ClientSlots,
     /// Other hosts that follow, by the number that each gave: where it is told that they took what was sent.
     others: HashMap<(NodeId, u64), mpsc::Sender<()>>,
     /// The number of the last request to another host.
@@ -40,19 +42,12 @@ pub(crate) struct FlowFollowers {
 impl FlowFollowers {
     /// None yet. For `last` see [`crate::asked::Asked::new`].
     pub(crate) fn new(last: u64) -> Self {
-        Self { count: 0, others: HashMap::new(), last, asked: HashMap::new() }
+        Self { slots: ClientSlots::new(MOST), others: HashMap::new(), last, asked: HashMap::new() }
     }
 
-    /// Begins to follow. Returns false if there are too many.
-    pub(crate) fn begin(&mut self) -> bool {
-        let free = self.count < MOST;
-        self.count += usize::from(free);
-        free
-    }
-
-    /// Ends what [`Self::begin`] began.
-    pub(crate) fn end(&mut self) {
-        self.count = self.count.saturating_sub(1);
+    /// Begins to follow, for a client or for another host. `None` if there are too many.
+    pub(crate) fn begin(&self) -> Option<ClientSlot> {
+        self.slots.take()
     }
 
     /// Notes that another host follows, and returns where it is told that it took something. It ends with [`Self::stop`].
@@ -283,10 +278,6 @@ mod tests {
             (flows[1].to_name.as_deref(), flows[1].backend, flows[1].sent_bytes),
             (None, None, Some(5))
         );
-        let mut followers = FlowFollowers::new(0);
-        assert!((0..MOST).all(|_| followers.begin()) && !followers.begin());
-        followers.end();
-        assert!(followers.begin());
     }
 
     const HOST: NodeId = NodeId([1; 10]);

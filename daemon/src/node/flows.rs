@@ -29,15 +29,6 @@ const MOST_HOSTS: usize = 64;
 const NOT_CONNECTED: &str = "its ovld is not connected";
 const NO_ANSWER: &str = "its ovld does not answer, or has a release without flows of other hosts";
 
-/// Ends what a client follows when it is dropped.
-struct Following(Rc<Node>);
-
-impl Drop for Following {
-    fn drop(&mut self) {
-        self.0.state.borrow_mut().flows.end();
-    }
-}
-
 fn nothing_of(host: String, why: impl Into<String>) -> Flows {
     Flows { host, error: Some(why.into()), ..Flows::default() }
 }
@@ -155,10 +146,9 @@ impl Node {
         if !self.environment.owns_host() {
             return Err(Failed::unavailable("connections are not tracked here"));
         }
-        if !self.state.borrow_mut().flows.begin() {
-            return Err(Failed::unavailable("too many follow the flows of this host: end one of them"));
-        }
-        let following = Following(Rc::clone(self));
+        let slot = self.state.borrow().flow_followers.begin();
+        let slot = slot
+            .ok_or_else(|| Failed::unavailable("too many follow the flows of this host: end one of them"))?;
         let networks = self.shown_prefixes();
         let (tick, mut ticks) = mpsc::channel(1);
         let watch = blocking(move || FlowWatch::start(networks, tick)).await?;
@@ -168,7 +158,7 @@ impl Node {
         let (tell, told) = mpsc::channel(1);
         let node = Rc::clone(self);
         tokio::task::spawn_local(async move {
-            let _following = following;
+            let _slot = slot;
             let _watch = watch;
             loop {
                 let tick = tokio::select! {
@@ -219,7 +209,7 @@ impl Node {
         tell: &mpsc::Sender<Flows>,
         was_told: &mut bool,
     ) -> Option<String> {
-        let (id, mut seconds) = self.state.borrow_mut().flows.ask(host);
+        let (id, mut seconds) = self.state.borrow_mut().flow_followers.ask(host);
         let most = u32::try_from(most).unwrap_or(u32::MAX);
         let is_sent = self.links().send(host, &Message::FlowsFollow { id, most });
         let ended = loop {
@@ -243,7 +233,7 @@ impl Node {
                 _ => break Some(NO_ANSWER.to_owned()),
             }
         };
-        self.state.borrow_mut().flows.give_up(id);
+        self.state.borrow_mut().flow_followers.give_up(id);
         self.links().send(host, &Message::FlowsStop { id });
         ended
     }
@@ -255,7 +245,7 @@ impl Node {
             if let Err(Failed(failure)) = node.follow_for(from, id, most).await {
                 node.send_second(from, id, nothing_of(node.config.node.clone(), failure.message));
             }
-            node.state.borrow_mut().flows.stop(from, id);
+            node.state.borrow_mut().flow_followers.stop(from, id);
         });
     }
 
@@ -263,7 +253,7 @@ impl Node {
     async fn follow_for(self: &Rc<Self>, by: NodeId, id: u64, most: u32) -> Result<(), Failed> {
         let most = usize::try_from(most).unwrap_or(MOST_FLOWS);
         let mut seconds = self.follow_here().await?;
-        let mut taken = self.state.borrow_mut().flows.keep(by, id);
+        let mut taken = self.state.borrow_mut().flow_followers.keep(by, id);
         loop {
             let second = tokio::select! {
                 second = seconds.recv() => second,
@@ -293,7 +283,7 @@ impl Node {
     /// Takes what another host saw.
     pub(super) fn take_flows_second(&self, from: NodeId, id: u64, flows: &str) {
         let is_wanted =
-            decode(flows).is_some_and(|flows| self.state.borrow_mut().flows.second(from, id, flows));
+            decode(flows).is_some_and(|flows| self.state.borrow_mut().flow_followers.second(from, id, flows));
         if !is_wanted {
             self.links().send(from, &Message::FlowsStop { id });
         }

@@ -260,6 +260,19 @@ impl PeerBook {
         (peer.last_heard, peer.proved) = (Some(now), Some(now));
     }
 
+    /// The nonce of a ping to a live peer that is sent with the answer to its ping, in place of the next one. `None` if that is
+    /// not due soon.
+    pub(super) fn ping_along(&mut self, node: NodeId, now: Instant) -> Option<u64> {
+        let (soon, nonce) = (now + self.ping_every / 2, self.nonce()?);
+        let peer = self.peers.get_mut(&node)?;
+        if !peer.alive || !peer.pings.is_empty() || peer.next_ping > soon {
+            return None;
+        }
+        peer.next_ping = now + peer.again();
+        peer.pinged(nonce, now);
+        Some(nonce)
+    }
+
     /// The time of a peer's last answer to a ping of the local host.
     pub(super) fn last_heard(&self, node: NodeId) -> Option<Instant> {
         self.peers.get(&node)?.last_heard
@@ -434,8 +447,7 @@ impl PeerBook {
                 let last = peer.pings.back().map(|(_, sent)| *sent);
                 let early = last.is_some_and(|sent| now < sent + self.ping_every);
                 if !early || self.early_pings.take(now) {
-                    let again = PING_AGAIN.max(peer.rtt.unwrap_or_default() * 2);
-                    peer.next_ping = now + if peer.alive { again } else { PING_EVERY };
+                    peer.next_ping = now + if peer.alive { peer.again() } else { PING_EVERY };
                     due.push(peer.pinged(nonce, now));
                 }
             }
@@ -588,6 +600,11 @@ impl Peer {
         Due::Ping { to: self.addr, nonce, pair, introduce }
     }
 
+    /// The interval after which an unanswered ping is repeated.
+    fn again(&self) -> Duration {
+        PING_AGAIN.max(self.rtt.unwrap_or_default() * 2)
+    }
+
     fn is_alive(&self, now: Instant, alive_for: Duration) -> bool {
         self.proved.is_some_and(|at| now.saturating_duration_since(at) < alive_for)
     }
@@ -624,6 +641,34 @@ mod tests {
         // Ten seconds of ticks later it is punctual again.
         (0..50).for_each(|_| book.note_lateness(Duration::ZERO));
         assert!(!book.is_alive(peer, silent + Duration::from_millis(500)));
+    }
+
+    #[test]
+    fn ping_that_is_due_soon_is_sent_with_an_answer_and_no_other_one() {
+        let start = Instant::now();
+        let mut book = PeerBook::new(1500, start);
+        let (peer, addr) = (NodeId([1; 10]), SocketAddr::from(([192, 0, 2, 1], 7940)));
+        assert_eq!(book.ping_along(peer, start), None, "unknown");
+        book.list(peer, addr, 1500, (true, true), start);
+        let is_due = |book: &mut PeerBook, now: Instant| {
+            book.due(now).iter().any(|due| matches!(due, Due::Ping { .. }))
+        };
+        assert!(is_due(&mut book, start));
+        assert_eq!(book.ping_along(peer, start), None, "one is pending");
+        book.answered(peer, start, start);
+        assert_eq!(book.ping_along(peer, start + PING_EVERY / 3), None, "early");
+        let sent = start + PING_EVERY * 2 / 3;
+        let nonce = book.ping_along(peer, sent).unwrap();
+        assert_eq!(book.take_ping(peer, nonce), Some(sent));
+        book.answered(peer, sent, sent);
+        assert!(!is_due(&mut book, start + PING_EVERY), "in place of this one");
+        assert!(!is_due(&mut book, sent + PING_EVERY - Duration::from_millis(1)));
+        assert!(is_due(&mut book, sent + PING_EVERY));
+        // It is repeated if it is lost.
+        let again = sent + PING_EVERY + Duration::from_millis(1);
+        book.answered(peer, sent + PING_EVERY, again);
+        assert!(book.ping_along(peer, again + PING_EVERY).is_some());
+        assert!(is_due(&mut book, again + PING_EVERY + PING_AGAIN));
     }
 
     #[test]
