@@ -111,6 +111,14 @@ pub(crate) fn judgement(
     judged(view, &Policies::new(&view.resources), from, to, port)
 }
 
+/// Returns what explains many connections: as [`judgement`], but the policies are read once.
+pub(crate) fn judgements(
+    view: &View,
+) -> impl Fn(IpAddr, IpAddr, Option<(Protocol, u16)>) -> PolicyJudgement + '_ {
+    let policies = Policies::new(&view.resources);
+    move |from, to, port| judged(view, &policies, from, to, port)
+}
+
 fn judged(
     view: &View,
     policies: &Policies,
@@ -153,13 +161,17 @@ pub(crate) fn drops(view: &View, counts: Vec<Vec<CountedElement>>) -> Vec<Policy
 pub(crate) fn add_refused(page: &mut Page, view: &View, refused: &Refused) {
     let help = "Packets that no policy of an isolated endpoint of this host let pass";
     let family = page.counter("policy_refused_packets", In::Numbers, help);
+    let policies = Policies::new(&view.resources);
     for ((direction, address), packets) in refused {
         let Some(placed) = ConnectionEnd::of(view, *address).endpoint else { continue };
+        let network = view.networks.get(&placed.endpoint.network);
         let labels = [
             ("namespace", &*placed.endpoint.namespace),
             ("endpoint", &*placed.endpoint.name),
             ("address", &*address.to_string()),
             ("direction", direction.name()),
+            ("network", network.map_or("", |found| &*found.network.name)),
+            ("policies", &*isolating(view, &policies, placed, *direction).join(", ")),
         ];
         family.with(&labels, *packets);
     }
@@ -230,6 +242,19 @@ fn side(side: Side, end: &ConnectionEnd<'_>, direction: Direction) -> PolicySide
     PolicySide { passes, policies, rule, why }
 }
 
+/// Returns the names of the policies that isolate an endpoint in a direction.
+fn isolating(view: &View, policies: &Policies, placed: Placed<'_>, direction: Direction) -> Vec<String> {
+    let labels = view.known_labels(placed.node.record.id, placed.endpoint);
+    let namespace = &placed.endpoint.namespace;
+    let undecided = match labels {
+        Some(_) => Vec::new(),
+        None => policies.undecided(namespace, direction),
+    };
+    let selecting = policies.selecting(namespace, labels.as_deref()).into_iter();
+    let isolating = selecting.filter(|policy| policy.rules(direction).is_some()).chain(undecided);
+    isolating.map(|policy| policy.name.to_string()).collect()
+}
+
 fn drop_of(view: &View, policies: &Policies, direction: Direction, connection: Connection) -> PolicyDrop {
     let Connection { from, to, protocol, port } = connection;
     let [source, target] = [from, to].map(|address| ConnectionEnd::of(view, address));
@@ -237,17 +262,7 @@ fn drop_of(view: &View, policies: &Policies, direction: Direction, connection: C
         Direction::Ingress => &target,
         Direction::Egress => &source,
     };
-    let isolating = own.endpoint.map_or_else(Vec::new, |placed| {
-        let labels = view.known_labels(placed.node.record.id, placed.endpoint);
-        let namespace = &placed.endpoint.namespace;
-        let undecided = match labels {
-            Some(_) => Vec::new(),
-            None => policies.undecided(namespace, direction),
-        };
-        let selecting = policies.selecting(namespace, labels.as_deref()).into_iter();
-        let isolating = selecting.filter(|policy| policy.rules(direction).is_some()).chain(undecided);
-        isolating.map(|policy| policy.name.to_string()).collect()
-    });
+    let isolating = own.endpoint.map_or_else(Vec::new, |placed| isolating(view, policies, placed, direction));
     let known = protocol_of(protocol);
     PolicyDrop {
         direction: direction.name().to_owned(),
@@ -353,5 +368,9 @@ mod tests {
         add_refused(&mut page, &world().view, &refused(counted(&[10, 9, 0, 9], 7, None)));
         let text = page.render(ovl_metrics::Format::Prometheus);
         assert!(text.contains("endpoint=\"w1\",address=\"10.9.0.9\"") && text.contains("} 7\n"), "{text}");
+        assert!(
+            text.contains("direction=\"ingress\",network=\"") && text.contains(",policies=\"default/"),
+            "{text}"
+        );
     }
 }

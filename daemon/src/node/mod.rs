@@ -96,7 +96,7 @@ use crate::events::Events;
 use crate::exchange::Exchanges;
 use crate::failed::Failed;
 use crate::firewall::Firewalls;
-use crate::flows::MOST_FOLLOWERS;
+use crate::flows::FlowFollowers;
 use crate::health::HealthAnswers;
 use crate::kubernetes::Kubernetes;
 use crate::metrics::Measured;
@@ -115,7 +115,6 @@ use crate::progress::Progress;
 use crate::publish::PublishedPorts;
 use crate::sandboxes::Sandboxes;
 use crate::saving::{Save, Uncached};
-use crate::slots::ClientSlots;
 use crate::store;
 use crate::trace::Traces;
 use crate::workloads::Workloads;
@@ -641,7 +640,7 @@ fn first_state(
         multicast: Multicast::default(),
         traces: Traces::new(first()),
         captures: Captures::new(first()),
-        flow_followers: ClientSlots::new(MOST_FOLLOWERS),
+        flow_followers: FlowFollowers::new(first()),
         reconcile: Progress::new(),
         phase: Phase::default(),
         path_faults: PathFaults::default(),

@@ -29,6 +29,7 @@ use crate::endpoints::{FullName, LocalEndpoints};
 use crate::engines::Engines;
 use crate::environment::Environment;
 use crate::exchange::Exchanges;
+use crate::flows::FlowFollowers;
 use crate::kubernetes::Kubernetes;
 use crate::multicast::Multicast;
 use crate::networks::Bridges;
@@ -40,7 +41,6 @@ use crate::picture::Picture;
 use crate::problems::{Code, Problems};
 use crate::progress::Progress;
 use crate::saving::{Save, Uncached};
-use crate::slots::ClientSlots;
 use crate::trace::Traces;
 use crate::workloads::Workloads;
 use ovl_subsystems::{Change, Cluster, SubsystemList, Subsystems};
@@ -97,8 +97,8 @@ pub(crate) struct State {
     pub traces: Traces,
     /// Captures that are in flight.
     pub captures: Captures,
-    /// Slots for clients that follow flows.
-    pub flow_followers: ClientSlots,
+    /// Who follows flows, and what other hosts were asked for.
+    pub flow_followers: FlowFollowers,
     /// Pending work of the reconcile loop, and the results so far.
     pub reconcile: Progress,
     /// How far this daemon is on its way from its start to its stop.
@@ -255,6 +255,9 @@ impl State {
     pub(crate) fn changed(&mut self, change: Change<'_>) {
         if let Change::Host(_) | Change::ThisHost | Change::Network(_) | Change::Built(_) = change {
             self.reconcile.mark_ranges();
+        }
+        if !matches!(change, Change::Attaching(_) | Change::Groups(_) | Change::Uplink | Change::Tunnel) {
+            self.reconcile.count_change();
         }
         match change {
             Change::Entry { host, entry } => match entry {

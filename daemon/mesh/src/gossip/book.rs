@@ -338,12 +338,14 @@ impl PeerBook {
 
     /// What the wall clock of each peer says now, in milliseconds since 1970, as far as its last answer tells.
     pub(super) fn clocks(&self, now: Instant) -> BTreeMap<NodeId, u64> {
-        let clock = |(node, peer): (&NodeId, &Peer)| {
-            let (wall_ms, at) = peer.clock?;
-            let passed = u64::try_from(now.saturating_duration_since(at).as_millis()).unwrap_or(u64::MAX);
-            Some((*node, wall_ms.saturating_add(passed)))
-        };
-        self.peers.iter().filter_map(clock).collect()
+        self.peers.keys().filter_map(|node| Some((*node, self.clock(*node, now)?))).collect()
+    }
+
+    /// The same of one peer.
+    pub(super) fn clock(&self, node: NodeId, now: Instant) -> Option<u64> {
+        let (wall_ms, at) = self.peers.get(&node)?.clock?;
+        let passed = u64::try_from(now.saturating_duration_since(at).as_millis()).unwrap_or(u64::MAX);
+        Some(wall_ms.saturating_add(passed))
     }
 
     /// The latest hints of a peer.

@@ -304,6 +304,11 @@ impl Gossip {
         self.hub.lock().book.clocks(Instant::now())
     }
 
+    /// The same of one peer.
+    pub fn clock(&self, peer: NodeId) -> Option<u64> {
+        self.hub.lock().book.clock(peer, Instant::now())
+    }
+
     /// The known path MTUs, in bytes.
     pub fn path_mtus(&self) -> HashMap<NodeId, u16> {
         let contacts = self.contacts();
