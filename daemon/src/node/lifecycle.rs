@@ -166,6 +166,7 @@ async fn start_tasks(node: &Rc<Node>, inbox: Inbox, listener: Option<UnixListene
     tasks.spawn_local(Rc::clone(node).ranges_loop());
     tasks.spawn_local(Rc::clone(node).claim_loop());
     if node.environment.owns_host() {
+        tasks.spawn_local(Rc::clone(node).detour_loop());
         tasks.spawn_local(Rc::clone(node).web_loop());
         tasks.spawn_local(Rc::clone(node).page_loop());
         tasks.spawn_local(Rc::clone(node).limits_loop());
@@ -224,6 +225,7 @@ impl Node {
             count += 1;
             self.judge_all(&mut self.state.borrow_mut());
             self.probe_silent();
+            self.wake_detours();
             self.tick_alloc();
             self.ask_later_map();
             self.check_caught_up();

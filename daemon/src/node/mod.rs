@@ -14,6 +14,7 @@ mod capture;
 mod clocks;
 mod cni;
 mod detach;
+mod detours;
 mod docker;
 mod doctor;
 mod firewall;
@@ -88,6 +89,7 @@ use crate::capture::Captures;
 use crate::clashes::Clashes;
 use crate::clocks::{LastWall, RefusedObjects};
 use crate::config::{Config, OWN_DOMAIN};
+use crate::detours::Detours;
 use crate::encryption::{self, Tunnel};
 use crate::endpoints::LocalEndpoints;
 use crate::engines::Engines;
@@ -187,6 +189,8 @@ pub(crate) struct Node {
     firewalls: Firewalls,
     /// Signals that a tunnel key or a key epoch changed.
     tunnel_turn: Notify,
+    /// Wakes the loop of detours.
+    detour_turn: Notify,
     /// Signals that the allocation map changed, or that gossip has caught up.
     membership: Notify,
     /// Signals that the allocation map or the networks changed, so this host may need a block of a routed
@@ -300,6 +304,8 @@ impl Node {
             zone: config.zone.clone(),
             mirrors: false,
             is_node: config.join_nodes,
+            relay_port: if environment.owns_host() { config.relay_port } else { 0 },
+            relays: config.relay && config.relay_port != 0 && environment.owns_host(),
             unknown: Unknown::default().played(),
         };
         let signed = identity.sign_record(&record)?;
@@ -367,6 +373,7 @@ impl Node {
             applying: tokio::sync::Mutex::default(),
             firewalls: Firewalls::new(environment.owns_host()),
             tunnel_turn: Notify::new(),
+            detour_turn: Notify::new(),
             membership: Notify::new(),
             routed: Notify::new(),
             underlay: Notify::new(),
@@ -643,6 +650,7 @@ fn first_state(
         flow_followers: FlowFollowers::new(first()),
         reconcile: Progress::new(),
         phase: Phase::default(),
+        detours: Detours::default(),
         path_faults: PathFaults::default(),
         problems: Problems::default(),
         newer: newer::Newer::default(),

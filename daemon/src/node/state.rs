@@ -25,6 +25,7 @@ use crate::asked::Asked;
 use crate::capture::Captures;
 use crate::clashes::Clashes;
 use crate::clocks::{LastWall, RefusedObjects};
+use crate::detours::Detours;
 use crate::endpoints::{FullName, LocalEndpoints};
 use crate::engines::Engines;
 use crate::environment::Environment;
@@ -103,6 +104,8 @@ pub(crate) struct State {
     pub reconcile: Progress,
     /// How far this daemon is on its way from its start to its stop.
     pub phase: Phase,
+    /// Peers that are not reached directly.
+    pub detours: Detours,
     /// Faults of paths that are worked around.
     pub path_faults: PathFaults,
     /// Problems that last until they are cleared.

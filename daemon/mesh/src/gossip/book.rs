@@ -84,6 +84,8 @@ pub(super) struct Peer {
     next_ping: Instant,
     /// The nonce of the pending ping through other peers.
     relayed: Option<u64>,
+    /// The peer that last passed on its answer, and when.
+    through: Option<(NodeId, Instant)>,
     next_relay: Instant,
     next_dial: Instant,
     mtu: Option<PathMtu>,
@@ -108,6 +110,8 @@ pub(super) struct PeerBook {
     early_pings: Budget,
     relayed_pings: Budget,
     random: SystemRandom,
+    /// When a peer last passed on an answer of another one.
+    last_relayed: Option<Instant>,
     /// The live peer that was last found at an address.
     last_at: HashMap<SocketAddr, NodeId>,
     /// The peer that is asked next to ping another one.
@@ -153,6 +157,7 @@ impl PeerBook {
             early_pings: Budget::new(EARLY_PINGS, now),
             relayed_pings: Budget::new(RELAYED_PINGS, now),
             random: SystemRandom::new(),
+            last_relayed: None,
             last_at: HashMap::new(),
             next_relay: 0,
             turn: 0,
@@ -276,6 +281,24 @@ impl PeerBook {
     /// The time of a peer's last answer to a ping of the local host.
     pub(super) fn last_heard(&self, node: NodeId) -> Option<Instant> {
         self.peers.get(&node)?.last_heard
+    }
+
+    /// Notes that another peer passed on a valid answer.
+    pub(super) fn reached_through(&mut self, node: NodeId, by: NodeId, now: Instant) {
+        if let Some(peer) = self.peers.get_mut(&node) {
+            peer.through = Some((by, now));
+            self.last_relayed = Some(now);
+        }
+    }
+
+    /// When a peer last passed on an answer of another one. `None` if none did.
+    pub(super) fn last_relayed(&self) -> Option<Instant> {
+        self.last_relayed
+    }
+
+    /// The peer that last passed on an answer of a peer, and when. `None` if none did.
+    pub(super) fn through(&self, node: NodeId) -> Option<(NodeId, Instant)> {
+        self.peers.get(&node)?.through
     }
 
     /// The keys of the local host and a peer.
@@ -458,7 +481,11 @@ impl PeerBook {
                 peer.relayed = Some(nonce);
                 let first = self.next_relay;
                 self.next_relay = first.wrapping_add(RELAYS) % live.len().max(1);
+                // First the one that reached it last time.
+                let last = peer.through.map(|(last, _)| last);
+                let last = live.iter().find(|(other, _)| Some(*other) == last);
                 let others = live.iter().cycle().skip(first).take(live.len());
+                let others = last.into_iter().chain(others.filter(|other| Some(*other) != last));
                 let others = others.filter(|(other, _)| *other != node).take(RELAYS);
                 let others = others.filter(|_| self.relayed_pings.take(now));
                 due.extend(others.map(|(_, to)| Due::PingFor { to: *to, node, nonce }));
@@ -559,6 +586,7 @@ impl PeerBook {
             pings: VecDeque::new(),
             next_ping: now + spread,
             relayed: None,
+            through: None,
             next_relay: now + PING_EVERY + RELAY_AFTER,
             next_dial: now,
             mtu: None,

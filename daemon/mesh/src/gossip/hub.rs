@@ -461,6 +461,9 @@ impl Hub {
                 let (node, statement) = signed.claim()?;
                 let nonce = statement.answer?.nonce;
                 if state.book.take_relayed(node, nonce) && signed.is_valid() {
+                    if let Some(by) = proved {
+                        state.book.reached_through(node, by, now);
+                    }
                     let news = state.book.proved(node, now);
                     state.book.take_clock(node, statement.wall_ms, now);
                     if state.book.take_hints(node, statement.sequence, statement.hints, now) || news {

@@ -47,6 +47,8 @@ fn record_at(identity: &Identity, address: SocketAddr, generation: u64) -> NodeR
         zone: String::new(),
         mirrors: false,
         is_node: false,
+        relay_port: 0,
+        relays: false,
         unknown: Unknown::default(),
     }
 }
