@@ -188,7 +188,7 @@ impl Names {
             let peer = ResolverPeer::new(&view.resources, self.addresses.clone());
             let may_ask = |endpoint: &Endpoint| {
                 let labels = view.known_labels(view.me, endpoint);
-                self.policies.allow_resolver(&endpoint.namespace, labels.as_deref(), &peer)
+                self.policies.allow_resolver(&view.resources, &endpoint.namespace, labels.as_deref(), &peer)
             };
             zone::set_clients(zone, view, place, may_ask);
         }
@@ -279,7 +279,7 @@ impl Subsystem for Names {
             Change::Resources(keys) => {
                 let pods = keys.iter().filter(|key| key.kind == Kind::Pod);
                 pods.for_each(|key| self.mark_pod(cluster.view, &key.name));
-                self.marked.policies |= keys.iter().any(|key| key.kind == Kind::NetworkPolicy);
+                self.marked.policies |= keys.iter().any(|key| key.kind.is_policy());
                 self.marked.labels |= keys.iter().any(|key| matches!(key.kind, Kind::Namespace | Kind::Pod));
             }
             Change::Rights(network) | Change::Network(network) => {

@@ -79,7 +79,7 @@ fn check_rule(path: &str, ports: &[PolicyPort], side: &str, peers: &[PolicyPeer]
     }
 }
 
-fn check_selector(path: &str, selector: &LabelSelector, problems: &mut Problems) {
+pub(super) fn check_selector(path: &str, selector: &LabelSelector, problems: &mut Problems) {
     check_labels(&format!("{path}.matchLabels"), &selector.match_labels, problems);
     for (n, requirement) in selector.match_expressions.iter().enumerate() {
         let path = format!("{path}.matchExpressions[{n}]");
