@@ -17,6 +17,8 @@ use ovl_proto::table::Endpoint;
 use serde_json::Value;
 use tokio::sync::watch;
 
+/// How many blocks a Node has at most: one of each family.
+const MOST_BLOCKS: usize = 2;
 /// How many pods of the node are known at most: no node runs as many.
 const MOST_PODS: usize = 4096;
 /// How many objects are reported at most that are not in force as the API server has them.
@@ -44,6 +46,8 @@ pub(crate) struct Kubernetes {
     report: watch::Sender<ApiReport>,
     /// The names of the Nodes that the API server has. `None` if they are not known, or if it is not this host's turn.
     nodes: Option<BTreeSet<String>>,
+    /// The blocks that the API server gives to pods of this host. `None`: it has not said yet.
+    pod_cidrs: watch::Sender<Option<Vec<IpNet>>>,
 }
 
 impl Default for Kubernetes {
@@ -56,6 +60,7 @@ impl Default for Kubernetes {
             failures: BTreeMap::new(),
             report: watch::Sender::default(),
             nodes: None,
+            pod_cidrs: watch::Sender::new(None),
         }
     }
 }
@@ -103,6 +108,17 @@ impl Kubernetes {
             self.nodes = None;
         }
         is_new
+    }
+
+    /// Sets the blocks that the API server gives to pods of this host.
+    pub(crate) fn set_pod_cidrs(&mut self, blocks: Vec<IpNet>) {
+        self.pod_cidrs
+            .send_replace(Some(blocks.into_iter().map(|block| block.trunc()).take(MOST_BLOCKS).collect()));
+    }
+
+    /// Returns the blocks that the API server gives to pods of this host, now and later.
+    pub(crate) fn pod_cidrs(&self) -> watch::Receiver<Option<Vec<IpNet>>> {
+        self.pod_cidrs.subscribe()
     }
 
     /// Sets the names of the Nodes that the API server has.
