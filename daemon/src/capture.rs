@@ -23,6 +23,7 @@ use tokio::sync::mpsc;
 
 use crate::asked::Asked;
 use crate::failed::Failed;
+use crate::slots::{ClientSlot, ClientSlots};
 use crate::trace::question::{self, Source, Target};
 
 /// The maximum number of captures in which a host takes part at a time.
@@ -38,9 +39,9 @@ const LONGEST_S: u32 = 24 * 3600;
 #[derive(Debug)]
 pub(crate) struct Captures {
     /// Captures for other hosts, by the requester and its number.
-    running: HashMap<(NodeId, u64), Rc<Capture>>,
-    /// Captures for clients of this host.
-    own: usize,
+    running: HashMap<(NodeId, u64), (Rc<Capture>, ClientSlot)>,
+    /// Slots for those, and for captures for clients of this host.
+    slots: ClientSlots,
     /// The number of the last request to another host.
     last: u64,
     /// What other hosts were asked to capture.
@@ -52,34 +53,23 @@ pub(crate) struct Captures {
 impl Captures {
     /// None yet. For `last` see [`Asked::new`].
     pub(crate) fn new(last: u64) -> Self {
-        Self { running: HashMap::new(), own: 0, last, asked: HashMap::new(), times: Asked::new(last) }
-    }
-
-    /// Begins a capture for a client. Returns false if there are too many.
-    pub(crate) fn begin(&mut self) -> bool {
-        let free = self.is_free();
-        self.own += usize::from(free);
-        free
-    }
-
-    /// Ends what [`Self::begin`] began.
-    pub(crate) fn end(&mut self) {
-        self.own = self.own.saturating_sub(1);
-    }
-
-    /// Whether another capture may begin.
-    pub(crate) fn is_free(&self) -> bool {
-        self.own + self.running.len() < MOST
-    }
-
-    /// Keeps a capture for another host. Returns false if there are too many by now: others may have begun since
-    /// [`Self::is_free`] said that there are not.
-    pub(crate) fn keep(&mut self, by: NodeId, id: u64, capture: Rc<Capture>) -> bool {
-        let free = self.is_free();
-        if free {
-            self.running.insert((by, id), capture);
+        Self {
+            running: HashMap::new(),
+            slots: ClientSlots::new(MOST),
+            last,
+            asked: HashMap::new(),
+            times: Asked::new(last),
         }
-        free
+    }
+
+    /// Begins a capture for a client or for another host. `None` if there are too many.
+    pub(crate) fn begin(&self) -> Option<ClientSlot> {
+        self.slots.take()
+    }
+
+    /// Keeps a capture for another host.
+    pub(crate) fn keep(&mut self, by: NodeId, id: u64, capture: Rc<Capture>, slot: ClientSlot) {
+        self.running.insert((by, id), (capture, slot));
     }
 
     /// Ends a capture for another host.
@@ -94,7 +84,7 @@ impl Captures {
 
     /// Notes that another host has taken batches.
     pub(crate) fn taken(&self, by: NodeId, id: u64, batches: u32) {
-        if let Some(capture) = self.running.get(&(by, id)) {
+        if let Some((capture, _)) = self.running.get(&(by, id)) {
             capture.take(batches.min(WINDOW));
         }
     }
@@ -560,11 +550,5 @@ mod tests {
         assert!(batches.try_recv().is_ok());
         drop(batches);
         assert!(!captures.batch(asked, id, CaptureBatch::default()));
-        for _ in 0..MOST {
-            assert!(captures.begin());
-        }
-        assert!(!captures.begin());
-        captures.end();
-        assert!(captures.begin());
     }
 }

@@ -5,7 +5,6 @@
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::rc::Rc;
-use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use ovl_control::{
@@ -16,9 +15,10 @@ use serde_json::{Map, Value};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::broadcast::error::RecvError;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 
 use crate::events::Events;
+use crate::slots::ClientSlots;
 
 /// Maximum number of clients that are served at a time. Further clients wait.
 const MAX_CLIENTS: usize = 256;
@@ -67,9 +67,9 @@ pub(crate) fn listen(path: &Path) -> Result<UnixListener> {
 
 /// Serves clients forever.
 pub(crate) async fn serve(node: Rc<impl Answers>, listener: UnixListener) {
-    let places = Arc::new(Semaphore::new(MAX_CLIENTS));
+    let slots = ClientSlots::new(MAX_CLIENTS);
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let Some(slot) = slots.wait().await else { return };
         match listener.accept().await {
             Ok((stream, _)) => {
                 let node = Rc::clone(&node);
@@ -77,7 +77,7 @@ pub(crate) async fn serve(node: Rc<impl Answers>, listener: UnixListener) {
                     if let Err(error) = client(&node, stream).await {
                         tracing::debug!(%error, "a client of the socket went away");
                     }
-                    drop(place);
+                    drop(slot);
                 });
             }
             Err(error) => {

@@ -1,6 +1,6 @@
 //! Who talks to whom: names, verdicts and policies of what the kernel counted.
 //!
-//! [`FlowFollowers`] owns how many follow, and what policies had dropped at the last look. Begin to read at [`render`].
+//! [`DropsSeen`] owns what policies had dropped when a client was told last. Begin to read at [`render`].
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -15,27 +15,9 @@ use crate::policy;
 use crate::trace::question::known;
 
 /// The maximum number of clients that follow at a time.
-const MOST: usize = 4;
+pub(crate) const MOST_FOLLOWERS: usize = 4;
 /// The maximum number of flows in an answer.
 const MOST_FLOWS: usize = 1000;
-
-/// The clients that follow flows.
-#[derive(Debug, Default)]
-pub(crate) struct FlowFollowers(usize);
-
-impl FlowFollowers {
-    /// Begins to follow. Returns false if there are too many.
-    pub(crate) fn begin(&mut self) -> bool {
-        let free = self.0 < MOST;
-        self.0 += usize::from(free);
-        free
-    }
-
-    /// Ends what [`Self::begin`] began.
-    pub(crate) fn end(&mut self) {
-        self.0 = self.0.saturating_sub(1);
-    }
-}
 
 /// What a client that follows has been told of drops: they are counted since the connection was first refused.
 #[derive(Debug, Default)]
@@ -185,9 +167,5 @@ mod tests {
             (flows[1].to_name.as_deref(), flows[1].backend, flows[1].sent_bytes),
             (None, None, Some(5))
         );
-        let mut followers = FlowFollowers::default();
-        assert!((0..MOST).all(|_| followers.begin()) && !followers.begin());
-        followers.end();
-        assert!(followers.begin());
     }
 }

@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use self::step::{Arrival, Step};
 use crate::asked::Asked;
+use crate::slots::{ClientSlot, ClientSlots};
 
 /// The maximum number of traces in which a host takes part at a time.
 const MOST: usize = 4;
@@ -69,39 +70,30 @@ pub(crate) struct Traces {
     /// What other hosts were asked for.
     pub asked: Asked<Result<String, String>>,
     /// What is watched, by the host that asked for it and the cookie of the probe. Each backend of a Service has a watch.
-    watched: HashMap<(NodeId, u32), Vec<TraceWatch>>,
-    running: usize,
-    answering: usize,
+    watched: HashMap<(NodeId, u32), Watched>,
+    running: ClientSlots,
+    answering: ClientSlots,
 }
 
 impl Traces {
     /// None yet. For `last` see [`Asked::new`].
     pub(crate) fn new(last: u64) -> Self {
-        Self { asked: Asked::new(last), watched: HashMap::new(), running: 0, answering: 0 }
+        Self {
+            asked: Asked::new(last),
+            watched: HashMap::new(),
+            running: ClientSlots::new(MOST),
+            answering: ClientSlots::new(MOST_ANSWERS),
+        }
     }
 
-    /// Begins to answer a question of another host. Returns false if there are too many.
-    pub(crate) fn begin_answer(&mut self) -> bool {
-        let free = self.answering < MOST_ANSWERS;
-        self.answering += usize::from(free);
-        free
+    /// Begins to answer a question of another host. `None` if there are too many.
+    pub(crate) fn begin_answer(&self) -> Option<ClientSlot> {
+        self.answering.take()
     }
 
-    /// Ends what [`Self::begin_answer`] began.
-    pub(crate) fn end_answer(&mut self) {
-        self.answering = self.answering.saturating_sub(1);
-    }
-
-    /// Begins a trace, or a part of one. Returns false if there are too many.
-    pub(crate) fn begin(&mut self) -> bool {
-        let free = self.running < MOST;
-        self.running += usize::from(free);
-        free
-    }
-
-    /// Ends what [`Self::begin`] began.
-    pub(crate) fn end(&mut self) {
-        self.running = self.running.saturating_sub(1);
+    /// Begins a trace, or a part of one. `None` if there are too many.
+    pub(crate) fn begin(&self) -> Option<ClientSlot> {
+        self.running.take()
     }
 
     /// Whether a host watches for a probe already.
@@ -109,16 +101,24 @@ impl Traces {
         self.watched.contains_key(&(by, cookie))
     }
 
-    /// Keeps a watch for a host, unless it has too many.
-    pub(crate) fn keep(&mut self, by: NodeId, cookie: u32, watch: TraceWatch) {
-        let watches = self.watched.entry((by, cookie)).or_default();
-        if watches.len() < MOST_WATCHES {
-            watches.push(watch);
+    /// Keeps a watch for a host, unless it has too many. `slot` is that of the trace if it began with this watch.
+    pub(crate) fn keep(&mut self, by: NodeId, cookie: u32, watch: TraceWatch, slot: Option<ClientSlot>) {
+        let watched = self.watched.entry((by, cookie)).or_default();
+        if watched.watches.len() < MOST_WATCHES {
+            watched.watches.push(watch);
+            watched.slots.extend(slot);
         }
     }
 
-    /// Returns the watches of a host. `None` if there are none.
+    /// Ends the part of this host in a trace, and returns its watches. `None` if there are none.
     pub(crate) fn take(&mut self, by: NodeId, cookie: u32) -> Option<Vec<TraceWatch>> {
-        self.watched.remove(&(by, cookie))
+        self.watched.remove(&(by, cookie)).map(|watched| watched.watches)
     }
+}
+
+/// What is watched for one probe.
+#[derive(Debug, Default)]
+struct Watched {
+    watches: Vec<TraceWatch>,
+    slots: Vec<ClientSlot>,
 }

@@ -10,7 +10,6 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
 use http_body_util::channel::Channel;
@@ -23,8 +22,9 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_io_timeout::TimeoutStream;
+
+use crate::slots::{ClientSlot, ClientSlots};
 
 /// Maximum number of connections at a time. Further ones wait.
 const MAX_CONNECTIONS: usize = 64;
@@ -149,13 +149,13 @@ pub(crate) trait Pages: 'static {
 ///
 /// Why the address or the socket cannot be listened at.
 pub(crate) async fn serve(pages: Rc<impl Pages>, listen: &Listen, opened: impl FnOnce()) -> io::Result<()> {
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let slots = ClientSlots::new(MAX_CONNECTIONS);
     let listener = Listener::open(listen).await?;
     opened();
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return Ok(()) };
+        let Some(slot) = slots.wait().await else { return Ok(()) };
         match listener.accept().await {
-            Ok(stream) => spawn(&pages, stream, place),
+            Ok(stream) => spawn(&pages, stream, slot),
             Err(error) => {
                 // The usual cause is that the file descriptors are exhausted. Clients that disconnect free some.
                 tracing::warn!(%error, "cannot accept a client");
@@ -203,7 +203,7 @@ fn listen_unix(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-fn spawn(pages: &Rc<impl Pages>, stream: Box<dyn Stream>, place: OwnedSemaphorePermit) {
+fn spawn(pages: &Rc<impl Pages>, stream: Box<dyn Stream>, slot: ClientSlot) {
     let pages = Rc::clone(pages);
     let mut stream = TimeoutStream::new(stream);
     stream.set_write_timeout(Some(TAKEN_WITHIN));
@@ -218,7 +218,7 @@ fn spawn(pages: &Rc<impl Pages>, stream: Box<dyn Stream>, place: OwnedSemaphoreP
             );
         // An error means that the client went away or sent no HTTP; it has no recipient then.
         let _ = tokio::time::timeout(LIFETIME, connection).await;
-        drop(place);
+        drop(slot);
     });
 }
 

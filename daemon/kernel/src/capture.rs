@@ -6,20 +6,20 @@
 //! thread, and with the process. Begin to read at [`Capture::start`].
 
 use std::collections::BTreeMap;
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::libc;
-use nix::sys::socket::{ControlMessageOwned, LinkAddr, MsgFlags, recvmsg, setsockopt, sockopt};
-use nix::sys::time::TimeSpec;
+use nix::sys::socket::{setsockopt, sockopt};
 use ovl_proto::capture::{CaptureProgram, CapturedPacket, LinkType, MAX_SNAPLEN, PointKind};
 use socket2::{Domain, SockFilter, Socket, Type};
 use tokio::sync::mpsc;
 
 use super::error::{KernelError, Result};
+use super::received::{Received, receive};
 use super::sys;
 use super::trace::{CapturedFilterDrop, DropTrace, wall_ns};
 
@@ -292,7 +292,7 @@ impl Reader {
                     if self.bytes >= FULL || n == AT_ONCE {
                         break;
                     }
-                    match receive(&point.socket, &mut self.buffer) {
+                    match captured(&point.socket, &mut self.buffer) {
                         Ok((packet, at_ns)) => {
                             found += 1;
                             point.until_ns = at_ns;
@@ -324,26 +324,8 @@ impl Reader {
 }
 
 /// Receives a packet, and its time in nanoseconds since 1970.
-fn receive(socket: &Socket, buffer: &mut [u8]) -> nix::Result<(CapturedPacket, u64)> {
-    /// `PACKET_OUTGOING` of `linux/if_packet.h`.
-    const OUTGOING: u8 = 4;
-    let mut part = [IoSliceMut::new(buffer)];
-    let mut space = nix::cmsg_space!(TimeSpec, [u8; sys::PacketInfo::LENGTH]);
-    let received = recvmsg::<LinkAddr>(socket.as_raw_fd(), &mut part, Some(&mut space), MsgFlags::empty())?;
-    let (mut at_ns, mut info) = (None, None);
-    for message in received.cmsgs()? {
-        match message {
-            ControlMessageOwned::ScmTimestampns(time) => {
-                at_ns = u64::try_from(time.tv_sec() * 1_000_000_000 + time.tv_nsec()).ok();
-            }
-            ControlMessageOwned::Unknown(message) => {
-                info = sys::PacketInfo::read(&message.data_bytes).or(info)
-            }
-            _ => {}
-        }
-    }
-    let outgoing = received.address.is_some_and(|from| from.pkttype() == OUTGOING);
-    let length = received.bytes;
+fn captured(socket: &Socket, buffer: &mut [u8]) -> nix::Result<(CapturedPacket, u64)> {
+    let Received { length, outgoing, at_ns, info, .. } = receive(socket, buffer)?;
     let at_ns = at_ns.unwrap_or_else(wall_ns);
     let mut bytes = buffer.get(..length).unwrap_or_default().to_vec();
     let mut length = info.map_or(u32::try_from(length).unwrap_or(u32::MAX), |info| info.length);

@@ -36,6 +36,7 @@ mod nftables;
 mod path;
 mod probe;
 mod rate;
+mod received;
 mod resolver;
 mod sandbox;
 mod simulated;

@@ -46,25 +46,25 @@ pub(super) fn poll<const N: usize>(
     timeout: Option<Duration>,
 ) -> io::Result<[bool; N]> {
     // The kernel skips negative descriptors.
-    let mut entries = fds.map(|fd| libc::pollfd { fd: fd.unwrap_or(-1), events: libc::POLLIN, revents: 0 });
-    let timeout =
-        timeout.map_or(-1, |time| libc::c_int::try_from(time.as_millis()).unwrap_or(libc::c_int::MAX));
-    // SAFETY: the pointer and the count describe `entries`.
-    let ready = unsafe { libc::poll(entries.as_mut_ptr(), N as libc::nfds_t, timeout) };
-    if ready >= 0 {
-        return Ok(entries.map(|entry| entry.revents != 0));
-    }
-    match io::Error::last_os_error() {
-        error if error.kind() == io::ErrorKind::Interrupted => Ok([false; N]),
-        error => Err(error),
-    }
+    let mut entries = fds.map(|fd| readable(fd.unwrap_or(-1)));
+    poll_entries(&mut entries, timeout)?;
+    Ok(entries.map(|entry| entry.revents != 0))
 }
 
 /// Waits until one of several descriptors is readable or closed by its peer, or for a time, or for a signal.
 pub(super) fn poll_any(fds: &[RawFd], timeout: Duration) -> io::Result<()> {
-    let mut entries: Vec<libc::pollfd> =
-        fds.iter().map(|fd| libc::pollfd { fd: *fd, events: libc::POLLIN, revents: 0 }).collect();
-    let timeout = libc::c_int::try_from(timeout.as_millis()).unwrap_or(libc::c_int::MAX);
+    let mut entries: Vec<libc::pollfd> = fds.iter().copied().map(readable).collect();
+    poll_entries(&mut entries, Some(timeout))
+}
+
+fn readable(fd: RawFd) -> libc::pollfd {
+    libc::pollfd { fd, events: libc::POLLIN, revents: 0 }
+}
+
+/// Waits as `poll` does. A signal ends it with no descriptor ready.
+fn poll_entries(entries: &mut [libc::pollfd], timeout: Option<Duration>) -> io::Result<()> {
+    let timeout =
+        timeout.map_or(-1, |time| libc::c_int::try_from(time.as_millis()).unwrap_or(libc::c_int::MAX));
     // SAFETY: the pointer and the count describe `entries`.
     let ready = unsafe { libc::poll(entries.as_mut_ptr(), entries.len() as libc::nfds_t, timeout) };
     match io::Error::last_os_error() {

@@ -116,19 +116,7 @@ impl Tables {
         skeleton: &Arc<Skeleton>,
         mut watch: Option<&mut Watch>,
     ) -> Result<()> {
-        // If the table is as written, only the difference is passed to `nft`: one of a thousand policies.
-        let part = match self.current(table)? {
-            Some(there) if *there != Skeleton::default() => skeleton.since(&there),
-            _ => Skeleton::clone(skeleton),
-        };
-        let state = self.states.entry(table).or_default();
-        state.written = None;
-        state.seen = None;
-        let mut text = part.without_rules().text(table);
-        for chain in &part.chains {
-            let _ = writeln!(text, "flush chain {table} {}", chain.name);
-        }
-        text += &part.text(table);
+        let text = self.update(table, skeleton)?;
         if let Err(error) = run(&text, watch.as_deref_mut())?.check() {
             // Another version of ovl or another program created it with other sets or hooks.
             tracing::info!(%table, %error, "cannot update the nftables table: it is created again");
@@ -138,6 +126,54 @@ impl Tables {
                 state.known.clear();
             }
         }
+        self.settle(table, skeleton, watch)
+    }
+
+    /// Writes tables as [`Self::write`] does, in one run of `nft` if that takes all of them: a run takes as long for one table
+    /// as for five. Returns the result for each.
+    pub(super) fn write_all(
+        &mut self,
+        wanted: &[(Table, &Arc<Skeleton>)],
+        watch: &mut Watch,
+    ) -> Vec<Result<()>> {
+        let together = wanted.len() > 1 && self.update_all(wanted, watch).is_ok();
+        let mut write = |(table, skeleton): &(Table, &Arc<Skeleton>)| match together {
+            true => self.settle(*table, skeleton, Some(&mut *watch)),
+            // One of them was refused, perhaps because another version of ovl wrote the table.
+            false => self.write(*table, skeleton, Some(&mut *watch)),
+        };
+        wanted.iter().map(&mut write).collect()
+    }
+
+    fn update_all(&mut self, wanted: &[(Table, &Arc<Skeleton>)], watch: &mut Watch) -> Result<()> {
+        let mut text = String::new();
+        for (table, skeleton) in wanted {
+            text += &self.update(*table, skeleton)?;
+        }
+        run(&text, Some(watch))?.check().map(drop)
+    }
+
+    /// The text that leads from the table as it is to a skeleton. From now on, the table counts as unknown until
+    /// [`Self::settle`] describes it.
+    fn update(&mut self, table: Table, skeleton: &Skeleton) -> Result<String> {
+        // If the table is as written, only the difference is passed to `nft`: one of a thousand policies.
+        let part = match self.current(table)? {
+            Some(there) if *there != Skeleton::default() => skeleton.since(&there),
+            _ => skeleton.clone(),
+        };
+        let state = self.states.entry(table).or_default();
+        state.written = None;
+        state.seen = None;
+        let mut text = part.without_rules().text(table);
+        for chain in &part.chains {
+            let _ = writeln!(text, "flush chain {table} {}", chain.name);
+        }
+        text += &part.text(table);
+        Ok(text)
+    }
+
+    /// Deletes what is left of an earlier skeleton of a table that `nft` has just written, and notes the table as written.
+    fn settle(&mut self, table: Table, skeleton: &Arc<Skeleton>, watch: Option<&mut Watch>) -> Result<()> {
         if let Some(state) = self.states.get_mut(&table) {
             state.known.retain(|set, _| skeleton.sets.contains(set));
         }

@@ -19,7 +19,7 @@ mod reasons;
 mod rules;
 
 use std::collections::BTreeMap;
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,14 +27,14 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::libc;
-use nix::sys::socket::{ControlMessageOwned, LinkAddr, MsgFlags, recvmsg, setsockopt, sockopt};
-use nix::sys::time::TimeSpec;
+use nix::sys::socket::{setsockopt, sockopt};
 use ovl_dataplane::passage::{PacketKind, Passage, Sighting};
 use socket2::{Domain, Socket, Type};
 use tokio::sync::oneshot;
 
 use super::error::{KernelError, Result};
 use super::netns::Netns;
+use super::received::{Received, receive};
 use super::sys;
 
 use self::reasons::DropLog;
@@ -229,19 +229,17 @@ impl Capture {
 
     /// Reads all waiting packets.
     fn drain(&mut self, at_us: u64, sightings: &mut Vec<Sighting>) {
-        /// `PACKET_OUTGOING` of `linux/if_packet.h`.
-        const OUTGOING: u8 = 4;
-        while let Ok((length, from, stamp)) = receive(&self.socket, &mut self.buffer) {
+        while let Ok(received) = receive(&self.socket, &mut self.buffer) {
+            let Received { length, index, outgoing, at_ns, .. } = received;
             let bytes = self.buffer.get(..length).unwrap_or_default();
-            let at_us = stamp.unwrap_or(at_us);
+            let at_us = at_ns.map_or(at_us, |at_ns| at_ns / 1000);
             let Some(packet) = packet::parse(bytes, self.cookie) else { continue };
-            let index = u32::try_from(from.ifindex()).unwrap_or_default();
             if sightings.len() < MOST {
                 sightings.push(Sighting {
                     at_us,
                     inside: self.inside,
                     device: self.names.get(&index).cloned().unwrap_or_else(|| format!("if{index}")),
-                    outgoing: from.pkttype() == OUTGOING,
+                    outgoing,
                     source: packet.source,
                     destination: packet.destination,
                     kind: packet.kind,
@@ -250,20 +248,6 @@ impl Capture {
             }
         }
     }
-}
-
-/// Receives a packet: its length, the device, and when it was there, in microseconds since 1970.
-fn receive(socket: &Socket, buffer: &mut [u8]) -> nix::Result<(usize, LinkAddr, Option<u64>)> {
-    let mut part = [IoSliceMut::new(buffer)];
-    let mut space = nix::cmsg_space!(TimeSpec);
-    let received = recvmsg::<LinkAddr>(socket.as_raw_fd(), &mut part, Some(&mut space), MsgFlags::empty())?;
-    let stamp = received.cmsgs()?.find_map(|message| match message {
-        ControlMessageOwned::ScmTimestampns(time) => {
-            u64::try_from(time.tv_sec() * 1_000_000 + time.tv_nsec() / 1000).ok()
-        }
-        _ => None,
-    });
-    Ok((received.bytes, received.address.ok_or(nix::errno::Errno::EINVAL)?, stamp))
 }
 
 /// Returns the time by the clock that stamps packets, in nanoseconds since 1970.

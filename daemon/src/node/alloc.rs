@@ -1,51 +1,29 @@
-//! The consensus replica's I/O: its messages, its promises on disk, and the requests that wait for it. Also leases:
-//! addresses from a block of another host.
+//! The consensus replica's I/O: its messages, and the requests that wait for it. Also leases: addresses from a block of
+//! another host.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::rc::Rc;
 use std::time::Duration;
 
-use ovl_cluster::view::View;
 use ovl_consensus::{Event, Output};
-use ovl_control::PeerState;
-use ovl_proto::alloc::{AllocMessage, Block, Change, Refusal};
+use ovl_proto::alloc::{AllocMessage, Change, Refusal};
 use ovl_proto::id::{NetworkId, NodeId};
 use ovl_proto::sync::{LeaseWish, Message};
 use ovl_proto::table::Entry;
 use tokio::sync::oneshot;
-use tokio::time::Instant;
 
-use super::ready::{READY_WITHIN, Waits};
-use super::state::{Durable, State};
+use super::saving::DISK_TIMEOUT;
+use super::state::State;
 use super::{Failed, Node};
-use crate::addresses::block_of;
 use crate::problems::Code;
-use crate::store;
-use ovl_subsystems::Change as What;
+use crate::saving::AfterSave;
 
 /// How long a host has to answer a lease request.
 const LEASE_TIMEOUT: Duration = Duration::from_secs(3);
 /// How many times a change is requested while a majority is alive but does not answer in time.
 const AGREE_TRIES: u32 = 4;
-/// How long a write to the state file may take before the disk is reported as stuck.
-const DISK_TIMEOUT: Duration = Duration::from_secs(10);
-/// Time between two attempts to reclaim this host's addresses. The streams to other hosts may not be up yet.
-const RECLAIM_RETRY: Duration = Duration::from_secs(2);
-/// Time between two attempts to become a member.
-const ADMISSION_RETRY: Duration = Duration::from_millis(200);
-/// How long a host looks for a cluster before it reports that there is none.
-const NOBODY_AFTER: Duration = Duration::from_secs(3);
-/// How many peers a host without a map asks for it at a time.
-const FIRST_ASKED: usize = 3;
-/// How long a new host waits for the records of all members before it requests admission.
-const RECORDS_WITHIN: Duration = Duration::from_secs(2);
-
 /// Time without a verified map after which a map that cannot be verified is reported, in milliseconds.
 const UNPROVED_MS: u64 = 10_000;
-/// How many ids of hosts an error lists.
-const SHOWN_IDS: usize = 5;
-
 /// What this host waits for in the agreement on the allocation map.
 #[derive(Debug, Default)]
 pub(crate) struct Maps {
@@ -80,29 +58,6 @@ fn note_unproved(state: &mut State, now: u64) {
     state.problems.set(Code::MapNotVerified, "", Some(sentence));
 }
 
-/// Returns the host with this name or id that `ovlctl peers forget` took out. It may be known by its name later, if it
-/// was not heard from yet.
-fn banned_host(view: &View, host: &str) -> Result<NodeId, Waits> {
-    let banned = &view.alloc.banned;
-    let name = |id: &NodeId| view.nodes.get(id).map(|node| node.record.name.as_str());
-    let by_id = host.parse::<NodeId>().ok().filter(|id| banned.contains(id));
-    if let Some(id) = by_id.or_else(|| banned.iter().copied().find(|id| name(id) == Some(host))) {
-        return Ok(id);
-    }
-    let unheard: Vec<String> =
-        banned.iter().filter(|id| name(id).is_none()).take(SHOWN_IDS).map(ToString::to_string).collect();
-    if unheard.is_empty() {
-        return Err(Waits::InVain(Failed::not_found(format!(
-            "no host {host} was taken out with `ovlctl peers forget`"
-        ))));
-    }
-    Err(Waits::For(format!(
-        "no host {host} is heard from that was taken out with `ovlctl peers forget`. A host that does not run is known by \
-         its id only; not heard from: {}",
-        unheard.join(", ")
-    )))
-}
-
 impl Node {
     /// Handles a message from the consensus replica of another host.
     pub(super) fn on_alloc(&self, from: NodeId, message: AllocMessage) {
@@ -127,7 +82,7 @@ impl Node {
     }
 
     /// Returns up to this many connected peers that have a map, others each second.
-    fn peers_with_map(&self, most: usize) -> Vec<NodeId> {
+    pub(super) fn peers_with_map(&self, most: usize) -> Vec<NodeId> {
         let connected = self.links().connected();
         let state = self.state.borrow();
         let having: Vec<NodeId> = connected.into_iter().filter(|id| state.has_map(*id)).collect();
@@ -146,8 +101,8 @@ impl Node {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             let version = state.view.alloc.version;
-            let later = state.peers.iter().filter(|(_, peer)| peer.hints.alloc > version);
-            let mut later: Vec<NodeId> = later.map(|(id, _)| *id).collect();
+            let later = state.peers.iter().filter(|(_, peer)| peer.hints().alloc > version);
+            let mut later: Vec<NodeId> = later.map(|(id, _)| id).collect();
             if !later.is_empty() {
                 let connected = self.links().connected();
                 later.retain(|id| connected.contains(id));
@@ -268,25 +223,22 @@ impl Node {
 
     /// Carries out the output of the consensus replica, once its promises are on disk.
     pub(super) fn carry_out(&self, output: Output) {
-        {
+        let ready = {
             let mut state = self.state.borrow_mut();
             if output.persist {
-                self.save_then(&mut state, Durable::Alloc(output));
+                self.save_then(&mut state, AfterSave::Alloc(output));
                 return;
             }
             // Keep the order: an earlier output may still wait for the disk.
-            let waiting = &mut state.save.waiting;
-            let last = waiting.iter().rev().find(|(_, durable)| matches!(durable, Durable::Alloc(_)));
-            if let Some(number) = last.map(|(number, _)| *number) {
-                waiting.push((number, Durable::Alloc(output)));
-                return;
-            }
+            state.save.follow(output)
+        };
+        if let Some(output) = ready {
+            self.carry_out_now(output);
         }
-        self.carry_out_now(output);
     }
 
     /// Sends the messages of an output and delivers its events.
-    fn carry_out_now(&self, output: Output) {
+    pub(super) fn carry_out_now(&self, output: Output) {
         for (to, message) in output.send {
             self.links().send(to, &Message::Alloc(message));
         }
@@ -327,18 +279,17 @@ impl Node {
             let was_member = state.is_member();
             state.maps.unproved = None;
             state.problems.set(Code::MapNotVerified, "", None);
-            let before = std::mem::replace(&mut state.view.alloc, state.allocator.map().clone());
+            let before = state.view.learn(state.allocator.map().clone());
             if before.members != state.view.alloc.members {
-                state.keys.map_changed = state.now();
+                let now = state.now();
+                state.keys.note_members(now);
             }
             // Messages that arrived before both sides were members were ignored, so exchange them again.
             let all_new = state.is_member() && !was_member;
             let news = |id: &&NodeId| all_new || !before.members.contains(*id);
             let newly: Vec<NodeId> = state.view.alloc.members.iter().filter(news).copied().collect();
             for id in &newly {
-                if let Some(peer) = state.peers.get_mut(id) {
-                    peer.pulled_at = None;
-                }
+                state.peers.end_pull(*id);
             }
             if state.is_member() && !was_member {
                 tracing::info!(cluster = state.view.alloc.cluster, "admitted to the cluster");
@@ -358,126 +309,6 @@ impl Node {
         self.work.notify_one();
         self.keys.notify_one();
         self.membership.notify_waiters();
-    }
-
-    /// Requests a write of the state file. `then` is carried out once the file is on disk.
-    pub(super) fn save_then(&self, state: &mut State, then: Durable) {
-        let number = state.save.handed + 1;
-        state.save.waiting.push((number, then));
-        state.save.wanted = true;
-        self.saver.notify_one();
-    }
-
-    /// Requests a write of the state file, without waiting for it.
-    pub(super) fn save_soon(&self) {
-        self.state.borrow_mut().save.wanted = true;
-        self.saver.notify_one();
-    }
-
-    /// Returns once the current state is on disk.
-    ///
-    /// # Errors
-    ///
-    /// The disk is stuck, or ovld is stopping.
-    pub(super) async fn saved(&self) -> Result<(), Failed> {
-        let (tell, done) = oneshot::channel();
-        self.save_then(&mut self.state.borrow_mut(), Durable::Tell(tell));
-        match tokio::time::timeout(DISK_TIMEOUT, done).await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(_)) => Err(Failed::unavailable("ovld is stopping")),
-            Err(_) => Err(self.disk_is_stuck()),
-        }
-    }
-
-    /// Returns the content of the state file.
-    pub(super) fn snapshot(&self) -> store::State {
-        let state = self.state.borrow();
-        store::State {
-            saved_ms: self.wall_ms(),
-            generation: state.record().map_or(0, |record| record.generation),
-            clock: state.objects.clock(),
-            objects: state.objects.signed().cloned().collect(),
-            peers: {
-                // In minutes, so that the state does not change in many places each time.
-                let minute = |ms: u64| ms - ms % 60_000;
-                let peers =
-                    state.peers.values().map(|peer| (peer.signed.clone(), minute(peer.last_alive_ms)));
-                peers.chain(state.newer.records()).collect()
-            },
-            leases: state.addresses.lent().collect(),
-            alloc: Some(state.allocator.durable().clone()),
-            bridges: state.bridges.iter().cloned().collect(),
-            docker: state.engines.kept(),
-            journal: false,
-            unknown: state.file_unknown.clone(),
-        }
-    }
-
-    /// Passes snapshots of the state to the writer, and carries out what waited for each. Runs forever.
-    pub(super) async fn save_loop(
-        self: Rc<Self>,
-        mut done: tokio::sync::mpsc::UnboundedReceiver<(u64, anyhow::Result<()>)>,
-    ) {
-        // One write at a time: a snapshot of thousands of objects is not built again and again while the disk is
-        // busy, and the next snapshot contains all changes up to then.
-        let mut under_way = false;
-        loop {
-            let (wanted, whole) = {
-                let mut state = self.state.borrow_mut();
-                let wanted = !under_way && std::mem::take(&mut state.save.wanted);
-                if wanted {
-                    state.save.handed += 1;
-                }
-                (wanted.then_some(state.save.handed), state.save.whole)
-            };
-            if let Some(number) = wanted {
-                match self.writer.save(number, self.snapshot(), whole) {
-                    Ok(()) => under_way = true,
-                    Err(error) => tracing::error!(%error, "cannot save the state"),
-                }
-            }
-            tokio::select! {
-                () = self.saver.notified() => {}
-                result = done.recv() => {
-                    under_way = false;
-                    match result {
-                    Some((number, Ok(()))) => {
-                        self.state.borrow_mut().problems.set(Code::StateFile, "", None);
-                        self.let_go(number);
-                    }
-                    Some((_, Err(error))) => {
-                        // Keep everything waiting: nothing may be promised that is not on disk.
-                        let sentence = format!("the state cannot be saved, and nothing new is promised: {error:#}");
-                        self.state.borrow_mut().problems.set(Code::StateFile, "", Some(sentence));
-                        tokio::time::sleep(Duration::from_secs(1)).await;
-                        self.state.borrow_mut().save.wanted = true;
-                    }
-                    None => return,
-                    }
-                },
-            }
-        }
-    }
-
-    /// Carries out everything that waited for a snapshot up to this number.
-    fn let_go(&self, number: u64) {
-        let ready: Vec<Durable> = {
-            let mut state = self.state.borrow_mut();
-            let waiting = std::mem::take(&mut state.save.waiting);
-            let (ready, rest): (Vec<_>, Vec<_>) = waiting.into_iter().partition(|(at, _)| *at <= number);
-            state.save.waiting = rest;
-            ready.into_iter().map(|(_, durable)| durable).collect()
-        };
-        for durable in ready {
-            match durable {
-                Durable::Alloc(output) => self.carry_out_now(output),
-                Durable::Send(to, message) => {
-                    self.links().send(to, &message);
-                }
-                // The waiting task may have timed out.
-                Durable::Tell(tell) => drop(tell.send(())),
-            }
-        }
     }
 
     /// Requests an address from the holder of its block.
@@ -515,7 +346,7 @@ impl Node {
             Ok(address) => {
                 self.write_table(vec![Entry::Lease { network, address, to }], Vec::new());
                 let mut state = self.state.borrow_mut();
-                self.save_then(&mut state, Durable::Send(to, Box::new(reply)));
+                self.save_then(&mut state, AfterSave::Send(to, Box::new(reply)));
             }
             Err(_) => {
                 self.links().send(to, &reply);
@@ -562,242 +393,5 @@ impl Node {
         let at = state.now();
         state.addresses.lend(network, address, to, at);
         Ok(address)
-    }
-
-    /// Requests admission until this host is a member, then reclaims the addresses of its endpoints. Runs forever.
-    pub(super) async fn admission_loop(self: Rc<Self>) {
-        let mut known_since = None;
-        loop {
-            // Created before the map is read, so that no change of the map is missed.
-            let news = self.membership.notified();
-            if self.state.borrow().is_member() {
-                self.state.borrow_mut().problems.set(Code::Admission, "", None);
-                if self.reclaim().await {
-                    // Wait for a change of the map: a later one may have forgotten this host.
-                    news.await;
-                } else {
-                    tokio::time::timeout(RECLAIM_RETRY, news).await.ok();
-                }
-                continue;
-            }
-            self.seek_admission(&mut known_since).await;
-            if !self.state.borrow().is_member() {
-                tokio::time::timeout(ADMISSION_RETRY, news).await.ok();
-            }
-        }
-    }
-
-    /// Requests admission once the members are known, because one of them may have this host's name.
-    async fn seek_admission(&self, known_since: &mut Option<Instant>) {
-        let (me, fresh, strangers, blocked) = {
-            let state = self.state.borrow();
-            if state.leaving {
-                return;
-            }
-            let alloc = &state.view.alloc;
-            let strangers = alloc.members.iter().any(|member| !state.view.nodes.contains_key(member));
-            let blocked = self.not_admitted_because(&state);
-            (state.view.me, alloc.cluster == 0, strangers, blocked)
-        };
-        if fresh {
-            for peer in self.peers_with_map(FIRST_ASKED) {
-                self.ask_map(peer);
-            }
-            // It chooses among the answers of the last time.
-            self.tick_alloc();
-            if self.state.borrow().epoch.elapsed() > NOBODY_AFTER {
-                let sentence = self.nobody_found();
-                self.state.borrow_mut().problems.set(Code::Admission, "", Some(sentence));
-            }
-            return;
-        }
-        // No host has a record of members that have been dead for long, so the wait is limited.
-        let known_since = known_since.get_or_insert_with(Instant::now);
-        if let Some(reason) = blocked {
-            self.state.borrow_mut().problems.set(Code::Admission, "", Some(reason));
-        } else if (!strangers || known_since.elapsed() > RECORDS_WITHIN)
-            && let Err(failed) = self.change(Change::Admit(me)).await
-        {
-            let sentence = format!("not admitted yet: {}", failed.0.message);
-            self.state.borrow_mut().problems.set(Code::Admission, "", Some(sentence));
-        }
-    }
-
-    /// Returns why this host must not request admission. `None` if it may.
-    pub(super) fn not_admitted_because(&self, state: &State) -> Option<String> {
-        self.stands_aside(state).or_else(|| self.shut_out(state))
-    }
-
-    /// Returns why this host must not request admission because of its name. `None` if it may.
-    ///
-    /// A host whose name is in use waits until it has another name. The name is in use if a member has it, or a live
-    /// host with a smaller id that is waiting too.
-    fn stands_aside(&self, state: &State) -> Option<String> {
-        let double = state.view.nodes.values().find(|node| {
-            let id = node.record.id;
-            let before = state.view.alloc.members.contains(&id)
-                || (node.state == PeerState::Alive && id < state.view.me);
-            id != state.view.me && node.record.name == self.config.node && before
-        })?;
-        Some(format!(
-            "not admitted: the host {} at {} is already named {}. Give this one another name with --node; or, if \
-             that one is gone for good, run `ovlctl peers forget {}` on another host",
-            double.record.id, double.record.address, self.config.node, double.record.id
-        ))
-    }
-
-    /// Returns why this host must not request admission because of its cluster key. `None` if it may.
-    ///
-    /// A host that was removed from the cluster needs the latest cluster key to return, and one that `ovlctl peers
-    /// forget` removed needs the consent of the cluster.
-    fn shut_out(&self, state: &State) -> Option<String> {
-        if state.view.alloc.banned.contains(&state.view.me) {
-            return Some(format!(
-                "not admitted: this host was taken out of the cluster, with `ovlctl peers forget` or by a recovery from the \
-                 loss of a majority. To let it return, run `ovlctl peers admit {}` on a member",
-                state.view.me
-            ));
-        }
-        let file = self.config.cluster_key.as_ref()?;
-        let key = state.view.alloc.key?.id;
-        let out = state.view.alloc.forgotten.contains(&state.view.me)
-            && !state.record().is_some_and(|record| record.keys.has(key));
-        out.then(|| {
-            format!(
-                "not admitted: this host was taken out of the cluster, whose key is being changed to {key}. Put the \
-                 new key into {}, mode 0600, and restart ovld",
-                file.display()
-            )
-        })
-    }
-
-    /// Ends the ban of a host: `ovlctl peers admit`. The host then asks to be admitted by itself.
-    ///
-    /// A host that was just cut off or started again may have told its operator of the ban before this host hears its
-    /// name. So a name that may be that of a banned host is waited for.
-    pub(super) async fn end_ban(&self, name: &str) -> Result<(), Failed> {
-        let node = self.wait_until(READY_WITHIN, |state| banned_host(&state.view, name)).await?;
-        self.change(Change::Unban(node)).await?;
-        self.event("peer", name, "may return, by request");
-        Ok(())
-    }
-
-    /// Returns the problem to report if no member of a cluster was found.
-    fn nobody_found(&self) -> String {
-        let whom = match (self.config.join.join(", "), self.config.join_nodes) {
-            (_, true) => "the Nodes of the API server, which ovl-kube of this host names".to_owned(),
-            (join, false) if join.is_empty() => "peers".to_owned(),
-            (join, false) => join,
-        };
-        format!(
-            "not admitted: no member of a cluster was found at {whom}. Check that ovld runs there with the same \
-             cluster key and that UDP and TCP port {} is open; to begin a new cluster start one host with --bootstrap",
-            self.config.advertise.port()
-        )
-    }
-
-    /// Reclaims the blocks and leases of endpoints that existed before this host became a member (again). Returns
-    /// whether all of it is done.
-    ///
-    /// Endpoints whose addresses now belong to other hosts are isolated and reported.
-    async fn reclaim(&self) -> bool {
-        let wanted: Vec<(NetworkId, IpAddr)> = {
-            let state = self.state.borrow();
-            state
-                .own_endpoints()
-                .flat_map(|endpoint| endpoint.addresses.iter().map(|net| (endpoint.network, net.addr())))
-                .filter(|(network, address)| !state.view.may_use(state.view.me, *network, *address))
-                .collect()
-        };
-        let mut done = true;
-        for (network, address) in wanted {
-            let block = {
-                let state = self.state.borrow();
-                block_of(&state.view, network, address)
-            };
-            let Some(prefix) = block else { continue };
-            let (me, held) = {
-                let state = self.state.borrow();
-                (state.view.me, state.view.holder_of(network, address))
-            };
-            match held {
-                None => {
-                    let claim = Change::ClaimExact { block: Block { network, prefix }, owner: me };
-                    if let Err(failed) = self.change(claim).await {
-                        done = false;
-                        tracing::warn!(%address, error = failed.0.message, "cannot claim a block again");
-                    }
-                }
-                Some(holder) if holder != me => {
-                    let reply = self.lease(holder, network, LeaseWish::Exact(address)).await;
-                    if let Err(error) = reply {
-                        done = false;
-                        tracing::warn!(%address, error, "cannot lease an address again");
-                    }
-                }
-                Some(_) => {}
-            }
-        }
-        self.note_isolated();
-        done
-    }
-
-    /// Isolates local endpoints whose addresses belong to other hosts, and reports them as problems.
-    pub(super) fn note_isolated(&self) {
-        let mut guard = self.state.borrow_mut();
-        let state = &mut *guard;
-        if !state.is_member() {
-            return;
-        }
-        let isolated: std::collections::BTreeMap<_, _> = state
-            .own_endpoints()
-            .filter_map(|endpoint| {
-                let address = state.view.address_conflict(state.view.me, endpoint)?;
-                // If no host holds the block, it is being reclaimed, or will be once there is a majority.
-                let holder = state.view.name_of(state.view.holder_of(endpoint.network, address)?);
-                let sentence = format!(
-                    "endpoint {} is cut off: its address {address} is in a block of {holder} now. Detach it and attach \
-                     it again to give it another one",
-                    endpoint.name
-                );
-                Some((endpoint.id, sentence))
-            })
-            .collect();
-        let sentences: Vec<_> =
-            isolated.iter().map(|(id, sentence)| (id.to_string(), sentence.clone())).collect();
-        if !state.local.isolation.replace(isolated) {
-            return;
-        }
-        state.problems.replace(Code::EndpointIsolated, sentences);
-        state.changed(What::ThisHost);
-        self.work.notify_one();
-    }
-
-    /// Requests, as the coordinator, that members that have been dead for longer than `forget_after` are forgotten.
-    pub(super) fn forget_long_dead(&self) {
-        if self.config.forget_after.is_zero() {
-            return;
-        }
-        let over: Vec<NodeId> = {
-            let state = self.state.borrow();
-            if !state.is_coordinator() {
-                return;
-            }
-            let limit = super::peers::millis(self.config.forget_after);
-            state
-                .peers
-                .iter()
-                .filter(|(id, peer)| {
-                    !peer.signs.gossip
-                        && state.view.alloc.members.contains(id)
-                        && self.wall_ms().saturating_sub(peer.last_alive_ms) > limit
-                })
-                .map(|(id, _)| *id)
-                .collect()
-        };
-        for node in over {
-            tracing::info!(%node, "dead for longer than forget_after: asking to forget it");
-            self.request_change(Change::Forget(node), None);
-        }
     }
 }

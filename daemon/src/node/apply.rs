@@ -10,7 +10,7 @@ use ovl_control::{
     Action, Applied, AppliedAll, Apply, BackendInfo, BackendPort, Document, IgnoredFields, ManifestProblem,
     PodEndpoint, Reply, ResourceInfo, ResourceQuery, ServiceBackends,
 };
-use ovl_manifest::Problem;
+use ovl_manifest::FieldProblem;
 use ovl_manifest::object::{self as manifest, Identity};
 use ovl_proto::id::NodeId;
 use ovl_proto::object::Body;
@@ -55,7 +55,7 @@ struct Place {
 }
 
 impl Place {
-    fn problem(&self, problem: Problem) -> ManifestProblem {
+    fn problem(&self, problem: FieldProblem) -> ManifestProblem {
         let field = format!("{}{}", self.within, problem.field);
         ManifestProblem {
             file: self.file.clone(),
@@ -97,9 +97,9 @@ impl Foreign {
 struct Ignored(BTreeMap<(Kind, String), (BTreeSet<String>, usize)>);
 
 impl Ignored {
-    fn add(&mut self, kind: Kind, ignored: Vec<Problem>) {
+    fn add(&mut self, kind: Kind, ignored: Vec<FieldProblem>) {
         let mut reasons = BTreeSet::new();
-        for Problem { field, reason } in ignored {
+        for FieldProblem { field, reason } in ignored {
             let key = (kind, reason);
             let (fields, objects) = self.0.entry(key.clone()).or_default();
             fields.insert(manifest::without_indices(&field));
@@ -144,7 +144,7 @@ impl Node {
                 };
                 match reason {
                     Some(reason) => {
-                        problems.push(place.problem(Problem { field: "kind".to_owned(), reason }))
+                        problems.push(place.problem(FieldProblem { field: "kind".to_owned(), reason }))
                     }
                     None => foreign.add(kind),
                 }
@@ -163,7 +163,7 @@ impl Node {
                     match read.get_mut(*first) {
                         Some(first) => {
                             let reason = format!("replaces the same object at {}", first.0);
-                            warnings.push(place.problem(Problem { field: String::new(), reason }));
+                            warnings.push(place.problem(FieldProblem { field: String::new(), reason }));
                             *first = (place, found.resource);
                         }
                         None => read.push((place, found.resource)),
@@ -202,7 +202,9 @@ impl Node {
         };
         read.iter()
             .filter(|(_, resource)| is_mirrored(resource))
-            .map(|(place, _)| place.problem(Problem { field: String::new(), reason: MIRRORED.to_owned() }))
+            .map(|(place, _)| {
+                place.problem(FieldProblem { field: String::new(), reason: MIRRORED.to_owned() })
+            })
             .take(MOST_PROBLEMS)
             .collect()
     }
@@ -214,7 +216,7 @@ impl Node {
         let reason = "already exists: use `ovlctl apply` to change it";
         read.iter()
             .filter(|(_, resource)| exists(resource))
-            .map(|(place, _)| place.problem(Problem { field: String::new(), reason: reason.to_owned() }))
+            .map(|(place, _)| place.problem(FieldProblem { field: String::new(), reason: reason.to_owned() }))
             .take(MOST_PROBLEMS)
             .collect()
     }
@@ -275,7 +277,7 @@ impl Node {
             return None;
         }
         let reason = format!("there would be more than {MAX_OBJECTS} objects, removed ones included");
-        read.first().map(|(place, _)| place.problem(Problem { field: String::new(), reason }))
+        read.first().map(|(place, _)| place.problem(FieldProblem { field: String::new(), reason }))
     }
 
     /// Sets the creation timestamp of each object; an existing object keeps its own, and the fields that this release
@@ -455,7 +457,7 @@ fn too_long(place: &Place, resource: &Resource) -> Option<ManifestProblem> {
     let most = MAX_OBJECT_BYTES - 512;
     let length = resource.encode().map_or(usize::MAX, |bytes| bytes.len());
     let reason = format!("is {length} bytes long and may be {most}");
-    (length > most).then(|| place.problem(Problem { field: String::new(), reason }))
+    (length > most).then(|| place.problem(FieldProblem { field: String::new(), reason }))
 }
 
 /// Whether a query selects an object by its namespace and name.

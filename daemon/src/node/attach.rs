@@ -1,6 +1,5 @@
-//! Endpoints of this host: attach, detach, and endpoints that disappear with their network namespace.
+//! Endpoints of this host: attach, what is kept of them for the next run, and what users see of them.
 
-use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
@@ -9,13 +8,12 @@ use ovl_cluster::addresses as ipam;
 use ovl_cluster::view::{Placed, View};
 use ovl_control::{Attach, EndpointInfo, EndpointState, FailureKind, NetnsRef, PodInfo, PodRef};
 use ovl_dataplane::device::{Device, Role};
-use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
-use ovl_kernel::{CreatedEndpoint, EndpointSpec, HostEnd, Netns, PeerLocation, Resolver, RetiredEndpoint};
-use ovl_proto::id::{EndpointId, Mac, NetworkId};
+use ovl_kernel::{CreatedEndpoint, EndpointSpec, HostEnd, Netns, Resolver};
+use ovl_proto::id::{EndpointId, Mac};
 use ovl_proto::object::{Driver, Mode, Network, Subnet};
 use ovl_proto::resource::{Labels, Name};
-use ovl_proto::table::{Endpoint, Entry, Key, PodIdentity};
+use ovl_proto::table::{Endpoint, Entry, PodIdentity};
 use ovl_proto::wire::fields::Unknown;
 use ovl_runtimes::cni::{self, Attachment};
 use ovl_subsystems::endpoints::hairpin;
@@ -23,49 +21,13 @@ use ovl_subsystems::guard;
 use ovl_subsystems::networks::mtu::network_mtu;
 
 use super::addresses::Reserved;
-use super::state::State;
+use super::reservations::{ReservedName, check_free};
 use super::{Failed, Node};
 use crate::config::{MAX_NAME, is_known_name, is_name_within};
-use crate::endpoints::{FullName, LocalEndpoint, Restored};
+use crate::endpoints::{LocalEndpoint, Restored};
 use crate::problems::Code;
 use crate::publish::{self, ReservedPorts};
 use ovl_subsystems::{self as subsystems, Change, Part};
-
-/// The reservation of a name and a device for an attach in flight, released when dropped.
-pub(super) struct Place<'a> {
-    node: &'a Node,
-    network: NetworkId,
-    name: FullName,
-    /// The host interface.
-    pub(super) device: Device,
-}
-
-/// The reservation of a MAC address for an attach in flight, released when dropped.
-pub(super) struct TakenMac<'a> {
-    node: &'a Node,
-    network: NetworkId,
-    mac: Mac,
-}
-
-impl Drop for TakenMac<'_> {
-    fn drop(&mut self) {
-        self.node.state.borrow_mut().endpoints.release_mac(self.network, self.mac);
-    }
-}
-
-impl Drop for Place<'_> {
-    fn drop(&mut self) {
-        let mut state = self.node.state.borrow_mut();
-        state.endpoints.release_name(&self.name);
-        state.endpoints.release_device(self.device);
-        state.local.attaches.unwant(self.network);
-        if !state.local.is_built(&state.view, self.network) {
-            // The attach failed, and no other endpoint needs the devices of the network.
-            state.changed(Change::Built(self.network));
-            self.node.work.notify_one();
-        }
-    }
-}
 
 impl Node {
     /// Creates an endpoint. Returns once the kernel has it and all peers were told.
@@ -101,7 +63,7 @@ impl Node {
         &self,
         request: Attach,
         network: &Network,
-        place: Place<'_>,
+        place: ReservedName<'_>,
         (reserved, ports): (Vec<Reserved<'_>>, ReservedPorts<'_>),
         local: LocalEndpoint,
         netns: Option<Netns>,
@@ -347,37 +309,6 @@ impl Node {
         (loopback || !cluster.is_empty()).then_some(Resolver { mac, loopback, cluster })
     }
 
-    /// Reserves the name and the device of an endpoint. To be called before the first `await` of an attach.
-    pub(super) fn take_place(&self, request: &Attach, network: &Network) -> Result<Place<'_>, Failed> {
-        let namespace = request.namespace.clone().unwrap_or_else(|| "default".to_owned());
-        let mut guard = self.state.borrow_mut();
-        let state = &mut *guard;
-        let name = (network.id, namespace, request.name.clone());
-        if let Some(placed) = state.endpoint_named(&name) {
-            return Err(Failed::conflict(format!(
-                "network {} has an endpoint {} already, on host {}",
-                network.name, placed.endpoint.name, placed.node.record.name
-            )));
-        }
-        if !state.endpoints.reserve_name(&name) {
-            return Err(Failed::conflict(format!(
-                "endpoint {} is being attached at this moment",
-                request.name
-            )));
-        }
-        let device = loop {
-            let id = EndpointId(self.random());
-            if state.own_endpoint(id).is_none() && state.endpoints.reserve_device(Device::endpoint(id)) {
-                break Device::endpoint(id);
-            }
-        };
-        if !state.local.is_built(&state.view, network.id) {
-            state.changed(Change::Built(network.id));
-        }
-        state.local.attaches.want(network.id);
-        Ok(Place { node: self, network: network.id, name, device })
-    }
-
     /// Reserves the requested addresses. For each family without a requested address, it reserves a free one of the
     /// first subnet that has any.
     async fn reserve(&self, request: &Attach, network: &Network) -> Result<Vec<Reserved<'_>>, Failed> {
@@ -411,33 +342,6 @@ impl Node {
             }
         }
         Ok(reserved)
-    }
-
-    /// Reserves a MAC address that no endpoint of the network has.
-    pub(super) fn take_mac(&self, network: NetworkId, mac: Mac) -> Result<TakenMac<'_>, Failed> {
-        if !mac.is_unicast() {
-            return Err(Failed::invalid(format!("{mac} is not the address of one interface")));
-        }
-        if mac == Mac::of_gateway(network) {
-            return Err(Failed::conflict(format!("{mac} is the gateway's")));
-        }
-        let mut state = self.state.borrow_mut();
-        check_free(&state, network, mac)?;
-        if !state.endpoints.reserve_mac(network, mac) {
-            return Err(Failed::conflict(format!("{mac} is being given to another endpoint at this moment")));
-        }
-        Ok(TakenMac { node: self, network, mac })
-    }
-
-    /// Detaches an endpoint of this host. Succeeds if it does not exist.
-    pub(super) async fn detach(
-        &self,
-        name: &str,
-        network: Option<&str>,
-        namespace: Option<&str>,
-    ) -> Result<(), Failed> {
-        let ids = self.own_named(name, network, namespace, "detach it there")?;
-        self.take_away(&ids).await
     }
 
     /// Returns the endpoints of this host with a name.
@@ -513,115 +417,6 @@ impl Node {
         Ok(())
     }
 
-    /// Deletes endpoints from the owner table and from the kernel.
-    pub(super) async fn take_away(&self, ids: &[EndpointId]) -> Result<(), Failed> {
-        let (retired, networks) = self.retired(ids);
-        let namespaces = self.namespaces(ids);
-        self.withdraw(ids, "detached")?;
-        let ops = {
-            let mut state = self.state.borrow_mut();
-            let (cluster, mut subsystems) = state.parts();
-            // Only changes of entries are planned here. The rest takes longer and is left to the next pass.
-            let ops = networks
-                .into_iter()
-                .flat_map(|network| subsystems::detached(&mut subsystems, network, &cluster));
-            let is_theirs = |op: &Op| retired.iter().any(|one| op.device() == Some(one.device));
-            ops.filter(|op| !is_theirs(op)).collect()
-        };
-        let (outcomes, result) = self.kernel.retire(retired, ops).await;
-        self.note_outcomes(&outcomes, None);
-        result.map_err(|error| {
-            self.state.borrow_mut().reconcile.ask_full();
-            self.work.notify_one();
-            Failed::from(error)
-        })?;
-        self.hand_default_routes_on(namespaces).await;
-        Ok(())
-    }
-
-    /// Returns the inodes of the namespaces in which ovl configured these endpoints.
-    fn namespaces(&self, ids: &[EndpointId]) -> BTreeSet<u64> {
-        let state = self.state.borrow();
-        let all = ids.iter().filter_map(|id| state.endpoints.get(*id));
-        all.filter(|local| local.docker.is_none()).map(|local| local.inode).collect()
-    }
-
-    /// Returns what the kernel worker needs to delete these endpoints, and the networks that they are on.
-    fn retired(&self, ids: &[EndpointId]) -> (Vec<RetiredEndpoint>, BTreeSet<NetworkId>) {
-        let state = self.state.borrow();
-        let other = |id| match state.endpoints.get(id) {
-            Some(local) if local.docker.is_some() => PeerLocation::Moved,
-            Some(local) => {
-                self.kernel.open_netns(&local.netns).map_or(PeerLocation::Unknown, PeerLocation::Netns)
-            }
-            None => PeerLocation::Unknown,
-        };
-        let retired =
-            ids.iter().map(|id| RetiredEndpoint { device: Device::endpoint(*id), other: other(*id) });
-        let networks = ids.iter().filter_map(|id| state.own_endpoint(*id)).map(|endpoint| endpoint.network);
-        (retired.collect(), networks.collect())
-    }
-
-    /// Deletes endpoints from the owner table, and their files from the run directory.
-    pub(super) fn withdraw(&self, ids: &[EndpointId], why: &str) -> Result<(), Failed> {
-        let mut names = Vec::new();
-        {
-            let mut state = self.state.borrow_mut();
-            for id in ids {
-                names.extend(state.own_endpoint(*id).map(|endpoint| endpoint.name.clone()));
-                state.endpoints.remove(*id);
-                state.local.attaches.forget_engine(*id);
-                state.local.isolation.forget(*id);
-                state.problems.set(Code::EndpointIsolated, id.to_string(), None);
-                state.problems.set(Code::OtherMac, id.to_string(), None);
-                self.published.release(*id);
-            }
-        }
-        for id in ids {
-            let removed = self.state.borrow().endpoints.forget_file(*id);
-            removed.map_err(|error| Failed::internal(format!("{error:#}")))?;
-        }
-        if names.is_empty() {
-            return Ok(());
-        }
-        let networks = self.own_networks();
-        self.write_table(Vec::new(), ids.iter().map(|id| Key::Endpoint(*id)).collect());
-        for name in names {
-            self.event("endpoint", &name, why);
-        }
-        if networks != self.own_networks() {
-            // A removed network is served until its last endpoint is deleted.
-            self.recompute_networks();
-        }
-        Ok(())
-    }
-
-    fn own_networks(&self) -> Vec<NetworkId> {
-        self.state.borrow().view.own().map_or_else(Vec::new, |own| own.table.networks().collect())
-    }
-
-    /// Withdraws the endpoints whose host interfaces are gone: the kernel deletes them with the namespace.
-    pub(super) fn lost(&self, devices: impl IntoIterator<Item = Device>) {
-        let ids: Vec<EndpointId> = {
-            let state = self.state.borrow();
-            devices
-                .into_iter()
-                .filter(|device| !state.endpoints.reserved_devices().contains(device))
-                .filter_map(|device| match device.role() {
-                    Some(Role::Endpoint(id)) => Some(id),
-                    Some(Role::Bridge(_) | Role::Vxlan(_) | Role::Tunnel(_)) | None => None,
-                })
-                .filter(|id| state.own_endpoint(*id).is_some())
-                .collect()
-        };
-        if ids.is_empty() {
-            return;
-        }
-        if let Err(failed) = self.withdraw(&ids, "gone with its namespace") {
-            tracing::error!(error = failed.0.message, "cannot withdraw an endpoint");
-        }
-    }
-
     /// Writes the file of an endpoint, from which a restarted daemon restores it.
     pub(super) fn keep_endpoint(&self, endpoint: &Endpoint, local: &LocalEndpoint) -> anyhow::Result<()> {
         self.state.borrow().endpoints.keep(&self.boot_id, endpoint, local)
@@ -650,23 +445,6 @@ impl Node {
             restored.push(endpoint);
         }
         Ok(restored)
-    }
-
-    /// Deletes what an interrupted attach left in the kernel. An endpoint without a file was never announced, and its
-    /// interface would collide with the next attach.
-    pub(super) async fn remove_unfinished(&self, kept: &[Endpoint]) {
-        let is_kept = |device: &Device| kept.iter().any(|endpoint| Device::endpoint(endpoint.id) == *device);
-        let removed = async {
-            let links = self.kernel.dump().await?.links.into_keys();
-            let ends = links.filter(|device| matches!(device.role(), Some(Role::Endpoint(_))));
-            self.kernel.delete_links(ends.filter(|device| !is_kept(device)).collect()).await?;
-            // An interrupted detach may have left the container interface unchanged.
-            self.kernel.sweep().await
-        };
-        // The reconcile loop tries again once gossip has caught up.
-        if let Err(error) = removed.await {
-            tracing::warn!(%error, "cannot remove what was left of attaches");
-        }
     }
 
     /// Returns an endpoint in the form that users see.
@@ -735,18 +513,6 @@ pub(super) fn as_spelled<'a>(
 ) -> impl Iterator<Item = &'a Endpoint> {
     let (exact, others): (Vec<_>, Vec<_>) = named.partition(|endpoint| endpoint.name == name);
     if exact.is_empty() { others } else { exact }.into_iter()
-}
-
-/// Checks that no endpoint of a network has a MAC address.
-fn check_free(state: &State, network: NetworkId, mac: Mac) -> Result<(), Failed> {
-    let mut holders = state.view.all_with_mac(network, mac);
-    match holders.find(|placed| state.view.counts_on(placed.node, network)) {
-        Some(Placed { node, endpoint }) => Err(Failed::conflict(format!(
-            "{mac} is in use by endpoint {} on host {}",
-            endpoint.name, node.record.name
-        ))),
-        None => Ok(()),
-    }
 }
 
 /// Checks the identity of a pod.

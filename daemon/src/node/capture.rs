@@ -32,15 +32,6 @@ struct Started {
     first: CaptureBatch,
 }
 
-/// Ends a capture of a client when it is dropped.
-struct Running(Rc<Node>);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.0.state.borrow_mut().captures.end();
-    }
-}
-
 impl Node {
     /// Answers [`ovl_control::Request::CapturePlan`].
     pub(super) fn capture_plan(&self, mut target: CaptureTarget) -> Result<CapturePlan, Failed> {
@@ -80,18 +71,19 @@ impl Node {
         check(&request)?;
         self.name_this_host(&mut request.target);
         let plan = self.plan_of(&request.target)?;
-        if !self.state.borrow_mut().captures.begin() {
-            return Err(Failed::unavailable("too many captures run on this host: end one of them"));
-        }
-        let running = Rc::new(Running(Rc::clone(self)));
+        let slot = self.state.borrow().captures.begin();
+        let slot =
+            slot.ok_or_else(|| Failed::unavailable("too many captures run on this host: end one of them"))?;
+        // Free again once all hosts have ended.
+        let slot = Rc::new(slot);
         let me = self.state.borrow().view.me;
         let (tell, told) = mpsc::channel(1);
         for host in plan.hosts.iter().copied().filter(|host| *host != me) {
-            let (node, tell, running) = (Rc::clone(self), tell.clone(), Rc::clone(&running));
+            let (node, tell, slot) = (Rc::clone(self), tell.clone(), Rc::clone(&slot));
             let request = request.clone();
             tokio::task::spawn_local(async move {
                 node.capture_there(host, &request, &tell).await;
-                drop(running);
+                drop(slot);
             });
         }
         if plan.hosts.contains(&me) {
@@ -99,7 +91,7 @@ impl Node {
             let node = Rc::clone(self);
             tokio::task::spawn_local(async move {
                 node.capture_here(started, &tell).await;
-                drop(running);
+                drop(slot);
             });
         }
         Ok(told)
@@ -250,14 +242,10 @@ impl Node {
         })?;
         check(&request)?;
         let plan = self.plan_of(&request.target)?;
-        let too_many = || Failed::unavailable("too many captures run there");
-        if !self.state.borrow().captures.is_free() {
-            return Err(too_many());
-        }
+        let slot = self.state.borrow().captures.begin();
+        let slot = slot.ok_or_else(|| Failed::unavailable("too many captures run there"))?;
         let Started { capture, mut batches, first } = self.start_capture(&request, &plan).await?;
-        if !self.state.borrow_mut().captures.keep(by, id, Rc::new(capture)) {
-            return Err(too_many());
-        }
+        self.state.borrow_mut().captures.keep(by, id, Rc::new(capture), slot);
         let mut is_sent = self.send_batch(by, id, &first);
         while is_sent && self.state.borrow().captures.is_running(by, id) {
             // The thread ends with its capture, and says something every tenth of a second until then.

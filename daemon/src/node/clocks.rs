@@ -74,11 +74,10 @@ impl Node {
         }
     }
 
-    /// Raises and clears the problems of clocks. Called several times a second.
+    /// Raises and clears the problems of clocks.
     pub(super) fn judge_clocks(&self) {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
-        note_step(state);
         let clocks = self.clocks(state);
         state.problems.set(Code::OwnClock, "", own_sentence(state, &clocks));
         let wrong: Vec<(String, String)> = clocks
@@ -93,7 +92,7 @@ impl Node {
         state.problems.replace(Code::PeerClock, wrong);
         let (now, ours, me) = (state.now(), state.objects.digest(), state.view.me);
         let peers = &state.peers;
-        let in_step = |id: &NodeId| peers.get(id).is_some_and(|peer| peer.hints.objects == ours);
+        let in_step = |id: &NodeId| peers.get(*id).is_some_and(|peer| peer.hints().objects == ours);
         let view = &state.view;
         let refused = state.refused_objects.current(now, in_step).map(|(from, refused)| {
             let RefusedObject { what, by_ms, .. } = refused;
@@ -119,14 +118,11 @@ impl Node {
 
 /// Keeps the times for which hosts have been silent when the wall clock was set: a host that is down for a minute is not
 /// forgotten because the clock went on by a year.
-fn note_step(state: &mut State) {
+pub(super) fn note_step(state: &mut State) {
     let (wall_ms, now) = (state.wall_ms(), state.now());
     let Some(expected) = state.wall.step(wall_ms, now) else { return };
     tracing::warn!(from = timestamp(expected), to = timestamp(wall_ms), "the clock of this host was set");
-    for peer in state.peers.values_mut() {
-        let silent = expected.saturating_sub(peer.last_alive_ms);
-        peer.last_alive_ms = wall_ms.saturating_sub(silent);
-    }
+    state.peers.shift(expected, wall_ms);
 }
 
 fn own_sentence(state: &State, clocks: &Clocks) -> Option<String> {

@@ -209,7 +209,7 @@ impl Node {
             error.code = code::UNAVAILABLE;
             error
         })?;
-        if self.state.borrow().epoch.elapsed() <= UNREACHABLE {
+        if self.state.borrow().clock.elapsed() <= UNREACHABLE {
             return Ok(());
         }
         let alive = self

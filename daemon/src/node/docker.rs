@@ -250,7 +250,7 @@ impl Node {
         self.event("network", &name, "left by a Docker Engine");
         // Before gossip has caught up, the other holders are unknown. The network is then removed later if it is
         // unused.
-        if self.state.borrow().caught_up { self.remove_unused(network) } else { Ok(()) }
+        if self.state.borrow().phase.is_caught_up() { self.remove_unused(network) } else { Ok(()) }
     }
 
     /// Removes a network that was created for Engines and is unused. Does nothing otherwise.

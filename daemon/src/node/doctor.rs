@@ -165,7 +165,7 @@ impl Node {
     async fn wait_for_paths(&self) {
         loop {
             {
-                let now = self.state.borrow().epoch.elapsed();
+                let now = self.state.borrow().clock.elapsed();
                 let (vxlan, direct) = (self.paths.borrow(), self.direct_paths.borrow());
                 if !vxlan.all(now).chain(direct.all(now)).any(|(_, path)| path.is_in_doubt()) {
                     return;

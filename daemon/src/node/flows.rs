@@ -10,15 +10,6 @@ use super::{Failed, Node};
 use crate::failed::blocking;
 use crate::flows::{DropsSeen, render, shown_prefixes};
 
-/// Ends what a client follows when it is dropped.
-struct Following(Rc<Node>);
-
-impl Drop for Following {
-    fn drop(&mut self) {
-        self.0.state.borrow_mut().flows.end();
-    }
-}
-
 impl Node {
     /// Answers [`ovl_control::Request::Flows`]: the connections that are tracked now, and those that were refused recently.
     pub(super) async fn flows(&self) -> Result<Flows, Failed> {
@@ -36,10 +27,9 @@ impl Node {
         if !self.environment.owns_host() {
             return Err(Failed::unavailable("connections are not tracked here"));
         }
-        if !self.state.borrow_mut().flows.begin() {
-            return Err(Failed::unavailable("too many follow the flows of this host: end one of them"));
-        }
-        let following = Following(Rc::clone(self));
+        let slot = self.state.borrow().flow_followers.take();
+        let slot = slot
+            .ok_or_else(|| Failed::unavailable("too many follow the flows of this host: end one of them"))?;
         let networks = self.shown_prefixes();
         let (tick, mut ticks) = mpsc::channel(1);
         let watch = blocking(move || FlowWatch::start(networks, tick)).await?;
@@ -49,7 +39,7 @@ impl Node {
         let (tell, told) = mpsc::channel(1);
         let node = Rc::clone(self);
         tokio::task::spawn_local(async move {
-            let _following = following;
+            let _slot = slot;
             let _watch = watch;
             loop {
                 let tick = tokio::select! {

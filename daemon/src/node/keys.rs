@@ -37,7 +37,7 @@ type Turn<'a> = tokio::sync::MutexGuard<'a, ()>;
 #[derive(Debug)]
 pub(crate) struct Keys {
     /// The keys with which this host seals and opens. They are on disk.
-    pub ring: Arc<Keyring>,
+    ring: Arc<Keyring>,
     /// The key file. `None` with `--insecure`, and while another thread writes it.
     file: Option<KeyFile>,
     /// A key that came from a request or a member before the allocation map named it.
@@ -47,7 +47,7 @@ pub(crate) struct Keys {
     /// When each member was last given the key, or was first seen to lack it.
     given: HashMap<NodeId, u64>,
     /// When the list of members in the allocation map last changed.
-    pub map_changed: u64,
+    map_changed: u64,
     insecure: bool,
 }
 
@@ -62,6 +62,16 @@ impl Keys {
             given: HashMap::new(),
             map_changed: 0,
         }
+    }
+
+    /// Returns the keys with which this host seals and opens.
+    pub(super) fn ring(&self) -> &Arc<Keyring> {
+        &self.ring
+    }
+
+    /// Notes that the list of members in the allocation map has changed now, in milliseconds of this run.
+    pub(super) fn note_members(&mut self, now: u64) {
+        self.map_changed = now;
     }
 }
 

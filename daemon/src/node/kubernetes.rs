@@ -7,7 +7,7 @@ use ovl_cluster::objects::MAX_OBJECT_BYTES;
 use ovl_control::{
     ApiReport, Balanced, Document, Mirror, MirrorOffer, Mirrored, NodePods, NotMirrored, Reply,
 };
-use ovl_manifest::Problem;
+use ovl_manifest::FieldProblem;
 use ovl_manifest::object::{self as manifest, Identity};
 use ovl_proto::id::EndpointId;
 use ovl_proto::object::{Body, ObjectKey};
@@ -468,7 +468,7 @@ fn note_failures(state: &mut State) {
 }
 
 /// Returns the first problems of an object in a sentence.
-fn sentence(problems: &[Problem]) -> String {
+fn sentence(problems: &[FieldProblem]) -> String {
     let each = problems.iter().take(MOST_REASONS).map(|problem| match problem.field.as_str() {
         "" => problem.reason.clone(),
         field => format!("{field}: {}", problem.reason),

@@ -18,6 +18,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::{JoinError, JoinSet, spawn_local};
 use tokio::time::{MissedTickBehavior, interval};
 
+use super::clocks::note_step;
 use super::{Failed, Inbox, Node, Stop};
 use crate::config::Config;
 use crate::control::{self, Answers as _};
@@ -124,7 +125,7 @@ impl Daemon {
                 .iter()
                 .map(|(id, found)| (*id, found.network.name.clone()))
                 .collect(),
-            keys: state.keys.ring.ids(),
+            keys: state.keys.ring().ids(),
             agreed_key: state.view.alloc.key.map(|key| key.id),
         }
     }
@@ -227,7 +228,7 @@ impl Node {
             self.ask_later_map();
             self.check_caught_up();
             self.ask_missing_objects();
-            self.judge_clocks();
+            note_step(&mut self.state.borrow_mut());
             self.tell_groups();
             self.ask_for_members();
             // Often: a table that is not cached when the daemon is killed is unknown after a start without
@@ -236,6 +237,7 @@ impl Node {
                 tracing::warn!("{error:#}");
             }
             if count.is_multiple_of(5) {
+                self.judge_clocks();
                 self.look_for_recoveries(count.is_multiple_of(10));
                 let node = Rc::clone(&self);
                 spawn_local(async move { node.announce_again().await });
@@ -269,7 +271,7 @@ impl Node {
     fn check_caught_up(&self) {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
-        if state.caught_up || !state.is_member() {
+        if state.phase.is_caught_up() || !state.is_member() {
             return;
         }
         let settled = state.other_members().all(|id| state.has_arrived(id));
@@ -279,7 +281,7 @@ impl Node {
         let done = settled && (!alone || no_others || state.now() > 5_000);
         if done || state.now() > CATCH_UP_MS {
             tracing::info!(complete = done, "gossip has caught up");
-            state.caught_up = true;
+            state.phase.catch_up();
             state.reconcile.ask_full();
             self.work.notify_one();
             self.membership.notify_waiters();
@@ -298,7 +300,7 @@ impl Node {
             settled.as_mut().enable();
             {
                 let state = self.state.borrow();
-                if state.caught_up || !state.is_member() {
+                if state.phase.is_caught_up() || !state.is_member() {
                     return;
                 }
             }
@@ -314,7 +316,7 @@ impl Node {
     pub(super) async fn leave(self: &Rc<Self>, how: Stop) -> Result<(), Failed> {
         let (me, alone) = {
             let mut state = self.state.borrow_mut();
-            state.leaving = true;
+            state.phase.leave();
             // Another host has to announce the addresses of LoadBalancers.
             state.subsystems.announcements.set_uplink(None);
             (state.view.me, state.view.alloc.members.len() <= 1 || !state.is_member())
@@ -330,7 +332,7 @@ impl Node {
             && let Err(failed) = self.remove_all().await
         {
             // The daemon keeps running, so that the request can be repeated.
-            self.state.borrow_mut().leaving = false;
+            self.state.borrow_mut().phase.stay();
             self.underlay.notify_one();
             self.recompute_networks();
             return Err(failed);
@@ -354,8 +356,7 @@ impl Node {
         // The reconcile loop must not create again what is removed here.
         {
             let mut state = self.state.borrow_mut();
-            state.view.networks.clear();
-            state.view.resources = Default::default();
+            state.view.clear();
             state.workloads.clear();
             state.subsystems.all().into_iter().for_each(|subsystem| subsystem.withdraw());
         }
@@ -378,7 +379,7 @@ impl Node {
     async fn end(self: &Rc<Self>) -> Result<()> {
         let how = self.stop.get().unwrap_or(Stop::Restart);
         tracing::info!(?how, "ovld ends");
-        self.state.borrow_mut().leaving = true;
+        self.state.borrow_mut().phase.leave();
         let presence = match how {
             Stop::Restart => Presence::Restarting,
             Stop::Leave | Stop::Teardown => Presence::Left,
@@ -386,7 +387,7 @@ impl Node {
             Stop::Aside => return Err(StoodAside(self.clash_sentence()).into()),
         };
         self.publish_record(presence);
-        let signed = self.state.borrow().own_record.clone();
+        let signed = self.state.borrow().view.own_signed().clone();
         let announcing = self.gossip().announce(signed);
         if tokio::time::timeout(Duration::from_millis(500), announcing).await.is_err() {
             tracing::warn!("peers could not be told in time; they notice by themselves");
@@ -401,7 +402,7 @@ impl Node {
         }
         // An earlier release reads the state file only without a journal. The writer saves the state, because it may be
         // writing the same file now.
-        self.state.borrow_mut().save.whole = true;
+        self.state.borrow_mut().save.whole();
         match tokio::time::timeout(Duration::from_secs(1), self.saved()).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(failed)) => anyhow::bail!("{}", failed.0.message),

@@ -5,6 +5,7 @@
 //! anything. It learns from the kernel, a peer or the disk only by awaiting.
 
 mod addresses;
+mod admission;
 mod alloc;
 mod apply;
 mod asking;
@@ -12,6 +13,7 @@ mod attach;
 mod capture;
 mod clocks;
 mod cni;
+mod detach;
 mod docker;
 mod doctor;
 mod firewall;
@@ -42,8 +44,10 @@ mod ready;
 mod reconcile;
 mod recover;
 mod requests;
+mod reservations;
 mod routed;
 mod sandbox;
+mod saving;
 mod state;
 mod tables;
 mod trace;
@@ -53,18 +57,15 @@ mod verify;
 mod votes;
 
 use std::cell::{Cell, Ref, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use ovl_cluster::resources::Resources;
-use ovl_cluster::table::Table;
-use ovl_cluster::view::{self, View};
 use ovl_consensus::Replica as Allocator;
-use ovl_control::{Event, PeerState};
+use ovl_control::Event;
 use ovl_dataplane::device::Device;
 use ovl_dns::ResolvConfWatcher;
 use ovl_files::Damaged;
@@ -79,7 +80,6 @@ use ovl_proto::wire::fields::Unknown;
 use ovl_subsystems::local::Local;
 use ovl_subsystems::networks::ranges::HostRanges;
 use tokio::sync::{Notify, mpsc};
-use tokio::time::Instant;
 
 use self::state::{RunDir, State};
 use crate::addresses::Addresses;
@@ -96,7 +96,7 @@ use crate::events::Events;
 use crate::exchange::Exchanges;
 use crate::failed::Failed;
 use crate::firewall::Firewalls;
-use crate::flows::FlowFollowers;
+use crate::flows::MOST_FOLLOWERS;
 use crate::health::HealthAnswers;
 use crate::kubernetes::Kubernetes;
 use crate::metrics::Measured;
@@ -107,11 +107,16 @@ use crate::networks::Bridges;
 use crate::objects::ObjectStore;
 use crate::page::Token;
 use crate::paths::{Carrier, PathFaults, Paths};
+use crate::peers::Peers;
+use crate::phase::Phase;
+use crate::picture::Picture;
 use crate::ports::Ports;
 use crate::problems::{Code, Problems};
 use crate::progress::Progress;
 use crate::publish::PublishedPorts;
 use crate::sandboxes::Sandboxes;
+use crate::saving::{Save, Uncached};
+use crate::slots::ClientSlots;
 use crate::store;
 use crate::trace::Traces;
 use crate::workloads::Workloads;
@@ -393,9 +398,7 @@ impl Node {
                 Ok(record) => {
                     let id = record.id;
                     self.take_record(record, signed);
-                    if let Some(peer) = self.state.borrow_mut().peers.get_mut(&id) {
-                        peer.last_alive_ms = last_alive_ms.saturating_add(off);
-                    }
+                    self.state.borrow_mut().peers.recall(id, last_alive_ms.saturating_add(off));
                     self.note_proved(id);
                 }
                 Err(RecordError::NotUnderstood { head, why }) => self.take_unread_record(*head, signed, why),
@@ -415,7 +418,8 @@ impl Node {
             // The state is written before anything is sent: see `boot`.
             let output = state.allocator.bootstrap(cluster);
             debug_assert!(output.send.is_empty());
-            state.view.alloc = state.allocator.map().clone();
+            let map = state.allocator.map().clone();
+            state.view.learn(map);
         }
         self.recompute_networks();
     }
@@ -509,11 +513,10 @@ impl Node {
         let signed = {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
-            let me = state.view.me;
-            let Some(own) = state.view.nodes.get_mut(&me) else { return false };
-            let mut record = own.record.clone();
+            let Some(own) = state.record() else { return false };
+            let mut record = own.clone();
             change(&mut record);
-            if record == own.record {
+            if record == *own {
                 return false;
             }
             record.revision += 1;
@@ -524,8 +527,7 @@ impl Node {
                     return false;
                 }
             };
-            own.record = record;
-            state.own_record = signed.clone();
+            state.view.set_own(record, signed.clone());
             signed
         };
         self.gossip().set_record(signed.clone());
@@ -597,20 +599,12 @@ fn first_state(
     let me = record.id;
     let durable = saved.alloc.clone().unwrap_or_default();
     let alloc = durable.learned.clone();
-    let own = view::Node { record: record.clone(), state: PeerState::Alive, table: Table::new(me) };
     let first = || u64::from_le_bytes(random(&**environment));
     State {
-        view: View {
-            me,
-            nodes: BTreeMap::from([(me, own)]),
-            networks: BTreeMap::new(),
-            alloc,
-            resources: Resources::default(),
-        },
+        view: Picture::new(record.clone(), signed.clone(), alloc),
         local: Local::default(),
         host_ranges: HostRanges::default(),
-        own_record: signed.clone(),
-        peers: BTreeMap::new(),
+        peers: Peers::default(),
         clashes: Clashes::default(),
         objects: ObjectStore::new(saved.clock),
         exchanges: Exchanges::new(me),
@@ -648,18 +642,15 @@ fn first_state(
         multicast: Multicast::default(),
         traces: Traces::new(first()),
         captures: Captures::new(first()),
-        flows: FlowFollowers::default(),
+        flow_followers: ClientSlots::new(MOST_FOLLOWERS),
         reconcile: Progress::new(),
-        caught_up: false,
+        phase: Phase::default(),
         path_faults: PathFaults::default(),
         problems: Problems::default(),
         newer: newer::Newer::default(),
-        save: state::Save::default(),
-        file_unknown: saved.unknown.clone().played(),
-        uncached: BTreeSet::new(),
-        epoch: Instant::now(),
-        leaving: false,
-        environment: Rc::clone(environment),
+        save: Save::new(saved.unknown.clone().played()),
+        uncached: Uncached::default(),
+        clock: state::RunClock::start(Rc::clone(environment)),
     }
 }
 

@@ -117,7 +117,7 @@ impl Node {
         note_versions(state, head.id, &head.name, (&head.version, head.wire));
         let since_ms = state.wall_ms();
         if state.newer.take_record(UnreadRecord { head, signed, why, since_ms }) {
-            state.save.wanted = true;
+            state.save.want();
             self.saver.notify_one();
             note_newer(state);
         }

@@ -53,7 +53,7 @@ impl Node {
                 all.push(signed.clone());
                 written.push((signed, object));
             }
-            let changed = state.objects.write(written, &mut state.view.resources);
+            let changed = state.objects.write(written, state.view.resources_mut());
             let changed = changed.map_err(|full| Failed::exhausted(full.to_string()))?;
             self.objects_changed(state, &changed);
             all
@@ -76,7 +76,7 @@ impl Node {
             let clocks = self.clocks(state);
             let now = state.now();
             let moment = Moment { wall_ms: clocks.now(), void_after: clocks.void_after() };
-            let known = state.peers.contains_key(&from);
+            let known = state.peers.get(from).is_some();
             let refusals = &mut state.refused_objects;
             let refused = |why: Rejected| match why {
                 // A problem says it, and it is repeated for as long as it lasts.
@@ -86,7 +86,7 @@ impl Node {
                 Rejected::Earlier { key, stamp } => earlier.push((key, stamp)),
                 why => tracing::warn!(%from, error = %why, "refused an object"),
             };
-            let changed = state.objects.receive(objects, moment, &mut state.view.resources, refused);
+            let changed = state.objects.receive(objects, moment, state.view.resources_mut(), refused);
             if let Some(changed) = &changed {
                 self.objects_changed(state, changed);
             }
@@ -156,7 +156,7 @@ impl Node {
                     Err(Failed(failure)) => tracing::error!(%key, error = failure.message, "cannot sign"),
                 }
             }
-            match state.objects.write(written, &mut state.view.resources) {
+            match state.objects.write(written, state.view.resources_mut()) {
                 Ok(changed) => self.objects_changed(state, &changed),
                 Err(full) => {
                     tracing::error!(error = %full, "cannot stamp objects again");
@@ -221,11 +221,10 @@ impl Node {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             let (now, own) = (state.now(), state.objects.digest());
-            let State { peers, exchanges, epoch, .. } = state;
+            let State { peers, exchanges, clock, .. } = state;
             let said = |id: &NodeId| {
-                peers.get(id).filter(|peer| peer.signs.gossip)?;
-                let at = self.gossip().hinted(*id)?.saturating_duration_since(*epoch);
-                Some(super::peers::millis(at))
+                peers.get(*id).filter(|peer| peer.signs().gossip)?;
+                Some(clock.at(self.gossip().hinted(*id)?))
             };
             let Some(peer) = exchanges.begin(now, own, said) else { return };
             (peer, state.objects.all().parts())
@@ -248,7 +247,7 @@ impl Node {
 
     fn objects_changed(&self, state: &mut State, changed: &[ResourceKey]) {
         self.publish_hints(state);
-        state.save.wanted = true;
+        state.save.want();
         self.saver.notify_one();
         super::newer::note_newer(state);
         self.resources_changed(state, changed);
@@ -350,7 +349,7 @@ impl Node {
             let Resolution { mut networks, rewritten, overlaps } =
                 resolve(state.objects.all().networks(), |id| used.contains(&id));
             state.problems.replace(Code::BridgeConflict, state.bridges.join(&mut networks));
-            let before = std::mem::replace(&mut state.view.networks, networks);
+            let before = state.view.set_networks(networks);
             let after = &state.view.networks;
             let changed: std::collections::BTreeSet<NetworkId> = before
                 .keys()
@@ -395,7 +394,7 @@ impl Node {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
         let refused = |error: String| tracing::error!(error, "passed over an object of the state file");
-        let changed = state.objects.load(objects, &mut state.view.resources, refused);
+        let changed = state.objects.load(objects, state.view.resources_mut(), refused);
         super::newer::note_newer(state);
         self.resources_changed(state, &changed);
     }

@@ -1,7 +1,6 @@
 //! Serves the page to browsers, if `ui_listen` is set. [`crate::page`] says what a request asks for, and who may ask.
 
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
 use http_body_util::channel::{Channel, Sender};
@@ -9,13 +8,13 @@ use hyper::StatusCode;
 use hyper::body::Bytes;
 use ovl_control::PageAddress;
 use serde::Serialize;
-use tokio::sync::Semaphore;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::{Failed, Node};
 use crate::page::{HEADERS, Token, Wanted, wanted};
 use crate::problems::Code;
+use crate::slots::ClientSlots;
 use crate::web::{self, Answer, Asked, Listen, Pages};
 
 /// Maximum number of event streams at a time. Further ones are refused, and the page tries again.
@@ -54,7 +53,7 @@ impl Node {
                     let server = Server {
                         node: Rc::clone(&self),
                         token,
-                        streams: Arc::new(Semaphore::new(MAX_STREAMS)),
+                        streams: ClientSlots::new(MAX_STREAMS),
                         overview: Kept::default(),
                         reports: Kept::default(),
                     };
@@ -90,8 +89,8 @@ struct Server {
     node: Rc<Node>,
     /// What a client must send. `None`: nothing.
     token: Option<Rc<Token>>,
-    /// Places for event streams.
-    streams: Arc<Semaphore>,
+    /// Slots for event streams.
+    streams: ClientSlots,
     /// The last overview.
     overview: Kept,
     /// The last reports.
@@ -109,7 +108,7 @@ impl Server {
 
     /// Opens an event stream.
     fn stream(self: &Rc<Self>) -> Answer {
-        let Ok(place) = Arc::clone(&self.streams).try_acquire_owned() else {
+        let Some(slot) = self.streams.take() else {
             let sentence = "too many pages are open: close one, or wait";
             return Answer::other(StatusCode::SERVICE_UNAVAILABLE, sentence);
         };
@@ -117,7 +116,7 @@ impl Server {
         let server = Rc::clone(self);
         tokio::task::spawn_local(async move {
             server.feed(sender).await;
-            drop(place);
+            drop(slot);
         });
         Answer::events(channel)
     }

@@ -84,7 +84,7 @@ impl Node {
                 record.probe_kinds & probe_kinds::OFFLOAD != 0 && !state.path_faults.has_damage();
             Some((id, Candidate { run: record.generation, mtu, tries_offload }))
         });
-        paths.borrow_mut().follow(candidates.collect(), state.epoch.elapsed());
+        paths.borrow_mut().follow(candidates.collect(), state.clock.elapsed());
     }
 
     /// Receives path probes forever.
@@ -144,7 +144,7 @@ impl Node {
     /// Notes the hosts to which packets are lost whose checksums are left to the offload.
     fn note_offloads(&self) {
         let mut state = self.state.borrow_mut();
-        let now = state.epoch.elapsed();
+        let now = state.clock.elapsed();
         let State { view, path_faults, .. } = &mut *state;
         path_faults.keep(|id| view.nodes.contains_key(id));
         let paths = self.paths.borrow();
@@ -158,9 +158,10 @@ impl Node {
         let networks = &state.subsystems.networks;
         let others = state
             .peers
-            .keys()
-            .filter(|id| is_probed(&state, **id, |record| record.probes == paths::frame::VERSION));
-        others.filter_map(|id| Some((*id, networks.vxlan_to(&state.view, *id)?))).collect()
+            .iter()
+            .map(|(id, _)| id)
+            .filter(|id| is_probed(&state, *id, |record| record.probes == paths::frame::VERSION));
+        others.filter_map(|id| Some((id, networks.vxlan_to(&state.view, id)?))).collect()
     }
 
     /// Returns the hosts that can be probed by a direct route, with the way to each.
@@ -185,7 +186,7 @@ impl Node {
     ) {
         let state = self.state.borrow();
         let Some(own) = state.record() else { return };
-        let due = self.paths.borrow_mut().tick(state.epoch.elapsed(), own.generation, vouches);
+        let due = self.paths.borrow_mut().tick(state.clock.elapsed(), own.generation, vouches);
         for (frame, mtu) in due.probes {
             let (Some(hop), Some(key)) = (hops.get(&frame.to), key_to(&state, frame.to)) else { continue };
             let macs = [frame.from, frame.to].map(|host| addresses::mac_of_host(hop.network, host));
@@ -218,7 +219,7 @@ impl Node {
     ) {
         let state = self.state.borrow();
         let Some(own) = state.record() else { return };
-        let due = self.direct_paths.borrow_mut().tick(state.epoch.elapsed(), own.generation, vouches);
+        let due = self.direct_paths.borrow_mut().tick(state.clock.elapsed(), own.generation, vouches);
         for (frame, _) in due.probes {
             let (Some(hop), Some(key)) = (hops.get(&frame.to), key_to(&state, frame.to)) else { continue };
             if let Err(error) = socket.send_echo(hop.gateway, &frame.encode_payload(key)) {
@@ -245,7 +246,7 @@ impl Node {
     fn tell_paths(&self) {
         let paths = self.paths.borrow();
         let mut state = self.state.borrow_mut();
-        let now = state.epoch.elapsed();
+        let now = state.clock.elapsed();
         let Some(own) = state.record() else { return };
         let (mut broken, mut narrow) = (Vec::new(), Vec::new());
         for (id, path) in paths.all(now) {
@@ -296,7 +297,7 @@ impl Node {
     fn broken_direct_paths(&self, state: &State) -> Vec<(String, String)> {
         let paths = self.direct_paths.borrow();
         let broken: Vec<(NodeId, PathState)> =
-            paths.all(state.epoch.elapsed()).filter(|(_, path)| path.is_broken()).collect();
+            paths.all(state.clock.elapsed()).filter(|(_, path)| path.is_broken()).collect();
         if broken.is_empty() {
             return Vec::new();
         }
@@ -323,7 +324,7 @@ impl Node {
         direct_hops: &BTreeMap<NodeId, DirectHop>,
         host: NodeId,
     ) -> Vec<PeerPath> {
-        let (now, networks) = (state.epoch.elapsed(), &state.subsystems.networks);
+        let (now, networks) = (state.clock.elapsed(), &state.subsystems.networks);
         let shown = |encapsulation: &str, network, mtu, path: PathState| {
             let network = state.view.networks.get(&network).map(|found| found.network.name.clone());
             PeerPath {
@@ -349,10 +350,10 @@ impl Node {
     fn take_probe(&self, bytes: &[u8]) {
         let state = self.state.borrow();
         let Some(own) = state.record() else { return };
-        match Frame::decode(bytes, own.id, &state.keys.ring) {
+        match Frame::decode(bytes, own.id, state.keys.ring()) {
             // Probes of the offload come by another socket.
             Ok(Frame { size: Size::Partial | Size::Complete, .. }) => {}
-            Ok(frame) => self.paths.borrow_mut().take(&frame, own.generation, state.epoch.elapsed()),
+            Ok(frame) => self.paths.borrow_mut().take(&frame, own.generation, state.clock.elapsed()),
             Err(error) => tracing::debug!(%error, "passed over a path probe"),
         }
     }
@@ -360,9 +361,9 @@ impl Node {
     fn take_datagram(&self, bytes: &[u8]) {
         let state = self.state.borrow();
         let Some(own) = state.record() else { return };
-        match Frame::decode_payload(bytes, own.id, &state.keys.ring) {
+        match Frame::decode_payload(bytes, own.id, state.keys.ring()) {
             Ok(frame) if matches!(frame.size, Size::Partial | Size::Complete) => {
-                self.paths.borrow_mut().take(&frame, own.generation, state.epoch.elapsed());
+                self.paths.borrow_mut().take(&frame, own.generation, state.clock.elapsed());
             }
             Ok(_) => {}
             Err(error) => tracing::debug!(%error, "passed over a path probe in a datagram"),
@@ -373,8 +374,8 @@ impl Node {
         let state = self.state.borrow();
         let Some(own) = state.record() else { return };
         // Most echo requests are pings of other programs.
-        if let Ok(frame) = Frame::decode_payload(bytes, own.id, &state.keys.ring) {
-            self.direct_paths.borrow_mut().take(&frame, own.generation, state.epoch.elapsed());
+        if let Ok(frame) = Frame::decode_payload(bytes, own.id, state.keys.ring()) {
+            self.direct_paths.borrow_mut().take(&frame, own.generation, state.clock.elapsed());
         }
     }
 }
@@ -392,7 +393,7 @@ fn is_probed(state: &State, id: NodeId, answers: impl Fn(&NodeRecord) -> bool) -
 
 /// Returns the key to authenticate a probe to a host with. `None` if the host is unknown.
 fn key_to(state: &State, host: NodeId) -> Option<&ClusterKey> {
-    let (ring, peer) = (&state.keys.ring, state.view.nodes.get(&host)?);
+    let (ring, peer) = (state.keys.ring(), state.view.nodes.get(&host)?);
     let mut opened = ring.all().filter(|key| peer.record.keys.has(key.id()));
     Some(opened.next().unwrap_or(ring.sealing()))
 }

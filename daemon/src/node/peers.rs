@@ -5,8 +5,7 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
-use ovl_cluster::liveness::{self, Signs};
-use ovl_cluster::table::Table;
+use ovl_cluster::liveness;
 use ovl_cluster::view;
 use ovl_control::PeerState;
 use ovl_mesh::gossip::{GossipEvent, Hints};
@@ -20,8 +19,9 @@ use ovl_proto::table::{Entry, Key};
 use tokio::time::Instant;
 
 use super::asking::Topic;
-use super::state::{Peer, State};
+use super::state::State;
 use super::{Node, Stop, newer};
+use crate::peers::Peer;
 use crate::problems::Code;
 use ovl_subsystems::Change as What;
 use ovl_subsystems::mtu::vxlan_overhead;
@@ -281,26 +281,8 @@ impl Node {
         if old.as_ref().is_some_and(|old| old.order() >= record.order()) {
             return;
         }
-        match state.peers.get_mut(&id) {
-            Some(peer) => peer.signed = signed,
-            None => {
-                let number = state.peers.values().map(|peer| peer.number + 1).max().unwrap_or(0);
-                state.peers.insert(
-                    id,
-                    Peer {
-                        signed,
-                        signs: Signs { gossip: false, silent_since: now, probed_at: None },
-                        hints: Hints::default(),
-                        last_alive_ms: state.environment.wall_ms(),
-                        pulled_at: None,
-                        probe_sent_at: 0,
-                        heard: false,
-                        proved: false,
-                        number,
-                    },
-                );
-            }
-        }
+        let wall_ms = state.wall_ms();
+        state.peers.set_record(id, signed, now, wall_ms);
         let moved = old.as_ref().is_none_or(|old| {
             (old.address, old.vtep, old.vxlan_port, old.link_mtu, old.presence, &old.zone)
                 != (
@@ -316,14 +298,8 @@ impl Node {
             self.keys.notify_one();
         }
         let rekeyed = old.as_ref().is_none_or(|old| old.tunnel != record.tunnel);
-        match state.view.nodes.get_mut(&id) {
-            Some(node) => node.record = record.clone(),
-            None => {
-                let node =
-                    view::Node { record: record.clone(), state: PeerState::Suspect, table: Table::new(id) };
-                state.view.nodes.insert(id, node);
-                state.uncached.insert(id);
-            }
+        if state.view.set_record(record.clone()) {
+            state.uncached.note(id);
         }
         if let Some(old) = &old
             && old.vtep != record.vtep
@@ -334,7 +310,7 @@ impl Node {
         note_names(state);
         note_cluster(state, &record);
         newer::note_record(state, &record, old.as_ref());
-        state.save.wanted = true;
+        state.save.want();
         if rekeyed {
             let before = old.as_ref().and_then(|old| old.tunnel);
             state.local.key_epochs.note_peer(record.id, before, record.tunnel);
@@ -359,8 +335,9 @@ impl Node {
         self.set_gossip_alive(id, alive);
         let behind = {
             let mut state = self.state.borrow_mut();
-            let Some(peer) = state.peers.get_mut(&id) else { return };
-            peer.hints = hints;
+            if !state.peers.announce(id, hints) {
+                return;
+            }
             let now = state.now();
             // Before its first hints, it has announced nothing.
             if hints.table != ovl_proto::table::Revision::default() {
@@ -380,9 +357,7 @@ impl Node {
     pub(super) fn note_proved(&self, id: NodeId) {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
-        if let Some(peer) = state.peers.get_mut(&id)
-            && !std::mem::replace(&mut peer.proved, true)
-        {
+        if state.peers.prove(id) {
             self.point_links(state);
         }
     }
@@ -390,13 +365,7 @@ impl Node {
     /// Drops hosts that are not members if there are too many: anybody with the cluster key can invent them. Those that
     /// have proved nothing go first, the oldest first. `latest` is the one that has just become known.
     fn bound_unknown(&self, state: &mut State, latest: Option<NodeId>) {
-        let members = &state.view.alloc.members;
-        let mut unknown: Vec<(bool, u64, NodeId)> = state
-            .peers
-            .iter()
-            .filter(|(id, _)| !members.contains(id))
-            .map(|(id, peer)| (peer.proved, peer.number, *id))
-            .collect();
+        let unknown = state.peers.unknown(&state.view.alloc.members);
         if unknown.len() <= MAX_UNKNOWN / 2 {
             state.problems.set(Code::UnknownHosts, "", None);
         }
@@ -406,15 +375,14 @@ impl Node {
         if surplus == 0 {
             return;
         }
-        unknown.sort_unstable();
-        for (_, _, id) in unknown.into_iter().filter(|(_, _, id)| Some(*id) != latest).take(surplus) {
+        for id in unknown.into_iter().filter(|id| Some(*id) != latest).take(surplus) {
             state.changed(What::Host(id));
-            state.view.nodes.remove(&id);
-            state.peers.remove(&id);
+            state.view.forget(id);
+            state.peers.remove(id);
             state.exchanges.forget(id);
             state.problems.set(Code::ForeignCluster, id.to_string(), None);
             newer::drop_host(state, id);
-            state.uncached.insert(id);
+            state.uncached.note(id);
         }
         let latest = latest.and_then(|id| state.view.nodes.get(&id));
         let sentence = latest.map(|node| {
@@ -435,12 +403,8 @@ impl Node {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
         let now = state.now();
-        if let Some(peer) = state.peers.get_mut(&node) {
-            peer.signs = next_signs(peer.signs, alive, now);
-            if alive && !peer.proved {
-                peer.proved = true;
-                self.point_links(state);
-            }
+        if state.peers.hear(node, alive, now) {
+            self.point_links(state);
         }
         self.judge_all(state);
     }
@@ -449,28 +413,13 @@ impl Node {
     /// verdicts that depend on time.
     pub(super) fn judge_all(&self, state: &mut State) {
         let (now, keep) = (state.now(), millis(self.config.keep));
-        // A daemon that has just started has not heard any peer, so it keeps the entries that it found for a
-        // while.
-        let settling = now < liveness::PROBE_VALID_MS * 3;
-        let wall_ms = state.environment.wall_ms();
-        let mut changed = Vec::new();
-        for (id, peer) in &mut state.peers {
-            let Some(node) = state.view.nodes.get_mut(id) else { continue };
-            let mut verdict = liveness::judge(peer.signs, node.record.presence, now, keep);
-            peer.heard |= peer.signs.gossip;
-            if settling && !peer.heard && verdict == PeerState::Dead {
-                verdict = PeerState::Suspect;
-            }
-            if peer.signs.gossip {
-                peer.last_alive_ms = wall_ms;
-            }
-            if node.state != verdict {
-                changed.push((*id, node.record.name.clone(), node.state, verdict));
-                node.state = verdict;
-            }
-        }
-        for (id, name, was, is) in changed {
-            self.event("peer", &name, &format!("{was} -> {is}"));
+        let wall_ms = state.wall_ms();
+        let changed = state.peers.judge(&state.view, now, wall_ms, keep);
+        // All of them before the first is told: what follows from one depends on the others.
+        let changed: Vec<_> =
+            changed.into_iter().filter_map(|(id, is)| Some((id, state.view.judge(id, is)?, is))).collect();
+        for (id, was, is) in changed {
+            self.event("peer", &state.view.name_of(id), &format!("{was} -> {is}"));
             if is == PeerState::Alive {
                 self.links().kick(id);
             }
@@ -491,7 +440,7 @@ impl Node {
             .filter(|node| node.record.id != state.view.me && node.record.presence != Presence::Left)
             .filter(|node| {
                 let id = &node.record.id;
-                state.view.alloc.members.contains(id) || state.peers.get(id).is_some_and(|peer| peer.proved)
+                state.view.alloc.members.contains(id) || state.peers.get(*id).is_some_and(Peer::is_proved)
             })
             .map(|node| (node.record.id, node.record.address))
             .collect();
@@ -512,27 +461,24 @@ impl Node {
             let state = &mut *guard;
             let now = state.now();
             let mut due = Vec::new();
-            for (id, peer) in &state.peers {
-                let Some(node) = state.view.nodes.get(id) else { continue };
+            for (id, peer) in state.peers.iter() {
+                let Some(node) = state.view.nodes.get(&id) else { continue };
+                let signs = peer.signs();
                 let is_heard = |heard: Instant| !liveness::is_late(millis(heard.elapsed()), ping_every);
-                let heard = gossip.last_heard(*id).is_some_and(is_heard);
-                let expired = !peer.signs.gossip
-                    && now.saturating_sub(peer.signs.silent_since) > millis(self.config.keep);
-                let quiet = peer.signs.gossip && heard && node.record.presence == Presence::Running;
+                let heard = gossip.last_heard(id).is_some_and(is_heard);
+                let expired =
+                    !signs.gossip && now.saturating_sub(signs.silent_since) > millis(self.config.keep);
+                let quiet = signs.gossip && heard && node.record.presence == Presence::Running;
                 if quiet || expired || node.record.presence == Presence::Left {
                     continue;
                 }
-                if now.saturating_sub(peer.probe_sent_at) >= liveness::PROBE_INTERVAL_MS {
-                    due.push((peer.probe_sent_at, *id, node.record.vtep));
+                if now.saturating_sub(peer.probe_sent_at()) >= liveness::PROBE_INTERVAL_MS {
+                    due.push((peer.probe_sent_at(), id, node.record.vtep));
                 }
             }
             due.sort_unstable();
             due.truncate(liveness::MAX_PROBES);
-            for (_, id, _) in &due {
-                if let Some(peer) = state.peers.get_mut(id) {
-                    peer.probe_sent_at = now;
-                }
-            }
+            state.peers.probe(due.iter().map(|(_, id, _)| *id), now);
             due.into_iter().map(|(_, id, vtep)| (id, vtep)).collect()
         };
         for (id, vtep) in targets {
@@ -543,9 +489,7 @@ impl Node {
                 }
                 let mut guard = node.state.borrow_mut();
                 let now = guard.now();
-                if let Some(peer) = guard.peers.get_mut(&id) {
-                    peer.signs.probed_at = Some(now);
-                }
+                guard.peers.note_probe_reply(id, now);
             });
         }
     }
@@ -595,8 +539,8 @@ impl Node {
             // A host that is not a member is kept for a while, because it may come back or be admitted.
             let never = state.is_member()
                 && !alloc.members.contains(id)
-                && state.peers.get(id).is_some_and(|peer| {
-                    state.environment.wall_ms().saturating_sub(peer.last_alive_ms) > NEVER_ADMITTED_MS
+                && state.peers.get(*id).is_some_and(|peer| {
+                    state.wall_ms().saturating_sub(peer.last_alive_ms()) > NEVER_ADMITTED_MS
                 });
             alloc.forgotten.contains(id) || never
         };
@@ -610,14 +554,14 @@ impl Node {
             .collect();
         for id in gone {
             state.changed(What::Host(id));
-            if let Some(node) = state.view.nodes.remove(&id) {
+            if let Some(node) = state.view.forget(id) {
                 self.event("peer", &node.record.name, "forgotten; its blocks are free");
             }
-            state.peers.remove(&id);
+            state.peers.remove(id);
             state.exchanges.forget(id);
             state.problems.set(Code::ForeignCluster, id.to_string(), None);
-            state.uncached.insert(id);
-            state.save.wanted = true;
+            state.uncached.note(id);
+            state.save.want();
             state.problems.set(Code::TableRefused, id.to_string(), None);
             newer::drop_host(state, id);
         }
@@ -625,11 +569,6 @@ impl Node {
         note_names(state);
         self.point_links(state);
     }
-}
-
-fn next_signs(signs: Signs, alive: bool, now: u64) -> Signs {
-    let silent_since = if signs.gossip && !alive { now } else { signs.silent_since };
-    Signs { gossip: alive, silent_since, probed_at: signs.probed_at }
 }
 
 /// Returns a duration in milliseconds.

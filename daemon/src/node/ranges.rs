@@ -41,9 +41,7 @@ impl Node {
             Err(error) => return tracing::warn!(%error, "cannot read how this host is connected"),
         };
         let mut state = self.state.borrow_mut();
-        let known = &mut state.host_ranges;
-        if (&known.connected, &known.gateways) != (&connected, &gateways) {
-            (known.connected, known.gateways) = (connected, gateways);
+        if state.host_ranges.set_connections(connected, gateways) {
             self.ranges_changed(&mut state);
         }
     }
@@ -57,8 +55,7 @@ impl Node {
         let resolvers = upstreams.servers.iter().map(std::net::SocketAddr::ip);
         let resolvers = resolvers.filter(|ip| !ip.is_loopback()).collect();
         let mut state = self.state.borrow_mut();
-        if state.host_ranges.resolvers != resolvers {
-            state.host_ranges.resolvers = resolvers;
+        if state.host_ranges.set_resolvers(resolvers) {
             self.ranges_changed(&mut state);
         }
     }

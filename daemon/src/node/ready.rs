@@ -53,7 +53,7 @@ impl Node {
             news.as_mut().enable();
             let missing = {
                 let state = self.state.borrow();
-                if state.leaving {
+                if state.phase.is_leaving() {
                     return Err(Failed::unavailable("ovld is stopping"));
                 }
                 match find(&state) {
@@ -105,7 +105,7 @@ impl Node {
                     .to_owned()
             })));
         }
-        if state.caught_up {
+        if state.phase.is_caught_up() {
             return None;
         }
         let missing: Vec<NodeId> = state.other_members().filter(|id| !state.has_arrived(*id)).collect();

@@ -96,7 +96,7 @@ impl Node {
         let (drift, desired, prune, ignored, expected) = {
             let mut state = self.state.borrow_mut();
             let drift = state.reconcile.begin_full();
-            let prune = state.caught_up;
+            let prune = state.phase.is_caught_up();
             let (cluster, mut subsystems) = state.parts();
             let desired = subsystems::resync(&mut subsystems, &cluster);
             (drift, desired, prune, state.endpoints.reserved_devices().clone(), expected(&state))

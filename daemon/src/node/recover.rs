@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use super::peers::is_foreign;
 use super::state::State;
 use super::{Failed, Node};
+use crate::peers::Peer;
 use crate::problems::Code;
 use ovl_subsystems::Change;
 
@@ -384,7 +385,7 @@ fn member(state: &State, id: NodeId) -> RecoveryMember {
         own,
         state: if own { PeerState::Alive } else { verdict },
         survives: own || (verdict == PeerState::Alive && here),
-        last_alive_ms: state.peers.get(&id).map(|peer| peer.last_alive_ms).filter(|_| !own),
+        last_alive_ms: state.peers.get(id).map(Peer::last_alive_ms).filter(|_| !own),
         blocks: count(blocks),
         endpoints: count(endpoints),
     }

@@ -67,7 +67,7 @@ impl Answers for Node {
 
 impl Node {
     async fn try_answer(self: &Rc<Self>, request: Request, staged: Vec<Document>) -> Result<Reply, Failed> {
-        if self.state.borrow().leaving {
+        if self.state.borrow().phase.is_leaving() {
             return Err(Failed::unavailable("ovld is stopping"));
         }
         Ok(match request {
@@ -206,7 +206,7 @@ impl Node {
         problems.extend(self.resolver.problems(called));
         problems.extend(crate::names::ambiguous_names(&state.view));
         problems.extend(state.reconcile.problems());
-        let starting = !state.is_member() || !state.caught_up;
+        let starting = !state.is_member() || !state.phase.is_caught_up();
         Status {
             node: self.config.node.clone(),
             id: state.view.me,
@@ -219,7 +219,7 @@ impl Node {
             problems,
             address: state.record().map_or(self.config.advertise, |record| record.address),
             vtep: state.record().map_or(self.config.advertise.ip(), |record| record.vtep),
-            uptime_s: state.epoch.elapsed().as_secs(),
+            uptime_s: state.clock.elapsed().as_secs(),
             members: count(state.view.alloc.members.len()),
             alive: count(state.alive().intersection(&state.view.alloc.members).count()),
             endpoints: count(state.own_endpoints().count()),
@@ -247,7 +247,7 @@ impl Node {
                 continue;
             }
             if contacts.get(&record.id).is_none_or(|contact| contact.last_heard.elapsed() >= UNREACHABLE)
-                && state.epoch.elapsed() > UNREACHABLE
+                && state.clock.elapsed() > UNREACHABLE
             {
                 let sentence = format!(
                     "host {} at {} is alive, as others say, and nothing comes from it directly: check the path and \
@@ -360,10 +360,8 @@ impl Node {
             }
         };
         self.change(Change::Ban(node)).await?;
-        if let Some(peer) = self.state.borrow_mut().peers.get_mut(&node) {
-            // This also drops a host that was never admitted, which the cluster cannot forget.
-            peer.last_alive_ms = 0;
-        }
+        // This also drops a host that was never admitted, which the cluster cannot forget.
+        self.state.borrow_mut().peers.give_up(node);
         self.drop_forgotten(&mut self.state.borrow_mut());
         self.event("peer", name, "forgotten by request");
         Ok(())

@@ -149,7 +149,7 @@ impl Node {
         let file = kernel::netns_file(&sandbox.name);
         kernel::mount_netns(&netns, file, resolv_conf).await.map_err(Failed::from)?;
         // A teardown that began meanwhile did not find this sandbox.
-        if self.state.borrow().leaving {
+        if self.state.borrow().phase.is_leaving() {
             return Err(Failed::unavailable("ovld is stopping"));
         }
         Ok(())

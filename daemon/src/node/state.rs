@@ -2,25 +2,21 @@
 //!
 //! Everything runs on one thread. Tasks borrow the state between two awaits and never across one.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::time::Duration;
 
-use ovl_cluster::liveness::Signs;
-use ovl_cluster::view::{Placed, View};
-use ovl_consensus::{Output, Replica as Allocator};
-use ovl_mesh::gossip::Hints;
+use ovl_cluster::view::Placed;
+use ovl_consensus::Replica as Allocator;
 use ovl_proto::alloc::{AllocMap, Block};
 use ovl_proto::id::{EndpointId, NetworkId, NodeId};
 use ovl_proto::object::Mode;
-use ovl_proto::record::{NodeRecord, SignedRecord};
-use ovl_proto::sync::Message;
+use ovl_proto::record::NodeRecord;
 use ovl_proto::table::{Endpoint, Entry};
-use ovl_proto::wire::fields::Unknown;
 use ovl_subsystems::local::Local;
 use ovl_subsystems::networks::ranges::HostRanges;
-use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::Failed;
@@ -33,66 +29,32 @@ use crate::endpoints::{FullName, LocalEndpoints};
 use crate::engines::Engines;
 use crate::environment::Environment;
 use crate::exchange::Exchanges;
-use crate::flows::FlowFollowers;
 use crate::kubernetes::Kubernetes;
 use crate::multicast::Multicast;
 use crate::networks::Bridges;
 use crate::objects::ObjectStore;
 use crate::paths::PathFaults;
+use crate::peers::Peers;
+use crate::phase::Phase;
+use crate::picture::Picture;
 use crate::problems::{Code, Problems};
 use crate::progress::Progress;
+use crate::saving::{Save, Uncached};
+use crate::slots::ClientSlots;
 use crate::trace::Traces;
 use crate::workloads::Workloads;
 use ovl_subsystems::{Change, Cluster, SubsystemList, Subsystems};
 
-/// State of a peer besides its record and its table.
-#[derive(Debug)]
-pub(crate) struct Peer {
-    /// Its record with the signature, to be forwarded and saved.
-    pub signed: SignedRecord,
-    /// Signs of life from gossip and probes.
-    pub signs: Signs,
-    /// Hints in its gossip record.
-    pub hints: Hints,
-    /// Time when gossip last considered it alive, in milliseconds since 1970.
-    pub last_alive_ms: u64,
-    /// Time of a request for its whole table that is still unanswered, in milliseconds of this run. `None` if
-    /// there is none.
-    pub pulled_at: Option<u64>,
-    /// Time of the last probe, in milliseconds of this run.
-    pub probe_sent_at: u64,
-    /// Whether gossip has considered it alive during this run.
-    pub heard: bool,
-    /// Whether its identity has proved to be at its address: it answered a ping or connected, now or in an earlier run.
-    /// A host that is not a member is not dialled before.
-    pub proved: bool,
-    /// The position in which it became known, among the hosts that are known.
-    pub number: u64,
-}
-
-/// An action that must wait until the state file is on the disk.
-#[derive(Debug)]
-pub(crate) enum Durable {
-    /// Send the output of the consensus replica, whose messages are promises.
-    Alloc(Output),
-    /// Send a message that is a promise.
-    Send(NodeId, Box<Message>),
-    /// Signal a request that its changes are saved.
-    Tell(oneshot::Sender<()>),
-}
-
 /// The state of the daemon.
 pub(crate) struct State {
     /// The local host's picture of the cluster.
-    pub view: View,
+    pub view: Picture,
     /// State of the local host that subsystems read.
     pub local: Local,
     /// How this host is connected, which decides which networks it builds.
     pub host_ranges: HostRanges,
-    /// Signed form of this host's record, which is in `view.own()`.
-    pub own_record: SignedRecord,
-    /// All peers by id. Each has an entry in `view.nodes`.
-    pub peers: BTreeMap<NodeId, Peer>,
+    /// All peers. Each has an entry in `view.nodes`.
+    pub peers: Peers,
     /// Identities that two daemons use.
     pub clashes: Clashes,
     /// All cluster objects with their signatures. `view.resources` is derived from them.
@@ -135,12 +97,12 @@ pub(crate) struct State {
     pub traces: Traces,
     /// Captures that are in flight.
     pub captures: Captures,
-    /// Clients that follow flows.
-    pub flows: FlowFollowers,
+    /// Slots for clients that follow flows.
+    pub flow_followers: ClientSlots,
     /// Pending work of the reconcile loop, and the results so far.
     pub reconcile: Progress,
-    /// Whether gossip has caught up. Nothing is removed from the kernel before that.
-    pub caught_up: bool,
+    /// How far this daemon is on its way from its start to its stop.
+    pub phase: Phase,
     /// Faults of paths that are worked around.
     pub path_faults: PathFaults,
     /// Problems that last until they are cleared.
@@ -149,40 +111,47 @@ pub(crate) struct State {
     pub newer: super::newer::Newer,
     /// Progress of saving the state file.
     pub save: Save,
-    /// Fields of the state file that this release does not know.
-    pub file_unknown: Unknown,
-    /// Peers whose tables changed since they were last cached in the run directory.
-    pub uncached: BTreeSet<NodeId>,
-    /// Start of the milliseconds of this run.
-    pub epoch: Instant,
-    /// Whether this daemon is stopping.
-    pub leaving: bool,
-    /// Source of the wall-clock time.
-    pub environment: Rc<dyn Environment>,
+    /// Peers whose tables are to be cached in the run directory.
+    pub uncached: Uncached,
+    /// The clock of this run.
+    pub clock: RunClock,
 }
 
-/// Progress of saving the state file.
-#[derive(Debug, Default)]
-pub(crate) struct Save {
-    /// Number of the state that was last given to the writer.
-    pub handed: u64,
-    /// Whether the state has changed since then.
-    pub wanted: bool,
-    /// Whether the state is to be written whole and without a journal, because the daemon stops.
-    pub whole: bool,
-    /// Actions that wait, each with the number of the state that must be on the disk first.
-    pub waiting: Vec<(u64, Durable)>,
+/// The clock of this run.
+pub(crate) struct RunClock {
+    /// The start of the milliseconds of this run.
+    start: Instant,
+    /// Source of the wall-clock time.
+    environment: Rc<dyn Environment>,
+}
+
+impl RunClock {
+    /// Starts the milliseconds of this run.
+    pub(crate) fn start(environment: Rc<dyn Environment>) -> Self {
+        Self { start: Instant::now(), environment }
+    }
+
+    /// Returns the time of this run, from a monotonic clock.
+    pub(crate) fn elapsed(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    /// Returns a moment as milliseconds of this run.
+    pub(crate) fn at(&self, moment: Instant) -> u64 {
+        let since = moment.saturating_duration_since(self.start);
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    }
 }
 
 impl State {
     /// Returns the milliseconds of this run, from a monotonic clock.
     pub(crate) fn now(&self) -> u64 {
-        u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX)
+        self.clock.at(Instant::now())
     }
 
     /// Returns the wall-clock time in milliseconds since 1970.
     pub(crate) fn wall_ms(&self) -> u64 {
-        self.environment.wall_ms()
+        self.clock.environment.wall_ms()
     }
 
     /// Returns the hosts that are alive, including this one.
@@ -208,22 +177,23 @@ impl State {
 
     /// Whether a peer has an allocation map, as far as its hints tell.
     pub(crate) fn has_map(&self, peer: NodeId) -> bool {
-        self.peers.get(&peer).is_some_and(|peer| peer.hints.alloc > 0)
+        self.peers.get(peer).is_some_and(|peer| peer.hints().alloc > 0)
     }
 
     /// Whether everything that a member announces has arrived here, as far as it can arrive.
     pub(crate) fn has_arrived(&self, member: NodeId) -> bool {
         use ovl_control::PeerState;
-        let (Some(node), Some(peer)) = (self.view.nodes.get(&member), self.peers.get(&member)) else {
+        let (Some(node), Some(peer)) = (self.view.nodes.get(&member), self.peers.get(member)) else {
             return false;
         };
+        let hints = peer.hints();
         match node.state {
             PeerState::Alive => {
-                peer.hints.table != ovl_proto::table::Revision::default()
-                    && node.table.revision() >= peer.hints.table
+                hints.table != ovl_proto::table::Revision::default()
+                    && node.table.revision() >= hints.table
                     && self.exchanges.is_level(&member)
                     // This host may have been forgotten while it was down, and its blocks may belong to other hosts.
-                    && self.view.alloc.version >= peer.hints.alloc
+                    && self.view.alloc.version >= hints.alloc
             }
             // The peer is silent, so nothing newer than its cached table can arrive.
             PeerState::Suspect => self.now() > 5_000,
@@ -275,8 +245,9 @@ impl State {
 
     /// Returns what subsystems read, and the list of subsystems.
     pub(crate) fn parts(&mut self) -> (Cluster<'_>, SubsystemList<'_>) {
-        let Self { view, local, workloads, caught_up, subsystems, .. } = self;
-        let cluster = Cluster { view, backends: workloads.backends(), local, caught_up: *caught_up };
+        let Self { view, local, workloads, phase, subsystems, .. } = self;
+        let cluster =
+            Cluster { view, backends: workloads.backends(), local, caught_up: phase.is_caught_up() };
         (cluster, subsystems.all())
     }
 

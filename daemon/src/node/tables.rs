@@ -22,6 +22,7 @@ use super::Node;
 use super::state::State;
 use crate::addresses::NetworkAddress;
 use crate::config::{self, is_known_name};
+use crate::peers::{PULL_AGAIN_MS, Pull};
 use crate::problems::Code;
 use ovl_subsystems::Change;
 
@@ -32,8 +33,6 @@ const MAX_ADDRESSES: usize = 16;
 const MIN_PATH_MTU: u16 = 576;
 /// Maximum size of what a host says of an endpoint's pod, in bytes.
 pub(super) const MAX_DESCRIBED: usize = 64 << 10;
-/// Time in milliseconds after which an unanswered pull is repeated.
-const PULL_AGAIN_MS: u64 = 1_000;
 
 impl Node {
     /// Changes this host's table and sends the change to all peers at once.
@@ -41,11 +40,11 @@ impl Node {
         let mut guard = self.state.borrow_mut();
         let state = &mut *guard;
         let me = state.view.me;
-        let Some(own) = state.view.nodes.get_mut(&me) else { return };
-        let before = entries_of(&own.table, &set, &unset);
+        let Some((record, table)) = state.view.table_of(me) else { return };
+        let before = entries_of(table, &set, &unset);
         let after = set.clone();
-        let networks: Vec<NetworkId> = own.table.networks().collect();
-        let epoch = own.record.generation;
+        let networks: Vec<NetworkId> = table.networks().collect();
+        let epoch = record.generation;
         // Endpoints on bridge networks are not announced to peers.
         let is_own = |entry: &Entry| match entry {
             Entry::Endpoint(endpoint) => state.bridges.contains(endpoint.network),
@@ -56,13 +55,12 @@ impl Node {
             | Entry::Opaque(_) => false,
         };
         let (kept, set): (Vec<Entry>, Vec<Entry>) = set.into_iter().partition(is_own);
-        let (dropped, unset): (Vec<Key>, Vec<Key>) =
-            unset.into_iter().partition(|key| own.table.is_kept(key));
+        let (dropped, unset): (Vec<Key>, Vec<Key>) = unset.into_iter().partition(|key| table.is_kept(key));
         let silent = set.is_empty() && unset.is_empty() && !(kept.is_empty() && dropped.is_empty());
-        own.table.keep(kept, &dropped);
-        let update = (!silent || own.table.revision().epoch != epoch)
-            .then(|| own.table.write(epoch, set, unset, |head| self.sign_head(head)));
-        let built: Vec<NetworkId> = own.table.networks().collect();
+        table.keep(kept, &dropped);
+        let update = (!silent || table.revision().epoch != epoch)
+            .then(|| table.write(epoch, set, unset, |head| self.sign_head(head)));
+        let built: Vec<NetworkId> = table.networks().collect();
         let moved = networks
             .iter()
             .filter(|id| !built.contains(id))
@@ -147,13 +145,13 @@ impl Node {
         if state.is_member() && !state.view.alloc.members.contains(&owner) {
             return Err(None);
         }
-        let node = state.view.nodes.get_mut(&owner).ok_or(None)?;
+        let (record, table) = state.view.table_of(owner).ok_or(None)?;
         // Older than what is known: neither verified nor reported.
-        if update.head.revision <= node.table.revision() {
+        if update.head.revision <= table.revision() {
             return Err(Some(Rejected::Stale(update.head.revision)));
         }
         let signed = wire::encode_body(&update.head)
-            .is_ok_and(|body| keys::verify(&node.record.public_key, Domain::Table, &body, &update.signature));
+            .is_ok_and(|body| keys::verify(&record.public_key, Domain::Table, &body, &update.signature));
         if !signed {
             tracing::warn!(%owner, %from, "refused a table that its owner did not sign");
             return Err(None);
@@ -163,22 +161,20 @@ impl Node {
             self.refuse_table(owner, &error);
             return Err(None);
         }
-        let networks: Vec<NetworkId> = node.table.networks().collect();
+        let networks: Vec<NetworkId> = table.networks().collect();
         // Most whole tables say what is known: that of a host whose daemon was restarted, for example.
         let (before, after) = match update.base {
-            None => differences(&node.table, &update.set),
-            Some(_) => (entries_of(&node.table, &update.set, &update.unset), update.set.clone()),
+            None => differences(table, &update.set),
+            Some(_) => (entries_of(table, &update.set, &update.unset), update.set.clone()),
         };
-        node.table.apply(update).map_err(Some)?;
-        tracing::debug!(%owner, revision = %node.table.revision(), "table");
+        table.apply(update).map_err(Some)?;
+        tracing::debug!(%owner, revision = %table.revision(), "table");
+        let moved = !table.networks().eq(networks);
         state.problems.set(Code::TableRefused, owner.to_string(), None);
-        let moved = !node.table.networks().eq(networks);
         tell_entries(state, owner, &before, &after);
         super::newer::note_newer(state);
-        state.uncached.insert(owner);
-        if let Some(peer) = state.peers.get_mut(&owner) {
-            peer.pulled_at = None;
-        }
+        state.uncached.note(owner);
+        state.peers.end_pull(owner);
         Ok((returned_leases(state, owner), moved))
     }
 
@@ -186,12 +182,8 @@ impl Node {
     pub(super) fn pull_table(&self, owner: NodeId) {
         let mut state = self.state.borrow_mut();
         let now = state.now();
-        let Some(peer) = state.peers.get_mut(&owner) else { return };
-        let again = peer.pulled_at.is_some();
-        if peer.pulled_at.is_some_and(|at| now.saturating_sub(at) < PULL_AGAIN_MS) {
-            return;
-        }
-        peer.pulled_at = Some(now);
+        let Some(pull) = state.peers.pull(owner, now) else { return };
+        let again = pull == Pull::Again;
         let connected = self.links().connected();
         // It sends its table as soon as it is connected. When many hosts start at once, that is so for most of them.
         if !again && !connected.contains(&owner) {
@@ -222,7 +214,7 @@ impl Node {
                 state.view.nodes.get(id).is_some_and(|node| node.table.revision() < announced)
             };
             let peers = state.peers.iter();
-            peers.filter(|(id, peer)| is_behind(id, peer.hints.table)).map(|(id, _)| *id).collect()
+            peers.filter(|(id, peer)| is_behind(id, peer.hints().table)).map(|(id, _)| id).collect()
         };
         for owner in behind {
             self.pull_table(owner);
@@ -253,7 +245,7 @@ impl Node {
     /// there what the peer owns. The files are not synced, because they are valid only until the reboot.
     pub(super) fn cache_tables(&self) -> Result<()> {
         let mut state = self.state.borrow_mut();
-        while let Some(node) = state.uncached.pop_first() {
+        while let Some(node) = state.uncached.next() {
             let path = self.run_dir.tables().join(node.to_string());
             match state.view.nodes.get(&node).and_then(|node| node.table.whole()) {
                 Some(update) => {

@@ -23,6 +23,7 @@ use ovl_proto::table::Endpoint;
 
 use super::{Failed, Node};
 use crate::failed::blocking;
+use crate::slots::ClientSlot;
 use crate::trace::arrive::{arrive, inner, receiver};
 use crate::trace::compare::{End, Known, Others, compare};
 use crate::trace::model::{Flow, Here, Interface, Leaving, Way, leave, to_port};
@@ -44,15 +45,6 @@ const GRACE: Duration = Duration::from_millis(30);
 const MOST_WAYS: usize = 8;
 /// For how long a watch is kept for another host that does not collect it.
 const KEPT: Duration = Duration::from_secs(5);
-
-/// Ends a part of a trace when it is dropped.
-struct Running<'a>(&'a Node);
-
-impl Drop for Running<'_> {
-    fn drop(&mut self) {
-        self.0.state.borrow_mut().traces.end();
-    }
-}
 
 /// The destination of a trace.
 struct Found {
@@ -121,21 +113,21 @@ impl Node {
 
     /// Runs a trace whose sender is on this host.
     async fn run_trace(self: &Rc<Self>, request: TraceRequest) -> Result<Trace, Failed> {
-        let _running = self.begin_trace()?;
+        let _slot = self.begin_trace()?;
         match tokio::time::timeout(WITHIN, self.trace_from_here(request)).await {
             Ok(result) => result,
             Err(_) => Err(Failed::unavailable(format!("the trace took longer than {WITHIN:?}: try again"))),
         }
     }
 
-    fn begin_trace(&self) -> Result<Running<'_>, Failed> {
-        match self.state.borrow_mut().traces.begin() {
-            true => Ok(Running(self)),
-            false => Err(Failed::unavailable(format!(
+    fn begin_trace(&self) -> Result<ClientSlot, Failed> {
+        let slot = self.state.borrow().traces.begin();
+        slot.ok_or_else(|| {
+            Failed::unavailable(format!(
                 "host {} takes part in other traces: try again in some seconds",
                 self.config.node
-            ))),
-        }
+            ))
+        })
     }
 
     async fn trace_from_here(self: &Rc<Self>, request: TraceRequest) -> Result<Trace, Failed> {
@@ -521,39 +513,26 @@ impl Node {
             (!state.traces.is_watched(by, cookie), by == state.view.me)
         };
         // The rules of this host are followed once: of what stays here, by the watch of the sender.
-        let watch = if is_first && !is_own {
-            let begun = self.begin_trace()?;
-            let watch = self.start_watch(cookie, netns).await?;
-            std::mem::forget(begun);
-            watch
+        let (watch, slot) = if is_first && !is_own {
+            let slot = self.begin_trace()?;
+            (self.start_watch(cookie, netns).await?, Some(slot))
         } else {
-            blocking(move || TraceWatch::start_without_rules(cookie, netns)).await?
+            (blocking(move || TraceWatch::start_without_rules(cookie, netns)).await?, None)
         };
-        self.state.borrow_mut().traces.keep(by, cookie, watch);
+        self.state.borrow_mut().traces.keep(by, cookie, watch, slot);
         if is_first {
             let node = Rc::clone(self);
             tokio::task::spawn_local(async move {
                 tokio::time::sleep(KEPT).await;
-                node.take_watches(by, cookie);
+                drop(node.state.borrow_mut().traces.take(by, cookie));
             });
         }
         Ok(())
     }
 
-    /// Ends the part of this host in a trace, and returns its watches.
-    fn take_watches(&self, by: NodeId, cookie: u32) -> Option<Vec<TraceWatch>> {
-        let mut guard = self.state.borrow_mut();
-        let state = &mut *guard;
-        let watches = state.traces.take(by, cookie)?;
-        if by != state.view.me {
-            state.traces.end();
-        }
-        Some(watches)
-    }
-
     async fn collect(&self, by: NodeId, cookie: u32) -> Result<Passage, Failed> {
-        let watches =
-            self.take_watches(by, cookie).ok_or_else(|| Failed::not_found("nothing was watched"))?;
+        let watches = self.state.borrow_mut().traces.take(by, cookie);
+        let watches = watches.ok_or_else(|| Failed::not_found("nothing was watched"))?;
         let mut all = Passage::default();
         for watch in watches {
             let Passage { sightings, drops, reasons, notes } = finish(watch).await?;
@@ -597,15 +576,15 @@ impl Node {
 
     /// Answers [`Message::TraceAsk`] of a member.
     pub(super) fn take_trace_ask(self: &Rc<Self>, from: NodeId, id: u64, ask: String) {
-        if !self.state.borrow_mut().traces.begin_answer() {
+        let Some(slot) = self.state.borrow().traces.begin_answer() else {
             let result = Err("it answers other traces: try again".to_owned());
             self.links().send(from, &Message::TraceReply { id, result });
             return;
-        }
+        };
         let node = Rc::clone(self);
         tokio::task::spawn_local(async move {
             let result = node.answer_trace(from, &ask).await.map_err(|failed| failed.0.message);
-            node.state.borrow_mut().traces.end_answer();
+            drop(slot);
             let result =
                 result.and_then(|said| serde_json::to_string(&said).map_err(|error| error.to_string()));
             let result = result.and_then(|said| match said.len() <= MAX_TRACE {

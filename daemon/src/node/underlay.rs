@@ -133,7 +133,7 @@ impl Node {
             record.address = SocketAddr::new(address, record.address.port());
             record.vtep = address;
             let signed = self.identity.sign_record(&record)?;
-            (record, signed, Arc::clone(&state.keys.ring))
+            (record, signed, Arc::clone(state.keys.ring()))
         };
         let (gossip, links) = open(
             &self.config,
@@ -150,11 +150,7 @@ impl Node {
         {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
-            let me = state.view.me;
-            if let Some(own) = state.view.nodes.get_mut(&me) {
-                own.record = record;
-            }
-            state.own_record = signed;
+            state.view.set_own(record, signed);
             // Changes during the opening of the sockets are announced again below.
             state.changed(Change::ThisHost);
             self.pointed.borrow_mut().clear();

@@ -78,27 +78,28 @@ impl Node {
         let gone = lost.iter().map(|device| format!("kernel: endpoint device {device} is gone"));
         let mut differences: Vec<Difference> = needs.chain(gone).map(Difference::new).collect();
         let state = self.state.borrow();
-        for (id, peer) in &state.peers {
-            let Some(node) = state.view.nodes.get(id).filter(|node| node.state == PeerState::Alive) else {
+        for (id, peer) in state.peers.iter() {
+            let hints = peer.hints();
+            let Some(node) = state.view.nodes.get(&id).filter(|node| node.state == PeerState::Alive) else {
                 continue;
             };
             let name = &node.record.name;
-            if node.table.revision() < peer.hints.table {
+            if node.table.revision() < hints.table {
                 differences.push(Difference::announced(format!(
                     "gossip: the table of {name} is at {} and {} is announced",
                     node.table.revision(),
-                    peer.hints.table
+                    hints.table
                 )));
             }
-            if peer.hints.objects != state.objects.digest() {
+            if hints.objects != state.objects.digest() {
                 differences.push(Difference::announced(format!(
                     "gossip: {name} has other cluster objects than this host, or other states of them"
                 )));
             }
-            if peer.hints.alloc > state.view.alloc.version {
+            if hints.alloc > state.view.alloc.version {
                 differences.push(Difference::announced(format!(
                     "gossip: {name} has version {} of the allocation map and this host {}",
-                    peer.hints.alloc, state.view.alloc.version
+                    hints.alloc, state.view.alloc.version
                 )));
             }
         }

@@ -7,4 +7,4 @@ pub mod object;
 mod problem;
 pub mod yaml;
 
-pub use problem::{Problem, Problems};
+pub use problem::{FieldProblem, FieldProblems};

@@ -17,7 +17,7 @@ use ovl_proto::resource::{
 };
 use serde_json::{Map, Value, json};
 
-use crate::problem::{Problem, Problems};
+use crate::problem::{FieldProblem, FieldProblems};
 
 use self::fields::Treatment;
 pub use self::fields::without_indices;
@@ -34,9 +34,9 @@ pub struct Read {
     /// The object with defaults, but without what the cluster allocates.
     pub resource: Resource,
     /// Fields that were dropped although they are typing errors or would change what ovl does.
-    pub warnings: Vec<Problem>,
+    pub warnings: Vec<FieldProblem>,
     /// Fields that do not change what ovl does, each with what ovl does not do.
-    pub ignored: Vec<Problem>,
+    pub ignored: Vec<FieldProblem>,
 }
 
 /// An object of a document.
@@ -100,8 +100,8 @@ pub enum Identity {
 /// # Errors
 ///
 /// If a field of the key is missing or invalid.
-pub fn identify(manifest: &Value, namespace: Option<&str>) -> Result<Identity, Vec<Problem>> {
-    let mut problems = Problems::default();
+pub fn identify(manifest: &Value, namespace: Option<&str>) -> Result<Identity, Vec<FieldProblem>> {
+    let mut problems = FieldProblems::default();
     let identity = read_identity(manifest, namespace, &mut problems);
     identity.filter(|_| problems.is_empty()).ok_or(problems.into_inner())
 }
@@ -117,7 +117,11 @@ pub fn label(manifest: &Value) -> String {
     }
 }
 
-fn read_identity(manifest: &Value, namespace: Option<&str>, problems: &mut Problems) -> Option<Identity> {
+fn read_identity(
+    manifest: &Value,
+    namespace: Option<&str>,
+    problems: &mut FieldProblems,
+) -> Option<Identity> {
     if !manifest.is_object() {
         problems.add("", "not an object with apiVersion, kind and metadata");
         return None;
@@ -141,7 +145,7 @@ fn read_identity(manifest: &Value, namespace: Option<&str>, problems: &mut Probl
 }
 
 /// Returns the text of a field at a path such as `metadata.name`.
-fn required<'a>(manifest: &'a Value, path: &str, problems: &mut Problems) -> Option<&'a str> {
+fn required<'a>(manifest: &'a Value, path: &str, problems: &mut FieldProblems) -> Option<&'a str> {
     let text = optional(manifest, path, problems)?;
     problems.want(text.is_some(), path, "is missing");
     text
@@ -149,7 +153,7 @@ fn required<'a>(manifest: &'a Value, path: &str, problems: &mut Problems) -> Opt
 
 /// Returns the text of a field, or `None` in it if the field is absent or empty. `None` if it is not a text.
 #[allow(clippy::option_option, reason = "absent is no problem, another type is one")]
-fn optional<'a>(manifest: &'a Value, path: &str, problems: &mut Problems) -> Option<Option<&'a str>> {
+fn optional<'a>(manifest: &'a Value, path: &str, problems: &mut FieldProblems) -> Option<Option<&'a str>> {
     let found = path.split('.').try_fold(manifest, |value, field| value.get(field));
     match found {
         None | Some(Value::Null) => Some(None),
@@ -165,7 +169,7 @@ fn read_key(
     kind: Kind,
     manifest: &Value,
     namespace: Option<&str>,
-    problems: &mut Problems,
+    problems: &mut FieldProblems,
 ) -> Option<ResourceKey> {
     let metadata = manifest.get("metadata").unwrap_or(&Value::Null);
     if !metadata.is_null() && !metadata.is_object() {
@@ -198,8 +202,12 @@ fn read_key(
 /// # Errors
 ///
 /// All problems of the manifest.
-pub fn read(manifest: Value, namespace: Option<&str>, validation: Validation) -> Result<Read, Vec<Problem>> {
-    let mut problems = Problems::default();
+pub fn read(
+    manifest: Value,
+    namespace: Option<&str>,
+    validation: Validation,
+) -> Result<Read, Vec<FieldProblem>> {
+    let mut problems = FieldProblems::default();
     let key = match read_identity(&manifest, namespace, &mut problems) {
         Some(Identity::Object(key)) => key,
         Some(Identity::Foreign { kind, .. }) => {
@@ -245,15 +253,15 @@ pub fn read(manifest: Value, namespace: Option<&str>, validation: Validation) ->
 /// # Errors
 ///
 /// All problems of the object.
-pub fn check(resource: &Resource) -> Result<(), Vec<Problem>> {
-    let mut problems = Problems::default();
+pub fn check(resource: &Resource) -> Result<(), Vec<FieldProblem>> {
+    let mut problems = FieldProblems::default();
     check_into(resource, &mut problems);
     if problems.is_empty() { Ok(()) } else { Err(problems.into_inner()) }
 }
 
 /// Removes the fields that the Kubernetes API server writes and ignores in a manifest. They describe the object of
 /// another cluster. The uid of a Pod stays: the Pod's container runtime names it too.
-fn remove_server_fields(kind: Kind, fields: &mut Map<String, Value>, problems: &mut Problems) {
+fn remove_server_fields(kind: Kind, fields: &mut Map<String, Value>, problems: &mut FieldProblems) {
     if let Some(Value::Object(metadata)) = fields.get_mut("metadata") {
         for field in ["creationTimestamp", "generation", "managedFields", "resourceVersion", "selfLink"] {
             metadata.remove(field);
@@ -338,9 +346,9 @@ fn take_deletion(kind: Kind, given: &mut Value) -> bool {
 struct Unsupported {
     kind: Kind,
     validation: Validation,
-    errors: Vec<Problem>,
-    warnings: Vec<Problem>,
-    ignored: Vec<Problem>,
+    errors: Vec<FieldProblem>,
+    warnings: Vec<FieldProblem>,
+    ignored: Vec<FieldProblem>,
 }
 
 impl Unsupported {
@@ -361,7 +369,7 @@ impl Unsupported {
             }
             (Treatment::Protective(reason), _) => (&mut self.errors, reason),
         };
-        list.push(Problem { field, reason: reason.to_owned() });
+        list.push(FieldProblem { field, reason: reason.to_owned() });
     }
 }
 
@@ -388,7 +396,7 @@ fn find_unsupported(given: &Value, known: &Value, path: &str, unsupported: &mut 
 
 /// Fills in the fields that derive from others, and removes those without effect. `terminating`: it is a Pod that is
 /// shutting down.
-fn complete(resource: &mut Resource, terminating: bool, warnings: &mut Vec<Problem>) {
+fn complete(resource: &mut Resource, terminating: bool, warnings: &mut Vec<FieldProblem>) {
     match resource {
         Resource::Namespace(_) | Resource::EndpointSlice(_) => {}
         Resource::Pod(pod) => workload::complete(pod, terminating),
@@ -417,7 +425,7 @@ fn complete(resource: &mut Resource, terminating: bool, warnings: &mut Vec<Probl
     }
 }
 
-fn check_into(resource: &Resource, problems: &mut Problems) {
+fn check_into(resource: &Resource, problems: &mut FieldProblems) {
     check_meta(resource.kind(), resource.meta(), problems);
     match resource {
         Resource::Namespace(_) => {}
@@ -430,7 +438,7 @@ fn check_into(resource: &Resource, problems: &mut Problems) {
     }
 }
 
-fn check_meta(kind: Kind, meta: &Meta, problems: &mut Problems) {
+fn check_meta(kind: Kind, meta: &Meta, problems: &mut FieldProblems) {
     match kind {
         // A name of a Service may begin with a digit since Kubernetes 1.34.
         Kind::Service | Kind::Namespace => {
@@ -465,7 +473,7 @@ fn check_meta(kind: Kind, meta: &Meta, problems: &mut Problems) {
     problems.want(size <= MAX_ANNOTATIONS, "metadata.annotations", "are larger than 256 KiB in total");
 }
 
-pub(crate) fn check_labels(field: &str, labels: &ovl_proto::resource::Labels, problems: &mut Problems) {
+pub(crate) fn check_labels(field: &str, labels: &ovl_proto::resource::Labels, problems: &mut FieldProblems) {
     for (key, value) in labels {
         problems.want(is_label_key(key), format!("{field}.{key}"), names::LABEL_KEY);
         problems.want(is_label_value(value), format!("{field}.{key}"), names::LABEL_VALUE);
@@ -473,14 +481,14 @@ pub(crate) fn check_labels(field: &str, labels: &ovl_proto::resource::Labels, pr
 }
 
 /// Validates a port number, or a container's name for a port.
-pub(crate) fn check_port(field: &str, port: &IntOrString, problems: &mut Problems) {
+pub(crate) fn check_port(field: &str, port: &IntOrString, problems: &mut FieldProblems) {
     match port {
         IntOrString::Int(number) => check_number(field, *number, problems),
         IntOrString::String(name) => problems.want(names::is_port_name(name), field, names::PORT_NAME),
     }
 }
 
-pub(crate) fn check_number(field: &str, port: u16, problems: &mut Problems) {
+pub(crate) fn check_number(field: &str, port: u16, problems: &mut FieldProblems) {
     problems.want(port != 0, field, "a port must be between 1 and 65535");
 }
 

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 /// A problem with one field of a manifest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Problem {
+pub struct FieldProblem {
     /// The path of the field, such as `spec.ports[0].port`.
     pub field: String,
     /// What is wrong, and what is expected.
@@ -13,21 +13,21 @@ pub struct Problem {
 
 /// The problems of one manifest, collected so that they are reported together.
 #[derive(Debug, Default)]
-pub struct Problems(Vec<Problem>);
+pub struct FieldProblems(Vec<FieldProblem>);
 
-impl Problems {
+impl FieldProblems {
     /// Adds a problem with a field.
     pub fn add(&mut self, field: impl Into<String>, reason: impl Into<String>) {
-        self.0.push(Problem { field: field.into(), reason: reason.into() });
+        self.0.push(FieldProblem { field: field.into(), reason: reason.into() });
     }
 
     /// Adds a problem.
-    pub fn push(&mut self, problem: Problem) {
+    pub fn push(&mut self, problem: FieldProblem) {
         self.0.push(problem);
     }
 
     /// Moves all problems out of `others`.
-    pub fn append(&mut self, others: &mut Vec<Problem>) {
+    pub fn append(&mut self, others: &mut Vec<FieldProblem>) {
         self.0.append(others);
     }
 
@@ -37,7 +37,7 @@ impl Problems {
     }
 
     /// Returns the problems in the order in which they were added.
-    pub fn into_inner(self) -> Vec<Problem> {
+    pub fn into_inner(self) -> Vec<FieldProblem> {
         self.0
     }
 

@@ -13,7 +13,7 @@ use super::mtu::{PathMtu, Probe};
 use super::pair::{Pair, PairId};
 use super::statement::{Budget, Hints, Sequence};
 
-/// A peer that has given an authentic answer within this time is alive.
+/// A peer that has given an authentic answer within this time is alive. With many peers it is up to half a second longer.
 const ALIVE_FOR: Duration = Duration::from_millis(2500);
 /// The maximum of that time on a host that is late itself.
 const MAX_ALIVE_FOR: Duration = Duration::from_secs(10);
@@ -21,11 +21,13 @@ const MAX_ALIVE_FOR: Duration = Duration::from_secs(10);
 const PUNCTUAL: Duration = Duration::from_millis(100);
 /// The minimum interval between pings that are answered.
 const PING_EVERY: Duration = Duration::from_millis(600);
-/// The interval grows by this for each peer beyond those that [`PING_EVERY`] is enough for: a host answers 40 pings a
+/// The interval grows by this for each peer beyond those that [`PING_EVERY`] is enough for: a host answers 30 pings a
 /// second, and takes as many answers, whatever the number of peers up to 60.
-const PING_EACH: Duration = Duration::from_millis(25);
+const PING_EACH: Duration = Duration::from_micros(33_333);
 /// The maximum of the interval. A peer that has become silent is pinged several times before it counts as such.
-const MAX_PING_EVERY: Duration = Duration::from_millis(1500);
+const MAX_PING_EVERY: Duration = Duration::from_secs(2);
+/// The minimum time in which a peer can answer repeated pings before it counts as silent.
+const TO_ANSWER: Duration = Duration::from_secs(1);
 /// The minimum interval between pings to a live peer that are not answered, so that a lost datagram or two do not count.
 const PING_AGAIN: Duration = Duration::from_millis(200);
 /// The maximum number of pending pings to a peer. Older ones count as lost.
@@ -97,9 +99,10 @@ pub(super) struct Peer {
 pub(super) struct PeerBook {
     peers: BTreeMap<NodeId, Peer>,
     link_mtu: u16,
-    /// How long a peer is alive after an answer. Longer than [`ALIVE_FOR`] after this host was late: see
-    /// [`Self::note_lateness`].
+    /// How long a peer is alive after an answer.
     alive_for: Duration,
+    /// How much longer that is because this host was late: see [`Self::note_lateness`].
+    late_for: Duration,
     /// The interval between pings that are answered.
     ping_every: Duration,
     early_pings: Budget,
@@ -145,6 +148,7 @@ impl PeerBook {
             peers: BTreeMap::new(),
             link_mtu,
             alive_for: ALIVE_FOR,
+            late_for: Duration::ZERO,
             ping_every: PING_EVERY,
             early_pings: Budget::new(EARLY_PINGS, now),
             relayed_pings: Budget::new(RELAYED_PINGS, now),
@@ -379,9 +383,8 @@ impl PeerBook {
     /// again. The idea is from Dadgar, Phillips, Currey, *Lifeguard: Local Health Awareness for More Accurate Failure
     /// Detection* (2018).
     pub(super) fn note_lateness(&mut self, late: Duration) {
-        let before = self.alive_for.saturating_sub(ALIVE_FOR);
-        let extra = (late.saturating_sub(PUNCTUAL) * 8).max(before * 15 / 16);
-        self.alive_for = (ALIVE_FOR + extra).min(MAX_ALIVE_FOR);
+        self.late_for = (late.saturating_sub(PUNCTUAL) * 8).max(self.late_for * 15 / 16).min(MAX_ALIVE_FOR);
+        self.alive_for = (ALIVE_FOR.max(self.ping_every + TO_ANSWER) + self.late_for).min(MAX_ALIVE_FOR);
     }
 
     /// The pings and probes to send now.

@@ -24,11 +24,12 @@ use super::fragment::{Joiner, Splitter};
 use super::packet::{Fragment, Packet};
 use super::pair::{Agreement, PairStatement};
 use super::rounds::Rounds;
-use super::seal::{OpenError, Opener, RunId, Sealer, Sender};
+use super::seal::{OpenError, Opener, RunId, Sender};
+use super::sealing::Sealing;
 use super::statement::{AgreementKey, Answer, Budget, Hints, SignedStatement, Statement};
 use super::strangers::Strangers;
 use super::{GossipConfig, GossipEvent, WallClock};
-use crate::keys::{self, ClusterKey, Identity, Keyring, RecordError};
+use crate::keys::{self, Identity, Keyring, RecordError};
 use crate::transport::Datagrams;
 
 /// The maximum number of announcements that wait for the daemon.
@@ -54,40 +55,12 @@ const STRANGER_SIGNATURES: u32 = 256;
 /// The maximum number of pings of others that are passed on at once.
 const MAX_RELAYS: usize = 256;
 
-/// The maximum number of remembered sources of datagrams with an unknown key, and of addresses with a known key.
+/// The maximum number of remembered sources of datagrams with an unknown key, and of addresses that were introduced to.
 const MAX_ADDRESSES: usize = 1024;
 /// The minimum time between two introductions to an address.
 const INTRODUCE_EVERY: Duration = Duration::from_secs(10);
 /// The time for which a source of datagrams with an unknown key is remembered.
 const OTHER_KEY_FOR: Duration = Duration::from_secs(10);
-
-/// The selection of the key to seal with for each address during a rotation. A host that joins or returns then does
-/// not have the new key yet.
-#[derive(Default)]
-struct KeySelection {
-    /// The keys according to the records of the hosts.
-    known: HashMap<SocketAddr, ClusterKeyId>,
-    /// The keys of the last datagrams from the addresses.
-    heard: HashMap<SocketAddr, ClusterKeyId>,
-}
-
-impl KeySelection {
-    fn key(&self, to: SocketAddr, usual: ClusterKeyId) -> ClusterKeyId {
-        let heard = self.heard.get(&to).copied();
-        // A host that seals with the usual key has it, even if an old record says otherwise.
-        if heard == Some(usual) {
-            return usual;
-        }
-        self.known.get(&to).copied().or(heard).unwrap_or(usual)
-    }
-
-    fn heard(&mut self, from: SocketAddr, key: ClusterKeyId) {
-        if self.heard.len() >= MAX_ADDRESSES && !self.heard.contains_key(&from) {
-            self.heard.clear();
-        }
-        self.heard.insert(from, key);
-    }
-}
 
 /// A record that its host has sent itself, verified.
 pub(super) struct Learned {
@@ -122,9 +95,7 @@ pub(super) struct State {
     pub(super) queue: VecDeque<GossipEvent>,
     counters: GossipCounters,
     strangers: Strangers,
-    /// One sealer for each key. The first one is used unless the key selection has another.
-    sealers: Vec<Sealer>,
-    key_selection: KeySelection,
+    sealing: Sealing,
     /// The sources of datagrams with an unknown key, and when the last one arrived.
     other_keys: HashMap<IpAddr, Instant>,
     opener: Opener,
@@ -158,7 +129,7 @@ impl Hub {
         record: &NodeRecord,
     ) -> anyhow::Result<Self> {
         let keyring = Arc::clone(&config.keyring);
-        let sealers = keyring.all().map(Sealer::new).collect::<anyhow::Result<Vec<_>>>()?;
+        let sealing = Sealing::new(&keyring)?;
         let (node, now) = (record.id, Instant::now());
         let state = State {
             book: PeerBook::new(record.link_mtu, now),
@@ -178,8 +149,7 @@ impl Hub {
             queue: VecDeque::new(),
             counters: GossipCounters::default(),
             strangers: Strangers::default(),
-            sealers,
-            key_selection: KeySelection::default(),
+            sealing,
             other_keys: HashMap::new(),
             opener: Opener::new(node, keyring),
             splitter: Splitter::new()?,
@@ -214,19 +184,8 @@ impl Hub {
         keyring: Arc<Keyring>,
         known: HashMap<SocketAddr, ClusterKeyId>,
     ) -> anyhow::Result<()> {
-        let mut guard = self.lock();
-        let state = &mut *guard;
-        // Sealers of keys that remain are kept, because peers have authenticated their runs.
-        let lacking = keyring.all().filter(|key| state.sealer_of(key.id()).is_none());
-        let new = lacking.map(Sealer::new).collect::<anyhow::Result<Vec<_>>>()?;
-        state.sealers.extend(new);
-        let order: Vec<ClusterKeyId> = keyring.all().map(ClusterKey::id).collect();
-        state.sealers.retain(|sealer| order.contains(&sealer.key_id()));
-        state.sealers.sort_by_key(|sealer| order.iter().position(|id| *id == sealer.key_id()));
-        state.key_selection.known = known;
-        if keyring.ids().opens.is_empty() {
-            state.key_selection = KeySelection::default();
-        }
+        let mut state = self.lock();
+        state.sealing.set_keys(&keyring, known)?;
         state.opener.set_keyring(keyring);
         Ok(())
     }
@@ -365,14 +324,14 @@ impl Hub {
             }
             Err(refused) => return state.stranger(from, refused, now),
         };
-        if state.sealers.iter().any(|sealer| sealer.run() == run) {
+        if state.sealing.is_own(run) {
             // One of the addresses to join is that of the local host.
             return;
         }
-        if state.sealers.len() > 1
+        if state.sealing.selects()
             && let Some(key) = state.opener.key_of(&run)
         {
-            state.key_selection.heard(from, key);
+            state.sealing.heard(from, key);
         }
         if version != wire::version() {
             return self.other_version(state, (version == wire::INTRODUCTION).then_some(plain), from, now);
@@ -458,12 +417,12 @@ impl Hub {
                 if !budget.take(now) {
                     return None;
                 }
-                let answer = Some(Answer { nonce, run: state.sealer(from)?.run() });
+                let answer = Some(Answer { nonce, run: state.sealing.run_to(from)? });
                 let agreement = Some(self.agreement.public());
                 self.sign(&self.statement(state, answer, agreement)).map(Packet::Pong)
             }
             Packet::PairPing { nonce, pair } => {
-                let run_id = state.sealer(from)?.run();
+                let run_id = state.sealing.run_to(from)?;
                 let shared =
                     proved.and_then(|node| state.book.pair(node)).filter(|shared| shared.id() == pair);
                 let Some(shared) = shared else {
@@ -660,18 +619,6 @@ impl State {
         Some(Packet::Ping { nonce })
     }
 
-    /// The sealer for datagrams to an address.
-    fn sealer(&mut self, to: SocketAddr) -> Option<&mut Sealer> {
-        let usual = self.sealers.first().map(Sealer::key_id).unwrap_or_default();
-        let key = if self.sealers.len() > 1 { self.key_selection.key(to, usual) } else { usual };
-        let at = self.sealer_of(key).unwrap_or_default();
-        self.sealers.get_mut(at)
-    }
-
-    fn sealer_of(&self, key: ClusterKeyId) -> Option<usize> {
-        self.sealers.iter().position(|sealer| sealer.key_id() == key)
-    }
-
     fn send(&mut self, socket: &dyn Datagrams, to: SocketAddr, packet: &Packet) -> io::Result<()> {
         let plain = packet.encode().map_err(io::Error::other)?;
         let receiver = self.book.live_at(to);
@@ -697,17 +644,10 @@ impl State {
         &mut self,
         socket: &dyn Datagrams,
         to: SocketAddr,
-        (version, plain): (u8, &[u8]),
+        plain: (u8, &[u8]),
         receiver: Option<NodeId>,
     ) -> io::Result<()> {
-        let mut datagram = std::mem::take(&mut self.datagram);
-        let sealed =
-            self.sealer(to).ok_or_else(|| io::Error::other("there is no cluster key")).and_then(|sealer| {
-                let sealed = sealer.seal_version(version, plain, receiver, &mut datagram);
-                sealed.ok_or_else(|| io::Error::other("cannot seal the datagram"))
-            });
-        self.datagram = datagram;
-        sealed?;
+        self.sealing.seal(to, plain, receiver, &mut self.datagram)?;
         socket.send(&self.datagram, to)?;
         self.counters.sent += 1;
         Ok(())

@@ -32,6 +32,7 @@ mod pulse;
 mod replay;
 mod rounds;
 mod seal;
+mod sealing;
 mod statement;
 mod strangers;
 

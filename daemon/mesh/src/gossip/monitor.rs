@@ -93,8 +93,10 @@ struct Monitor {
     seen: BTreeMap<ChitchatId, SeenGeneration>,
     /// When the state of chitchat was last looked at.
     looked: Option<Instant>,
-    reported: BTreeMap<NodeId, ReportedPeer>,
-    clashes: BTreeMap<NodeId, (Instant, Option<Instant>)>,
+    /// The peers among `seen`, each with its latest record.
+    peers: BTreeMap<NodeId, Latest>,
+    /// Hosts of which two generations at different addresses are alive.
+    clashes: BTreeMap<NodeId, Clash>,
 }
 
 /// A generation of a host in the state of chitchat.
@@ -108,12 +110,24 @@ struct SeenGeneration {
     scan: Instant,
 }
 
-/// The last event about a peer.
-#[derive(PartialEq)]
-struct ReportedPeer {
+/// The latest readable record of a peer, and what the last event about it said.
+struct Latest {
+    record: NodeRecord,
     signed: SignedRecord,
+    /// Whether chitchat considers this generation alive.
+    hinted: bool,
+    /// Whether an event had this record.
+    told: bool,
     hints: Hints,
     alive: bool,
+}
+
+struct Clash {
+    addresses: [SocketAddr; 2],
+    generations: [u64; 2],
+    since: Instant,
+    /// When there was last an event about it.
+    said: Option<Instant>,
 }
 
 impl Monitor {
@@ -127,16 +141,19 @@ impl Monitor {
         self.looked = Some(now);
         let own = chitchat.self_chitchat_id().clone();
         let live: HashSet<&ChitchatId> = chitchat.live_nodes().collect();
+        let mut changed = false;
         for (id, state) in chitchat.node_states() {
             let version = state.max_version();
             let seen = self.seen.get_mut(id);
             if let Some(seen) = seen
                 && seen.version == version
             {
-                seen.live = live.contains(id);
-                seen.scan = now;
+                let is_live = live.contains(id);
+                changed |= seen.live != is_live;
+                (seen.live, seen.scan) = (is_live, now);
                 continue;
             }
+            changed = true;
             let text = state.get(KEY_RECORD).filter(|_| *id != own);
             let record = text.and_then(|text| self.read(id, text, hub, events));
             let node = id.node_id.parse().ok();
@@ -146,14 +163,15 @@ impl Monitor {
         let before = self.seen.len();
         self.seen.retain(|_, seen| seen.scan == now);
         if self.seen.len() != before {
+            changed = true;
             let present: HashSet<NodeId> = self.seen.values().filter_map(|seen| seen.node).collect();
-            self.clashes.retain(|node, _| present.contains(node));
-            let gone = self.reported.keys().filter(|node| !present.contains(node));
-            for node in gone.copied().collect::<Vec<_>>() {
-                self.reported.remove(&node);
+            for (node, _) in self.peers.extract_if(.., |node, _| !present.contains(node)) {
                 hub.lock().book.unlist(node);
                 events.push(GossipEvent::Gone(node));
             }
+        }
+        if changed {
+            self.group(hub.node, now);
         }
         let mut state = hub.lock();
         // All that chitchat has was let in, so it has all of it if it has as much. It has this host besides.
@@ -163,16 +181,56 @@ impl Monitor {
         }
     }
 
-    /// Adds the events since the last call.
-    fn judge(&mut self, hub: &Hub, now: Instant, trust: bool, events: &mut Vec<GossipEvent>) {
-        let ids = self.seen.iter().filter_map(|(id, seen)| Some((seen.node?, id, seen)));
-        let ids: Vec<(NodeId, &ChitchatId, &SeenGeneration)> = ids.collect();
+    /// Finds the latest record of each peer, and the clashes, among the generations that were seen.
+    fn group(&mut self, own: NodeId, now: Instant) {
+        let Self { seen, peers, clashes, .. } = self;
+        let before = std::mem::take(clashes);
+        let ids: Vec<_> = seen.iter().filter_map(|(id, seen)| Some((seen.node?, id, seen))).collect();
         // The generations of a host are adjacent, because the ids are sorted by their text.
         for group in ids.chunk_by(|one, other| one.0 == other.0) {
             let Some(&(node, ..)) = group.first() else { continue };
-            clash(&mut self.clashes, node, group, now, events);
-            if node != hub.node {
-                report(&mut self.reported, node, group, hub, now, trust, events);
+            if let Some(clash) = clash(group, before.get(&node), now) {
+                clashes.insert(node, clash);
+            }
+            let readable = group.iter().filter_map(|(_, id, seen)| Some((id, seen, seen.record.as_ref()?)));
+            // By the order in the record first, because it is signed.
+            let latest = readable.max_by_key(|(id, _, (record, _))| {
+                (record.order(), id.generation_id, id.gossip_advertise_addr)
+            });
+            let Some((_, seen, (record, signed))) = latest.filter(|_| node != own) else { continue };
+            let known = peers.get_mut(&node);
+            if let Some(known) = known {
+                known.hinted = seen.live;
+                if known.signed != *signed {
+                    (known.record, known.signed, known.told) = (record.clone(), signed.clone(), false);
+                }
+                continue;
+            }
+            let (record, signed) = (record.clone(), signed.clone());
+            let (hints, alive) = (Hints::default(), false);
+            peers.insert(node, Latest { record, signed, hinted: seen.live, told: false, hints, alive });
+        }
+    }
+
+    /// Adds the events since the last call.
+    fn judge(&mut self, hub: &Hub, now: Instant, trust: bool, events: &mut Vec<GossipEvent>) {
+        for (node, clash) in &mut self.clashes {
+            let late = now.saturating_duration_since(clash.since) >= CLASH_AFTER;
+            if late && clash.said.is_none_or(|said| now.saturating_duration_since(said) >= CLASH_EVERY) {
+                clash.said = Some(now);
+                let Clash { addresses, generations, .. } = *clash;
+                events.push(GossipEvent::Clash { node: *node, addresses, generations });
+            }
+        }
+        let mut state = hub.lock();
+        for (&node, peer) in &mut self.peers {
+            let alive = state.book.is_alive(node, now) || (peer.alive && !trust);
+            let hints = state.book.hints(node);
+            state.book.list(node, peer.record.address, peer.record.link_mtu, (alive, peer.hinted), now);
+            if !peer.told || peer.alive != alive || peer.hints != hints {
+                (peer.told, peer.hints, peer.alive) = (true, hints, alive);
+                let (record, signed) = (peer.record.clone(), peer.signed.clone());
+                events.push(GossipEvent::Peer { record, signed, hints, alive });
             }
         }
     }
@@ -219,63 +277,20 @@ impl Monitor {
     }
 }
 
-/// Adds an event about the latest generation of a peer, if it differs from the last event.
-fn report(
-    reported: &mut BTreeMap<NodeId, ReportedPeer>,
-    node: NodeId,
-    group: &[(NodeId, &ChitchatId, &SeenGeneration)],
-    hub: &Hub,
-    now: Instant,
-    trust: bool,
-    events: &mut Vec<GossipEvent>,
-) {
-    let readable = group.iter().filter_map(|(_, id, seen)| Some((id, seen, seen.record.as_ref()?)));
-    // By the order in the record first, because it is signed.
-    let latest = readable
-        .max_by_key(|(id, _, (record, _))| (record.order(), id.generation_id, id.gossip_advertise_addr));
-    let Some((_, seen, (record, signed))) = latest else { return };
-    let before = reported.get(&node);
-    let mut state = hub.lock();
-    let mut alive = state.book.is_alive(node, now);
-    let hints = state.book.hints(node);
-    if !alive && !trust && before.is_some_and(|before| before.alive) {
-        alive = true;
-    }
-    state.book.list(node, record.address, record.link_mtu, (alive, seen.live), now);
-    let news = before.is_none_or(|told| told.alive != alive || told.hints != hints || told.signed != *signed);
-    if news {
-        reported.insert(node, ReportedPeer { signed: signed.clone(), hints, alive });
-        let (record, signed) = (record.clone(), signed.clone());
-        events.push(GossipEvent::Peer { record, signed, hints, alive });
-    }
-}
-
-/// Adds an event if two generations of a host are alive: two daemons run with the same identity.
+/// Two live generations of a host, whose daemons therefore run with the same identity. `None` if there are no two.
 fn clash(
-    clashes: &mut BTreeMap<NodeId, (Instant, Option<Instant>)>,
-    node: NodeId,
     group: &[(NodeId, &ChitchatId, &SeenGeneration)],
+    before: Option<&Clash>,
     now: Instant,
-    events: &mut Vec<GossipEvent>,
-) {
+) -> Option<Clash> {
     let mut live = group.iter().filter(|(_, _, seen)| seen.live).map(|(_, id, _)| *id);
-    let one = live.next();
+    let one = live.next()?;
     // Two daemons cannot run at one address: the older generation there is that of a restarted daemon.
-    let other =
-        live.find(|other| one.is_none_or(|one| one.gossip_advertise_addr != other.gossip_advertise_addr));
-    let (Some(one), Some(other)) = (one, other) else {
-        clashes.remove(&node);
-        return;
-    };
-    let (since, said) = clashes.entry(node).or_insert((now, None));
-    let late = now.saturating_duration_since(*since) >= CLASH_AFTER;
-    if late && said.is_none_or(|said| now.saturating_duration_since(said) >= CLASH_EVERY) {
-        *said = Some(now);
-        let addresses: [SocketAddr; 2] = [one.gossip_advertise_addr, other.gossip_advertise_addr];
-        events.push(GossipEvent::Clash {
-            node,
-            addresses,
-            generations: [one.generation_id, other.generation_id],
-        });
-    }
+    let other = live.find(|other| one.gossip_advertise_addr != other.gossip_advertise_addr)?;
+    Some(Clash {
+        addresses: [one.gossip_advertise_addr, other.gossip_advertise_addr],
+        generations: [one.generation_id, other.generation_id],
+        since: before.map_or(now, |before| before.since),
+        said: before.and_then(|before| before.said),
+    })
 }

@@ -83,7 +83,7 @@ impl Node {
         let old: Vec<NetworkId> = {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
-            if !state.caught_up || !state.is_coordinator() {
+            if !state.phase.is_caught_up() || !state.is_coordinator() {
                 return;
             }
             let now = state.now();

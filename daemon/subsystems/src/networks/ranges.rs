@@ -19,11 +19,32 @@ use crate::local::ranges::{Conflict, Needed};
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct HostRanges {
     /// Prefixes of the addresses of its devices, each with the name of a device.
-    pub connected: BTreeMap<IpNet, String>,
+    connected: BTreeMap<IpNet, String>,
     /// Gateways of default routes of both address families.
-    pub gateways: BTreeSet<IpAddr>,
+    gateways: BTreeSet<IpAddr>,
     /// Resolvers that the host asks.
-    pub resolvers: BTreeSet<IpAddr>,
+    resolvers: BTreeSet<IpAddr>,
+}
+
+impl HostRanges {
+    /// Takes the prefixes of the addresses of this host's devices, and the gateways of its default routes. Returns whether
+    /// they changed.
+    pub fn set_connections(
+        &mut self,
+        connected: BTreeMap<IpNet, String>,
+        gateways: BTreeSet<IpAddr>,
+    ) -> bool {
+        let is_new = (&self.connected, &self.gateways) != (&connected, &gateways);
+        (self.connected, self.gateways) = (connected, gateways);
+        is_new
+    }
+
+    /// Takes the resolvers that this host asks. Returns whether they changed.
+    pub fn set_resolvers(&mut self, resolvers: BTreeSet<IpAddr>) -> bool {
+        let is_new = self.resolvers != resolvers;
+        self.resolvers = resolvers;
+        is_new
+    }
 }
 
 /// The addresses and prefixes that no network may cover on this host.

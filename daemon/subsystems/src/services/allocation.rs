@@ -15,7 +15,7 @@ use ovl_cluster::digest::hash;
 use ovl_cluster::networks::overlaps;
 use ovl_cluster::resources::Resources;
 use ovl_cluster::view::View;
-use ovl_manifest::{Problem, Problems};
+use ovl_manifest::{FieldProblem, FieldProblems};
 use ovl_proto::resource::{
     ClusterIp, IpFamily, IpFamilyPolicy, LoadBalancerIngress, Name, Service, ServicePort, ServiceType,
 };
@@ -196,8 +196,8 @@ impl<'a> ServiceAllocator<'a> {
     ///
     /// The fields whose value is outside a range or in use, or for which nothing is free. A Service of type LoadBalancer for
     /// which no address is free gets none for now: see [`waiting`].
-    pub fn allocate(&mut self, service: &mut Service) -> Result<(), Vec<Problem>> {
-        let mut problems = Problems::default();
+    pub fn allocate(&mut self, service: &mut Service) -> Result<(), Vec<FieldProblem>> {
+        let mut problems = FieldProblems::default();
         let name = Name::new(&service.metadata.namespace, &service.metadata.name);
         let old = self.resources.services().get(&name);
         let given = std::mem::take(&mut service.status.load_balancer.ingress);
@@ -227,7 +227,7 @@ impl<'a> ServiceAllocator<'a> {
         holder.filter(|holder| *holder != name)
     }
 
-    fn families(&self, service: &mut Service, problems: &mut Problems) {
+    fn families(&self, service: &mut Service, problems: &mut FieldProblems) {
         let bare_headless = service.is_headless() && service.spec.selector.is_empty();
         let spec = &mut service.spec;
         let both = spec.cluster_ips.len() > 1 || spec.ip_families.len() > 1;
@@ -265,7 +265,7 @@ impl<'a> ServiceAllocator<'a> {
         spec.ip_family_policy = Some(policy);
     }
 
-    fn cluster_ips(&self, service: &mut Service, name: &Name, problems: &mut Problems) {
+    fn cluster_ips(&self, service: &mut Service, name: &Name, problems: &mut FieldProblems) {
         if service.is_headless() {
             return;
         }
@@ -294,7 +294,7 @@ impl<'a> ServiceAllocator<'a> {
         service.spec.cluster_ips = ips;
     }
 
-    fn node_ports(&self, service: &mut Service, name: &Name, problems: &mut Problems) {
+    fn node_ports(&self, service: &mut Service, name: &Name, problems: &mut FieldProblems) {
         let spec = &mut service.spec;
         let allocates = match spec.kind {
             ServiceType::NodePort => true,
@@ -333,7 +333,7 @@ impl<'a> ServiceAllocator<'a> {
         }
     }
 
-    fn load_balancer(&mut self, service: &mut Service, name: &Name, problems: &mut Problems) {
+    fn load_balancer(&mut self, service: &mut Service, name: &Name, problems: &mut FieldProblems) {
         if service.spec.kind != ServiceType::LoadBalancer || self.ranges.is_balanced_by_others(service) {
             return;
         }
@@ -376,12 +376,12 @@ impl<'a> ServiceAllocator<'a> {
         service.status.load_balancer.ingress = ingress.collect();
     }
 
-    fn want_in_range(&self, port: u16, path: &str, problems: &mut Problems) {
+    fn want_in_range(&self, port: u16, path: &str, problems: &mut FieldProblems) {
         let range = self.ranges.node_ports;
         problems.want(range.contains(port), path, format!("{port} is not in the node_port_range {range}"));
     }
 
-    fn want_free(&self, claim: Claim, name: &Name, path: &str, problems: &mut Problems) {
+    fn want_free(&self, claim: Claim, name: &Name, path: &str, problems: &mut FieldProblems) {
         if let Some(other) = self.other(claim, name) {
             problems.add(path, format!("{claim} is in use by Service {other}"));
         }
@@ -395,7 +395,7 @@ impl<'a> ServiceAllocator<'a> {
         address: IpAddr,
         name: &Name,
         path: &str,
-        problems: &mut Problems,
+        problems: &mut FieldProblems,
     ) {
         for claim in balancers_of(service, address).chain([Claim::Address(address)]) {
             self.want_free(claim, name, path, problems);
@@ -462,7 +462,7 @@ pub fn families_waited_for(service: &Service, ranges: &Ranges) -> Vec<IpFamily> 
 
 /// Keeps allocated values of the current version where the manifest does not set them. Node ports outside of the range,
 /// which was another one then, are not kept.
-fn carry_over(old: &Service, new: &mut Service, node_ports: NodePortRange, problems: &mut Problems) {
+fn carry_over(old: &Service, new: &mut Service, node_ports: NodePortRange, problems: &mut FieldProblems) {
     new.metadata.creation_timestamp = old.metadata.creation_timestamp;
     let reached = |service: &Service| service.spec.kind != ServiceType::ExternalName;
     if !reached(old) || !reached(new) {

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use ovl_cluster::view::{Node, View};
-use ovl_manifest::Problem;
+use ovl_manifest::FieldProblem;
 use ovl_proto::SEALED_VXLAN_PORT;
 use ovl_proto::resource::{Protocol, Service};
 
@@ -180,7 +180,7 @@ impl Permits {
 
     /// Checks the external IPs and node ports of a Service that is being applied. The rest is checked when it is
     /// allocated.
-    pub fn check(&self, service: &Service) -> Vec<Problem> {
+    pub fn check(&self, service: &Service) -> Vec<FieldProblem> {
         let external =
             service.spec.external_ips.iter().enumerate().filter_map(|(n, address)| {
                 Some((format!("spec.externalIPs[{n}]"), self.external_ip(*address)?))
@@ -197,7 +197,7 @@ impl Permits {
         let health = service.spec.health_check_node_port.and_then(|port| self.health_check_port(port));
         let health = health.map(|denial| ("spec.healthCheckNodePort".to_owned(), denial));
         let all = external.chain(ports).chain(balancer).chain(health);
-        all.map(|(field, denial)| Problem { field, reason: denial.to_string() }).collect()
+        all.map(|(field, denial)| FieldProblem { field, reason: denial.to_string() }).collect()
     }
 }
 

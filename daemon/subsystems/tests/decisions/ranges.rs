@@ -26,11 +26,11 @@ fn view_with(subnet: &str) -> View {
 /// What host h1 is connected to: one prefix of each family and a router without a prefix.
 fn host() -> HostRanges {
     let connected = ["10.50.0.17/24", "fd50::17/64", "10.51.0.9/32"].map(|at| net(at).trunc());
-    HostRanges {
-        connected: connected.into_iter().map(|prefix| (prefix, "lan0".to_owned())).collect(),
-        gateways: ["100.64.0.1", "2001:db8::1"].map(|at| at.parse().unwrap()).into(),
-        resolvers: ["203.0.113.53", "2001:db8:53::53"].map(|at| at.parse().unwrap()).into(),
-    }
+    let connected = connected.into_iter().map(|prefix| (prefix, "lan0".to_owned())).collect();
+    let mut host = HostRanges::default();
+    host.set_connections(connected, ["100.64.0.1", "2001:db8::1"].map(|at| at.parse().unwrap()).into());
+    host.set_resolvers(["203.0.113.53", "2001:db8:53::53"].map(|at| at.parse().unwrap()).into());
+    host
 }
 
 fn reason(view: &View) -> Option<Needed> {

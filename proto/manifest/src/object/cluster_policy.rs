@@ -4,7 +4,7 @@ use ovl_proto::resource::{
     ClusterNetworkPolicy, ClusterPeer, ClusterPorts, ClusterProtocol, PolicySubject, RuleAction,
 };
 
-use crate::problem::{Problem, Problems};
+use crate::problem::{FieldProblem, FieldProblems};
 
 use super::names;
 use super::policy::check_selector;
@@ -18,7 +18,7 @@ const MAX_NAME: usize = 100;
 
 const ONE: &str = "exactly one of its fields is needed";
 
-pub(super) fn check(policy: &ClusterNetworkPolicy, problems: &mut Problems) {
+pub(super) fn check(policy: &ClusterNetworkPolicy, problems: &mut FieldProblems) {
     let spec = &policy.spec;
     problems.want(spec.tier.is_some(), "spec.tier", "is missing: Admin or Baseline");
     let is_right = spec.priority.is_some_and(|priority| priority <= MAX_PRIORITY);
@@ -43,11 +43,11 @@ pub(super) fn check(policy: &ClusterNetworkPolicy, problems: &mut Problems) {
     }
 }
 
-fn check_count(path: &str, count: usize, problems: &mut Problems) {
+fn check_count(path: &str, count: usize, problems: &mut FieldProblems) {
     problems.want(count <= MAX, path, format!("exceeds the limit of {MAX}"));
 }
 
-fn check_subject(subject: &PolicySubject, problems: &mut Problems) {
+fn check_subject(subject: &PolicySubject, problems: &mut FieldProblems) {
     let PolicySubject { namespaces, pods, .. } = subject;
     problems.want(namespaces.is_some() != pods.is_some(), "spec.subject", ONE);
     check_pods(
@@ -57,7 +57,7 @@ fn check_subject(subject: &PolicySubject, problems: &mut Problems) {
     );
 }
 
-fn check_pods(path: &str, peer: &ClusterPeer, problems: &mut Problems) {
+fn check_pods(path: &str, peer: &ClusterPeer, problems: &mut FieldProblems) {
     if let Some(selector) = &peer.namespaces {
         check_selector(&format!("{path}.namespaces"), selector, problems);
     }
@@ -73,7 +73,7 @@ fn check_rule(
     side: &str,
     peers: &[ClusterPeer],
     protocols: &[ClusterProtocol],
-    problems: &mut Problems,
+    problems: &mut FieldProblems,
 ) {
     problems.want(action.is_some(), format!("{path}.action"), "is missing: Accept, Deny or Pass");
     problems.want(name.chars().count() <= MAX_NAME, format!("{path}.name"), "is longer than 100 characters");
@@ -117,7 +117,7 @@ fn check_rule(
     }
 }
 
-fn check_protocol(path: &str, protocol: &ClusterProtocol, problems: &mut Problems) {
+fn check_protocol(path: &str, protocol: &ClusterProtocol, problems: &mut FieldProblems) {
     let ClusterProtocol { tcp, udp, sctp, destination_named_port: named, .. } = protocol;
     let given = [tcp.is_some(), udp.is_some(), sctp.is_some(), !named.is_empty()];
     problems.want(given.into_iter().filter(|given| *given).count() == 1, path, ONE);
@@ -145,7 +145,7 @@ fn check_protocol(path: &str, protocol: &ClusterProtocol, problems: &mut Problem
 }
 
 /// Returns the peers on which ovl does not act, with what that means. The API demands that their rules fail closed.
-pub(super) fn not_acted_on(policy: &ClusterNetworkPolicy) -> Vec<Problem> {
+pub(super) fn not_acted_on(policy: &ClusterNetworkPolicy) -> Vec<FieldProblem> {
     let mut found = Vec::new();
     for (n, rule) in policy.spec.egress.iter().enumerate() {
         for (m, peer) in rule.to.iter().enumerate() {
@@ -156,7 +156,7 @@ pub(super) fn not_acted_on(policy: &ClusterNetworkPolicy) -> Vec<Problem> {
                     Some(RuleAction::Deny | RuleAction::Pass) | None => "so the rule denies everything",
                 };
                 let reason = format!("ovl does not act on {field}, {effect}");
-                found.push(Problem { field: format!("spec.egress[{n}].to[{m}].{field}"), reason });
+                found.push(FieldProblem { field: format!("spec.egress[{n}].to[{m}].{field}"), reason });
             }
         }
     }

@@ -4,7 +4,7 @@ use ovl_proto::resource::{
     IntOrString, IpBlock, LabelSelector, NetworkPolicy, Operator, PolicyPeer, PolicyPort,
 };
 
-use crate::problem::Problems;
+use crate::problem::FieldProblems;
 
 use super::names::{LABEL_KEY, LABEL_VALUE, is_label_key, is_label_value};
 use super::{check_labels, check_port};
@@ -12,7 +12,7 @@ use super::{check_labels, check_port};
 /// The maximum number of rules of a policy in each direction.
 const MAX_RULES: usize = 1000;
 
-pub(super) fn check(policy: &NetworkPolicy, problems: &mut Problems) {
+pub(super) fn check(policy: &NetworkPolicy, problems: &mut FieldProblems) {
     let spec = &policy.spec;
     check_selector("spec.podSelector", &spec.pod_selector, problems);
     let mut types = spec.policy_types.clone();
@@ -34,7 +34,13 @@ pub(super) fn check(policy: &NetworkPolicy, problems: &mut Problems) {
     }
 }
 
-fn check_rule(path: &str, ports: &[PolicyPort], side: &str, peers: &[PolicyPeer], problems: &mut Problems) {
+fn check_rule(
+    path: &str,
+    ports: &[PolicyPort],
+    side: &str,
+    peers: &[PolicyPeer],
+    problems: &mut FieldProblems,
+) {
     for (n, port) in ports.iter().enumerate() {
         let path = format!("{path}.ports[{n}]");
         if let Some(port) = &port.port {
@@ -79,7 +85,7 @@ fn check_rule(path: &str, ports: &[PolicyPort], side: &str, peers: &[PolicyPeer]
     }
 }
 
-pub(super) fn check_selector(path: &str, selector: &LabelSelector, problems: &mut Problems) {
+pub(super) fn check_selector(path: &str, selector: &LabelSelector, problems: &mut FieldProblems) {
     check_labels(&format!("{path}.matchLabels"), &selector.match_labels, problems);
     for (n, requirement) in selector.match_expressions.iter().enumerate() {
         let path = format!("{path}.matchExpressions[{n}]");

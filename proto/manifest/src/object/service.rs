@@ -10,7 +10,7 @@ use ovl_proto::resource::{
     SessionAffinity, TrafficPolicy,
 };
 
-use crate::problem::{Problem, Problems};
+use crate::problem::{FieldProblem, FieldProblems};
 
 use super::names::{LABEL, LABEL_KEY, SUBDOMAIN, is_label, is_label_key, is_subdomain};
 use super::{USABLE, check_labels, check_number, check_port, is_usable};
@@ -25,10 +25,10 @@ pub(super) const SOURCE_RANGES_ANNOTATION: &str = "service.beta.kubernetes.io/lo
 const MAX_AFFINITY_SECONDS: u32 = 86_400;
 
 /// Fills in the fields that derive from others, and removes those without effect, which the Kubernetes API accepts.
-pub(super) fn complete(service: &mut Service, warnings: &mut Vec<Problem>) {
+pub(super) fn complete(service: &mut Service, warnings: &mut Vec<FieldProblem>) {
     let spec = &mut service.spec;
     let mut without_effect = |field: &str, reason: &str| {
-        warnings.push(Problem { field: field.to_owned(), reason: reason.to_owned() });
+        warnings.push(FieldProblem { field: field.to_owned(), reason: reason.to_owned() });
     };
     if spec.kind == ServiceType::ExternalName && !spec.external_ips.is_empty() {
         spec.external_ips.clear();
@@ -54,7 +54,7 @@ pub(super) fn complete(service: &mut Service, warnings: &mut Vec<Problem>) {
 
 /// Takes over the source ranges that a Service of type LoadBalancer has in its annotation, if it has none in its
 /// specification: as in Kubernetes.
-pub(super) fn take_source_ranges(service: &mut Service, problems: &mut Problems) {
+pub(super) fn take_source_ranges(service: &mut Service, problems: &mut FieldProblems) {
     let spec = &mut service.spec;
     let Some(text) = service.metadata.annotations.get(SOURCE_RANGES_ANNOTATION) else { return };
     if spec.kind != ServiceType::LoadBalancer || !spec.load_balancer_source_ranges.is_empty() {
@@ -71,7 +71,7 @@ pub(super) fn take_source_ranges(service: &mut Service, problems: &mut Problems)
     }
 }
 
-pub(super) fn check(service: &Service, problems: &mut Problems) {
+pub(super) fn check(service: &Service, problems: &mut FieldProblems) {
     let spec = &service.spec;
     check_labels("spec.selector", &spec.selector, problems);
     check_ports(service, problems);
@@ -97,7 +97,7 @@ pub(super) fn check(service: &Service, problems: &mut Problems) {
     }
 }
 
-fn check_ports(service: &Service, problems: &mut Problems) {
+fn check_ports(service: &Service, problems: &mut FieldProblems) {
     let spec = &service.spec;
     problems.want(spec.ports.len() <= MAX_PORTS, "spec.ports", format!("exceed the limit of {MAX_PORTS}"));
     let (mut names, mut numbers, mut node_ports) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
@@ -138,7 +138,7 @@ fn check_ports(service: &Service, problems: &mut Problems) {
     }
 }
 
-fn check_addresses(spec: &ServiceSpec, problems: &mut Problems) {
+fn check_addresses(spec: &ServiceSpec, problems: &mut FieldProblems) {
     let ips = &spec.cluster_ips;
     problems.want(
         spec.cluster_ip == ips.first().copied(),
@@ -203,7 +203,7 @@ fn check_addresses(spec: &ServiceSpec, problems: &mut Problems) {
 }
 
 /// Validates a ServiceCIDR.
-pub(super) fn check_cidr(cidr: &ServiceCidr, problems: &mut Problems) {
+pub(super) fn check_cidr(cidr: &ServiceCidr, problems: &mut FieldProblems) {
     let ranges = &cidr.spec.cidrs;
     let families: BTreeSet<bool> = ranges.iter().map(|range| range.addr().is_ipv4()).collect();
     problems.want(
@@ -213,7 +213,7 @@ pub(super) fn check_cidr(cidr: &ServiceCidr, problems: &mut Problems) {
     );
 }
 
-fn check_policies(service: &Service, problems: &mut Problems) {
+fn check_policies(service: &Service, problems: &mut FieldProblems) {
     let spec = &service.spec;
     problems.want(
         service.is_reached_from_outside() || spec.external_traffic_policy == TrafficPolicy::Cluster,

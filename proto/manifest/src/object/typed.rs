@@ -10,7 +10,7 @@ use serde::de::{DeserializeOwned, Deserializer, Error as _, IntoDeserializer, Un
 use serde::forward_to_deserialize_any;
 use serde_json::{Error, Value};
 
-use crate::problem::Problem;
+use crate::problem::FieldProblem;
 
 use super::join;
 
@@ -18,20 +18,20 @@ use super::join;
 pub(super) struct Typed<'a>(pub(super) &'a Value);
 
 impl ReadManifest for Typed<'_> {
-    type Error = Problem;
+    type Error = FieldProblem;
 
-    fn read<T: DeserializeOwned>(self) -> Result<T, Problem> {
+    fn read<T: DeserializeOwned>(self) -> Result<T, FieldProblem> {
         serde_path_to_error::deserialize(Shaped(self.0)).map_err(|error| {
             let path = error.path().to_string();
             let reason = error.into_inner().to_string();
             // For a missing field, the path is that of its parent.
             let missing = reason.strip_prefix("missing field `").and_then(|rest| rest.strip_suffix('`'));
             match missing {
-                Some(field) => Problem {
+                Some(field) => FieldProblem {
                     field: join(path.trim_end_matches('.'), field),
                     reason: "is missing".to_owned(),
                 },
-                None => Problem { field: if path == "." { String::new() } else { path }, reason },
+                None => FieldProblem { field: if path == "." { String::new() } else { path }, reason },
             }
         })
     }

@@ -6,7 +6,7 @@ use ovl_proto::resource::{
     AddressType, ConditionStatus, EndpointSlice, Pod, PodCondition, PodIp, READY_CONDITION,
 };
 
-use crate::problem::Problems;
+use crate::problem::FieldProblems;
 
 use super::names::{LABEL, LABEL_VALUE, PORT_NAME, is_label, is_label_value, is_port_name, is_subdomain};
 use super::{USABLE, check_number, is_usable};
@@ -47,7 +47,7 @@ pub(super) fn complete(pod: &mut Pod, terminating: bool) {
     }
 }
 
-pub(super) fn check_pod(pod: &Pod, problems: &mut Problems) {
+pub(super) fn check_pod(pod: &Pod, problems: &mut FieldProblems) {
     let (spec, status) = (&pod.spec, &pod.status);
     for (field, name) in [("spec.hostname", &spec.hostname), ("spec.subdomain", &spec.subdomain)] {
         problems.want(name.is_empty() || is_label(name), field, LABEL);
@@ -104,7 +104,7 @@ fn is_hint(text: &str) -> bool {
     !text.is_empty() && (is_label_value(text) || is_subdomain(text))
 }
 
-pub(super) fn check_slice(slice: &EndpointSlice, problems: &mut Problems) {
+pub(super) fn check_slice(slice: &EndpointSlice, problems: &mut FieldProblems) {
     let ipv4 = slice.address_type == AddressType::IPv4;
     problems.want(
         slice.endpoints.len() <= MAX_SLICE_ENDPOINTS,

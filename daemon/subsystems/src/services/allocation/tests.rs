@@ -44,7 +44,7 @@ fn view(resources: &Resources) -> View {
     }
 }
 
-fn allocate(resources: &Resources, service: &mut Service, ranges: &Ranges) -> Result<(), Vec<Problem>> {
+fn allocate(resources: &Resources, service: &mut Service, ranges: &Ranges) -> Result<(), Vec<FieldProblem>> {
     ServiceAllocator::new(&view(resources), ranges, &mut ReservedClaims::default()).allocate(service)
 }
 

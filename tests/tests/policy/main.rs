@@ -2,19 +2,22 @@
 
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
+mod bypass;
+mod services;
+
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
-use netns_lab::{Lab, LabConfig, Netns, uninterrupted, wait_until};
+use netns_lab::{Lab, LabConfig, wait_until};
 use ovl_tests::policy::{PolicyLab, Proto, namespace, policy, port_name, wait_enforced};
 use ovl_tests::routed::create_routed_network;
-use ovl_tests::service::{NamedServer, apply};
+use ovl_tests::service::apply;
 use ovl_tests::{
-    Attached, SOON, assert_contains, attach, attach_workload, create_network, rows, set_bridge_nf_call,
-    start_lab, strings, text, wait_clean,
+    Attached, SOON, assert_contains, attach, attach_workload, create_network, rows, start_lab, strings, text,
+    wait_clean,
 };
 use serde_json::{Value, json};
 
@@ -573,196 +576,6 @@ fn new_pod_is_isolated_from_its_first_packet_on_also_on_a_late_joiner() {
         });
         assert_eq!(connections, 0, "on {host}");
     }
-}
-
-#[test]
-fn isolated_endpoint_reaches_its_neighbours_over_ipv6_where_bridges_call_the_packet_filter() {
-    let lab = start_lab(1).unwrap();
-    let h1 = &lab["h1"];
-    set_bridge_nf_call(h1, true).unwrap();
-    create_network(&lab, "pods", &["--subnet", "10.60.0.0/16", "--subnet", "fd60::/64"]).unwrap();
-    let database = labelled(&lab, "h1", "database", "database");
-    let web = labelled(&lab, "h1", "web", "web");
-    apply(&lab, h1, EXAMPLE).unwrap();
-    wait_enforced(h1).unwrap();
-    for address in web.addresses() {
-        database.workload.ping_until(&address, SOON).unwrap();
-    }
-    let _server = web.workload.tcp_echo(5432).unwrap();
-    assert!(connects(&database, &web, 5432, SOON));
-    let _server = database.workload.tcp_echo(5432).unwrap();
-    assert!(!connects(&web, &database, 5432, Duration::from_secs(1)));
-}
-
-#[test]
-fn policies_apply_to_broadcast_and_link_local_traffic() {
-    for nf_call in [false, true] {
-        assert_no_bypass(nf_call);
-    }
-}
-
-fn assert_no_bypass(nf_call: bool) {
-    let lab = start_lab(2).unwrap();
-    lab.hosts().iter().for_each(|host| set_bridge_nf_call(host, nf_call).unwrap());
-    create_network(&lab, "pods", &["--subnet", "10.60.0.0/16"]).unwrap();
-    let database = labelled(&lab, "h1", "database", "database");
-    let other = labelled(&lab, "h1", "other", "other");
-    let senders = ["h1", "h2"].map(|host| labelled(&lab, host, &format!("web-{host}"), "web"));
-    apply(&lab, &lab["h1"], EXAMPLE).unwrap();
-    lab.hosts().iter().for_each(|host| wait_enforced(host).unwrap());
-    let listen = |at: &Attached| {
-        let socket = at.workload.run(|| std::net::UdpSocket::bind("0.0.0.0:5432")).unwrap().unwrap();
-        socket.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
-        socket
-    };
-    let (isolated, free) = (listen(&database), listen(&other));
-    isolated.set_nonblocking(true).unwrap();
-    let api = labelled(&lab, "h2", "api", "api");
-    let _servers = [&database, &other].map(|at| at.workload.tcp_echo(5432).unwrap());
-    for from in &senders {
-        wait_until(SOON, &format!("a broadcast of {}", from.name), || -> Result<()> {
-            from.workload.run(|| -> std::io::Result<()> {
-                let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
-                socket.set_broadcast(true)?;
-                socket.send_to(b"all", "10.60.255.255:5432").map(drop)
-            })??;
-            free.recv_from(&mut [0; 8])?;
-            Ok(())
-        })
-        .unwrap();
-        // Marker: a connection that the policy allows, and which needs ARP, is made after the broadcast.
-        wait_until(SOON, "the api's connection", || connects(&api, &database, 5432, SOON)).unwrap();
-        let received = uninterrupted(|| isolated.recv_from(&mut [0; 8]));
-        assert!(received.is_err(), "bridge-nf-call-iptables={nf_call}: {received:?}");
-        // Link-local addresses, which are not assigned by ovl. The sender's own one may still be tentative.
-        let connects = |to: &Attached, timeout| {
-            let target = link_local(to, from);
-            from.workload.run(|| TcpStream::connect_timeout(&target, timeout)).unwrap()
-        };
-        let what = format!("{} to {}, bridge-nf-call-iptables={nf_call}", from.name, other.name);
-        wait_until(SOON, &what, || connects(&other, SOON).map(drop)).unwrap();
-        let connected = connects(&database, Duration::from_secs(1));
-        assert!(connected.is_err(), "{} to {}, bridge-nf-call-iptables={nf_call}", from.name, database.name);
-    }
-}
-
-/// Link-local address of an endpoint, with the interface index of another one.
-fn link_local(of: &Attached, from: &Attached) -> SocketAddr {
-    let found = wait_until(SOON, "a link-local address", || -> Result<Option<std::net::Ipv6Addr>> {
-        let shown = of.workload.exec_ok([
-            "ip",
-            "-6",
-            "-o",
-            "addr",
-            "show",
-            "dev",
-            "eth0",
-            "scope",
-            "link",
-            "-tentative",
-        ])?;
-        let net = shown.split_whitespace().skip_while(|word| *word != "inet6").nth(1);
-        Ok(net.and_then(|net| net.split('/').next()?.parse().ok()))
-    })
-    .unwrap();
-    let index = from.workload.run(|| nix::net::if_::if_nametoindex("eth0")).unwrap().unwrap();
-    std::net::SocketAddrV6::new(found, 5432, 0, index).into()
-}
-
-/// Checks that policies apply to Services by the pods at both ends, so a Service neither bypasses a policy nor is
-/// blocked.
-fn assert_policies_apply_to_services(create: impl Fn(&Lab)) {
-    let lab = start_lab(2).unwrap();
-    create(&lab);
-    let database = labelled(&lab, "h2", "database", "database");
-    let _server = NamedServer::start(&database.workload, "database", 8080).unwrap();
-    let [api, near, web] = [("h1", "api"), ("h2", "api"), ("h1", "web")]
-        .map(|(host, app)| labelled(&lab, host, &format!("{app}-{host}"), app));
-    let service = json!({
-        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "database"},
-        "spec": {
-            "type": "NodePort", "selector": {"app": "database"}, "ipFamilyPolicy": "PreferDualStack",
-            "ports": [{"port": 80, "targetPort": 8080, "nodePort": 30080}],
-        },
-    });
-    apply(&lab, &lab["h1"], &service.to_string()).unwrap();
-    let service = lab["h1"].ctl_json(&["get", "svc", "database"]).unwrap();
-    let addresses: Vec<IpAddr> =
-        strings(&service["spec"]["clusterIPs"]).iter().map(|it| it.parse().unwrap()).collect();
-    assert_eq!(addresses.len(), 2, "{service}");
-    let node = SocketAddr::new(lab["h2"].address().unwrap(), 30080);
-    // Pods connect to the Service. h1, which is not a pod, connects to the node port on the backend's host.
-    let expect = |what: &str, reaching: &[&Attached], outside: bool| {
-        wait_until(SOON, what, || -> Result<()> {
-            for from in [&api, &near, &web, &database] {
-                let expected = reaching.iter().any(|each| each.name == from.name);
-                for address in &addresses {
-                    let found = answers(&from.workload, SocketAddr::new(*address, 80), expected);
-                    ensure!(found == expected, "{} to {address}: {found}", from.name);
-                }
-            }
-            let found = answers(&lab["h1"], node, outside);
-            ensure!(found == outside, "from outside: {found}");
-            Ok(())
-        })
-        .unwrap();
-    };
-    expect("full connectivity", &[&api, &near, &web, &database], true);
-    let ingress = |from: Value, port: u16| {
-        let spec = json!({"podSelector": selector("app", "database"), "policyTypes": ["Ingress"],
-            "ingress": [{"from": from, "ports": [{"port": port}]}]});
-        apply(&lab, &lab["h1"], &policy("default", "in", spec).to_string()).unwrap();
-    };
-    let apis = json!({"podSelector": selector("app", "api")});
-    ingress(json!([apis]), 8080);
-    expect("the allowed pods and the backend itself", &[&api, &near, &database], false);
-    ingress(json!([apis]), 80);
-    expect("the ingress port is the pod's, not the Service's", &[&database], false);
-    ingress(json!([apis, {"ipBlock": {"cidr": "192.168.77.0/24"}}]), 8080);
-    expect("a client outside is known by its own address", &[&api, &near, &database], true);
-    let egress = |port: u16| {
-        let spec = json!({"podSelector": selector("app", "api"), "policyTypes": ["Egress"],
-            "egress": [{"to": [{"podSelector": selector("app", "database")}], "ports": [{"port": port}]}]});
-        apply(&lab, &lab["h1"], &policy("default", "out", spec).to_string()).unwrap();
-    };
-    egress(80);
-    expect("the egress port is the pod's, not the Service's", &[&database], true);
-    egress(8080);
-    expect("the egress policy applies to the backend", &[&api, &near, &database], true);
-    // `policy explain` gives the same answer.
-    let explained = rows(&lab["h1"], &["policy", "explain", "web-h1", "database:8080"]).unwrap();
-    assert_eq!(explained[0]["passes"], json!(false), "{explained:?}");
-    wait_clean(lab.hosts(), SOON).unwrap();
-}
-
-/// Whether a server answers. A refused connection leaves no event to wait for, so if none is expected, this tries for a
-/// second.
-fn answers(from: &Netns, to: SocketAddr, expected: bool) -> bool {
-    let timeout = if expected { SOON } else { Duration::from_secs(1) };
-    let answer = from.run(|| -> Result<usize> {
-        let mut stream = TcpStream::connect_timeout(&to, timeout)?;
-        stream.set_read_timeout(Some(timeout))?;
-        Ok(stream.read(&mut [0; 64])?)
-    });
-    answer.unwrap().is_ok_and(|length| length > 0)
-}
-
-#[test]
-fn policies_apply_to_services_on_a_routed_network() {
-    assert_policies_apply_to_services(|lab| create_routed_network(lab, "pods", BOTH).unwrap());
-}
-
-#[test]
-fn policies_apply_to_services_on_a_switched_network() {
-    assert_policies_apply_to_services(|lab| create_network(lab, "pods", FLAT).unwrap());
-}
-
-#[test]
-fn policies_apply_to_services_where_bridged_frames_are_translated() {
-    assert_policies_apply_to_services(|lab| {
-        lab.hosts().iter().for_each(|host| set_bridge_nf_call(host, true).unwrap());
-        create_network(lab, "pods", FLAT).unwrap();
-    });
 }
 
 /// A policy that allows 3,000 IPv4 and 3,000 IPv6 blocks at 30 ports, with the blocks of both families that contain the
