@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket}
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::modes::{ProxyMode, Switch};
+use crate::modes::{DnsMode, ProxyMode, Switch};
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -170,7 +170,7 @@ struct File {
     #[serde(default)]
     proxy: ProxyMode,
     #[serde(default)]
-    dns: Switch,
+    dns: DnsMode,
     #[serde(default)]
     policy: Switch,
     metrics_listen: Option<String>,
@@ -260,7 +260,7 @@ pub struct Config {
     /// Whether this host translates addresses of Services.
     pub(crate) proxy: ProxyMode,
     /// Whether endpoints of this host have a resolver.
-    pub(crate) dns: Switch,
+    pub(crate) dns: DnsMode,
     /// Whether network policies are in force on this host.
     pub(crate) policy: Switch,
     /// Where metrics are served over HTTP. `None` if they are not.
@@ -340,7 +340,7 @@ impl Config {
             },
             ranges: Ranges {
                 services,
-                dns_elsewhere: !file.dns.is_on(),
+                dns: file.dns.cluster_dns(),
                 follows_cidrs,
                 load_balancers: file.load_balancer_pool.unwrap_or_default(),
                 external: file.external_ranges.unwrap_or_default(),

@@ -154,7 +154,7 @@ pub(crate) fn shown_prefixes(view: &View, services: &[IpNet]) -> Vec<IpNet> {
 
 /// Returns flows with names, verdicts and policies, those with the most connections first, and whether there are more.
 pub(crate) fn render(view: &View, seen: &SeenFlows, drops: Vec<PolicyDrop>) -> (Vec<Flow>, bool) {
-    let has_policies = !view.resources.policies().is_empty();
+    let has_policies = view.resources.has_policies();
     let judgement = policy::judgements(view);
     let mut most: Vec<(&FlowKey, &FlowCounts)> = seen.iter().collect();
     most.sort_by_key(|(_, counts)| std::cmp::Reverse((counts.opened + counts.closed, counts.bytes)));

@@ -1,22 +1,24 @@
 //! What this host knows from a Kubernetes API server: the pods of its node, whether its `ovl-kube` reaches the server and
 //! whether it is this host's turn to mirror the server's objects, and what could not be mirrored.
 //!
-//! [`Kubernetes`] owns that. What is decided about one object is in free functions: [`judge`], [`closed`]. Begin to read at
+//! [`Kubernetes`] owns that. What is decided about one object is in free functions: [`judge`], [`closed::stand_in`]. Begin to read at
 //! [`judge`].
+
+pub(crate) mod closed;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use ipnet::IpNet;
 use ovl_cluster::objects::Stored;
 use ovl_control::{ApiReport, BalancedService, DeletedPod, MirrorOffer, NotMirrored};
 use ovl_proto::id::NodeId;
-use ovl_proto::resource::{
-    Kind, LabelSelector, Meta, Name, NetworkPolicy, Pod, PolicyType, ResourceKey, Service, ServiceType,
-    Source,
-};
+use ovl_proto::resource::{Kind, Name, Pod, ResourceKey, Service, ServiceType, Source};
 use ovl_proto::table::Endpoint;
 use serde_json::Value;
 use tokio::sync::watch;
 
+/// How many blocks a Node has at most: one of each family.
+const MOST_BLOCKS: usize = 2;
 /// How many pods of the node are known at most: no node runs as many.
 const MOST_PODS: usize = 4096;
 /// How many objects are reported at most that are not in force as the API server has them.
@@ -44,6 +46,8 @@ pub(crate) struct Kubernetes {
     report: watch::Sender<ApiReport>,
     /// The names of the Nodes that the API server has. `None` if they are not known, or if it is not this host's turn.
     nodes: Option<BTreeSet<String>>,
+    /// The blocks that the API server gives to pods of this host. `None`: it has not said yet.
+    pod_cidrs: watch::Sender<Option<Vec<IpNet>>>,
 }
 
 impl Default for Kubernetes {
@@ -56,6 +60,7 @@ impl Default for Kubernetes {
             failures: BTreeMap::new(),
             report: watch::Sender::default(),
             nodes: None,
+            pod_cidrs: watch::Sender::new(None),
         }
     }
 }
@@ -103,6 +108,17 @@ impl Kubernetes {
             self.nodes = None;
         }
         is_new
+    }
+
+    /// Sets the blocks that the API server gives to pods of this host.
+    pub(crate) fn set_pod_cidrs(&mut self, blocks: Vec<IpNet>) {
+        self.pod_cidrs
+            .send_replace(Some(blocks.into_iter().map(|block| block.trunc()).take(MOST_BLOCKS).collect()));
+    }
+
+    /// Returns the blocks that the API server gives to pods of this host, now and later.
+    pub(crate) fn pod_cidrs(&self) -> watch::Receiver<Option<Vec<IpNet>>> {
+        self.pod_cidrs.subscribe()
     }
 
     /// Sets the names of the Nodes that the API server has.
@@ -281,27 +297,6 @@ pub(crate) fn version_of(document: &Value) -> Result<u64, String> {
     })
 }
 
-/// Returns a policy that stands for one that cannot be read: it isolates the pods that the policy selects, or all of the
-/// namespace if that is not readable either, in the directions that are named, or in both. Nothing is allowed that the
-/// policy might forbid.
-pub(crate) fn closed(name: &Name, document: &Value) -> NetworkPolicy {
-    let selector = document.pointer("/spec/podSelector").cloned();
-    let selector = selector.and_then(|selector| serde_json::from_value::<LabelSelector>(selector).ok());
-    let types = document.pointer("/spec/policyTypes").cloned();
-    let types = types.and_then(|types| serde_json::from_value::<Vec<PolicyType>>(types).ok());
-    let mut policy = NetworkPolicy {
-        metadata: Meta { name: name.name.clone(), namespace: name.namespace.clone(), ..Meta::default() },
-        ..NetworkPolicy::default()
-    };
-    policy.spec.pod_selector = selector.unwrap_or_default();
-    policy.spec.policy_types = types
-        .filter(|types| !types.is_empty())
-        .unwrap_or_else(|| vec![PolicyType::Ingress, PolicyType::Egress]);
-    policy.spec.policy_types.sort_unstable();
-    policy.spec.policy_types.dedup();
-    policy
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
@@ -311,7 +306,7 @@ mod tests {
     use ovl_proto::clock::Stamp;
     use ovl_proto::object::{Body, Object, ObjectKey, SignedObject};
     use ovl_proto::record::Signature;
-    use ovl_proto::resource::{Namespace, Resource};
+    use ovl_proto::resource::{Meta, Namespace, Resource};
     use ovl_proto::wire::fields::Unknown;
     use serde_json::json;
 
@@ -359,24 +354,6 @@ mod tests {
         assert_eq!(version_of(&json!({ "metadata": { "resourceVersion": "17" } })), Ok(17));
         for wrong in [json!({}), json!({ "metadata": { "resourceVersion": "x1" } })] {
             assert!(version_of(&wrong).unwrap_err().contains("not a number"));
-        }
-    }
-
-    #[test]
-    fn a_policy_that_cannot_be_read_isolates() {
-        let name = Name::new("shop", "db");
-        let spec = json!({ "spec": {
-            "podSelector": { "matchLabels": { "app": "db" } }, "policyTypes": ["Ingress"], "ingress": [{ "new": {} }],
-        } });
-        let policy = closed(&name, &spec);
-        assert_eq!(policy.spec.pod_selector.match_labels.get("app").map(String::as_str), Some("db"));
-        assert_eq!(policy.spec.policy_types, [PolicyType::Ingress]);
-        assert!(policy.spec.ingress.is_empty() && policy.spec.egress.is_empty());
-        // Nothing of it is readable.
-        for document in [json!({}), json!({ "spec": { "podSelector": 7, "policyTypes": ["Sideways"] } })] {
-            let policy = closed(&name, &document);
-            assert_eq!(policy.spec.pod_selector, LabelSelector::default());
-            assert_eq!(policy.spec.policy_types, [PolicyType::Ingress, PolicyType::Egress]);
         }
     }
 

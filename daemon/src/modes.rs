@@ -1,6 +1,7 @@
 //! Which parts of the work for Kubernetes a host does: translation of Services, DNS, network policies.
 
 use ovl_dataplane::observed::Foreign;
+use ovl_subsystems::services::cluster_dns::ClusterDns;
 use serde::Deserialize;
 
 /// Whether Services are translated.
@@ -23,6 +24,30 @@ impl ProxyMode {
             Self::Auto => !kube_proxy,
             Self::On => true,
             Self::Off => false,
+        }
+    }
+}
+
+/// Whether endpoints have a resolver of ovl, and who is the cluster DNS.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum DnsMode {
+    /// They have one. It is also the cluster DNS, unless a Service of an API server is.
+    #[default]
+    Auto,
+    /// They have one, which is also the cluster DNS.
+    On,
+    /// They have none.
+    Off,
+}
+
+impl DnsMode {
+    /// Returns who answers at the address of the cluster DNS.
+    pub(crate) fn cluster_dns(self) -> ClusterDns {
+        match self {
+            Self::Auto => ClusterDns::Auto,
+            Self::On => ClusterDns::Own,
+            Self::Off => ClusterDns::Elsewhere,
         }
     }
 }

@@ -11,9 +11,11 @@ use ovl_control::{PolicyDrop, PolicyJudgement, PolicyRow, PolicySide};
 use ovl_kernel::CountedElement;
 use ovl_metrics::{In, Page};
 use ovl_proto::resource::{Name, Protocol};
-use ovl_subsystems::policy::explain::{ConnectionEnd, Shown, Side, describe, explain};
+use ovl_subsystems::policy::explain::{
+    ConnectionEnd, Judgement, Shown, Side, describe, describe_cluster, explain,
+};
 use ovl_subsystems::policy::refused::{Connection, Counter, REMEMBERED_MS};
-use ovl_subsystems::policy::{Direction, Policies, protocol_of};
+use ovl_subsystems::policy::{ClusterPolicy, Direction, Namespaces, Policies, protocol_of};
 
 use crate::failed::Failed;
 
@@ -50,6 +52,8 @@ pub(crate) fn rows(view: &View, refused: &Refused) -> Vec<PolicyRow> {
             let row = PolicyRow {
                 namespace: policy.name.namespace.clone(),
                 name: policy.name.name.clone(),
+                tier: None,
+                priority: None,
                 selects: Shown(&policy.selector).to_string(),
                 isolates: isolating.map(|way| way.name().to_owned()).collect(),
                 endpoints: 0,
@@ -58,22 +62,59 @@ pub(crate) fn rows(view: &View, refused: &Refused) -> Vec<PolicyRow> {
             };
             (&policy.name, row)
         })
+        .chain(policies.cluster().iter().map(|policy| (&policy.name, cluster_row(&policies, policy))))
         .collect();
     for Placed { node, endpoint } in view.all_endpoints() {
         let labels = view.known_labels(node.record.id, endpoint);
-        for policy in policies.selecting(&endpoint.namespace, labels.as_deref()) {
-            let Some(row) = rows.get_mut(&policy.name) else { continue };
+        let (namespace, labels) = (&endpoint.namespace, labels.as_deref());
+        let selecting = policies
+            .selecting(namespace, labels)
+            .into_iter()
+            .map(|policy| (&policy.name, Direction::ALL.map(|direction| policy.rules(direction).is_some())));
+        let about = policies.about(&view.resources, namespace, labels).into_iter().map(|policy| {
+            (&policy.name, Direction::ALL.map(|direction| !policy.rules(direction).is_empty()))
+        });
+        for (name, decides) in selecting.chain(about) {
+            let Some(row) = rows.get_mut(name) else { continue };
             row.endpoints += 1;
             if node.record.id != view.me {
                 continue;
             }
-            for direction in Direction::ALL.into_iter().filter(|way| policy.rules(*way).is_some()) {
+            for (direction, _) in Direction::ALL.into_iter().zip(decides).filter(|(_, decides)| *decides) {
                 let addresses = endpoint.addresses.iter().map(|net| (direction, net.addr()));
                 row.refused += addresses.filter_map(|key| refused.get(&key)).sum::<u64>();
             }
         }
     }
     rows.into_values().collect()
+}
+
+/// Describes a ClusterNetworkPolicy.
+fn cluster_row(policies: &Policies, policy: &ClusterPolicy) -> PolicyRow {
+    let namespaces = match &policy.subject.namespaces {
+        Namespaces::Selected(selector) => Shown(selector).to_string(),
+        Namespaces::One(name) => name.clone(),
+    };
+    let of = if namespaces.is_empty() { String::new() } else { format!("namespaces with {namespaces}") };
+    let pods = Shown(&policy.subject.labels).to_string();
+    let between = if of.is_empty() || pods.is_empty() { "" } else { "; " };
+    let decides = Direction::ALL.into_iter().filter(|way| !policy.rules(*way).is_empty());
+    let rules = Direction::ALL.into_iter().flat_map(|direction| {
+        let rules = policy.rules(direction).iter();
+        rules
+            .map(move |rule| format!("{}: {}", direction.name(), describe_cluster(policies, rule, direction)))
+    });
+    PolicyRow {
+        namespace: String::new(),
+        name: policy.name.name.clone(),
+        tier: Some(policy.tier.to_string()),
+        priority: Some(policy.priority),
+        selects: format!("{pods}{between}{of}"),
+        isolates: decides.map(|way| way.name().to_owned()).collect(),
+        endpoints: 0,
+        refused: 0,
+        rules: rules.collect(),
+    }
 }
 
 /// Explains the verdict of all policies on a connection. `port` is `None` for a protocol without ports.
@@ -171,7 +212,7 @@ pub(crate) fn add_refused(page: &mut Page, view: &View, refused: &Refused) {
             ("address", &*address.to_string()),
             ("direction", direction.name()),
             ("network", network.map_or("", |found| &*found.network.name)),
-            ("policies", &*isolating(view, &policies, placed, *direction).join(", ")),
+            ("policies", &*deciding(view, &policies, placed, *direction).iter().map(Name::to_string).collect::<Vec<_>>().join(", ")),
         ];
         family.with(&labels, *packets);
     }
@@ -215,10 +256,15 @@ fn side(side: Side, end: &ConnectionEnd<'_>, direction: Direction) -> PolicySide
         Side::Outside => (Vec::new(), None, format!("{who} is no endpoint: policies are not about it")),
         Side::AtHome => (Vec::new(), None, format!("between {who} and itself, or its own host, all passes")),
         Side::NotIsolated => (Vec::new(), None, format!("no policy isolates {who} for {direction}")),
-        Side::Passes { policy, rule, says } => (
+        Side::Default => {
+            let why =
+                format!("no {direction} rule of a ClusterNetworkPolicy about {who} decides, so all passes");
+            (Vec::new(), None, why)
+        }
+        Side::Passes { policy, rule, says } | Side::Denied { policy, rule, says } => (
             vec![policy.to_string()],
             Some(rule as u64),
-            format!("{direction} rule {rule} of {policy}: {says}"),
+            format!("{direction} rule {rule} of {}: {says}", called(&policy)),
         ),
         Side::Refused(policies) => {
             let names: Vec<String> = policies.iter().map(ToString::to_string).collect();
@@ -229,30 +275,30 @@ fn side(side: Side, end: &ConnectionEnd<'_>, direction: Direction) -> PolicySide
             (names, None, why)
         }
         Side::Undecided(policies) => {
-            let names: Vec<String> = policies.iter().map(ToString::to_string).collect();
+            let names: Vec<String> = policies.iter().map(called).collect();
             let pod = end.endpoint.map_or_else(String::new, |placed| placed.endpoint.pod_name().to_string());
             let why = format!(
                 "the labels of {who} are not known: there is no v1 Pod {pod} of its uid, or another endpoint stands for \
                  that pod. Until then it is isolated for {direction}, because {} may select it",
                 names.join(" or ")
             );
-            (names, None, why)
+            (policies.iter().map(ToString::to_string).collect(), None, why)
         }
     };
     PolicySide { passes, policies, rule, why }
 }
 
-/// Returns the names of the policies that isolate an endpoint in a direction.
-fn isolating(view: &View, policies: &Policies, placed: Placed<'_>, direction: Direction) -> Vec<String> {
-    let labels = view.known_labels(placed.node.record.id, placed.endpoint);
-    let namespace = &placed.endpoint.namespace;
-    let undecided = match labels {
-        Some(_) => Vec::new(),
-        None => policies.undecided(namespace, direction),
-    };
-    let selecting = policies.selecting(namespace, labels.as_deref()).into_iter();
-    let isolating = selecting.filter(|policy| policy.rules(direction).is_some()).chain(undecided);
-    isolating.map(|policy| policy.name.to_string()).collect()
+/// Returns the policies that decide about an endpoint in a direction.
+fn deciding(view: &View, policies: &Policies, placed: Placed<'_>, direction: Direction) -> Vec<Name> {
+    let Placed { node, endpoint } = placed;
+    let labels = view.known_labels(node.record.id, endpoint);
+    let deciding = policies.deciding(&view.resources, &endpoint.namespace, labels.as_deref(), direction);
+    deciding.names().cloned().collect()
+}
+
+/// Returns the name of a policy for a sentence.
+fn called(name: &Name) -> String {
+    if name.namespace.is_empty() { format!("ClusterNetworkPolicy {name}") } else { name.to_string() }
 }
 
 fn drop_of(view: &View, policies: &Policies, direction: Direction, connection: Connection) -> PolicyDrop {
@@ -262,8 +308,21 @@ fn drop_of(view: &View, policies: &Policies, direction: Direction, connection: C
         Direction::Ingress => &target,
         Direction::Egress => &source,
     };
-    let isolating = own.endpoint.map_or_else(Vec::new, |placed| isolating(view, policies, placed, direction));
     let known = protocol_of(protocol);
+    let judged = explain(view, policies, &source, &target, known.map(|known| (known, port)));
+    let refusing = match (direction, judged) {
+        (Direction::Ingress, Judgement { ingress: side, .. })
+        | (Direction::Egress, Judgement { egress: side, .. }) => {
+            match side {
+                Side::Denied { policy, .. } => vec![policy],
+                Side::Refused(policies) | Side::Undecided(policies) => policies,
+                // It was refused before a change.
+                Side::Outside | Side::AtHome | Side::NotIsolated | Side::Default | Side::Passes { .. } => {
+                    own.endpoint.map_or_else(Vec::new, |placed| deciding(view, policies, placed, direction))
+                }
+            }
+        }
+    };
     PolicyDrop {
         direction: direction.name().to_owned(),
         from,
@@ -274,7 +333,7 @@ fn drop_of(view: &View, policies: &Policies, direction: Direction, connection: C
         port: known.map(|_| port),
         packets: 0,
         last_ms: 0,
-        policies: isolating,
+        policies: refusing.iter().map(ToString::to_string).collect(),
     }
 }
 

@@ -36,13 +36,14 @@ const MAX_WHY: usize = 200;
 /// The number of the kind of networks.
 const NETWORK: u32 = 1;
 /// The numbers of the kinds of Kubernetes objects.
-const KINDS: [(u32, Kind); 6] = [
+const KINDS: [(u32, Kind); 7] = [
     (2, Kind::Namespace),
     (3, Kind::Pod),
     (4, Kind::Service),
     (5, Kind::EndpointSlice),
     (6, Kind::NetworkPolicy),
     (7, Kind::ServiceCidr),
+    (8, Kind::ClusterNetworkPolicy),
 ];
 
 impl ObjectKey {

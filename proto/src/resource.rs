@@ -1,5 +1,5 @@
 //! The Kubernetes objects that ovl acts on: v1 Namespace, Pod and Service, discovery.k8s.io/v1 EndpointSlice,
-//! networking.k8s.io/v1 NetworkPolicy and ServiceCIDR.
+//! networking.k8s.io/v1 NetworkPolicy and ServiceCIDR, policy.networking.k8s.io/v1alpha2 ClusterNetworkPolicy.
 //!
 //! The same types serve manifests (JSON and YAML, with the field names of Kubernetes) and the wire, with numbered fields
 //! ([`crate::wire::fields`]). Reading a manifest fills in absent fields, and [`Resource::to_manifest`] omits empty ones.
@@ -8,6 +8,7 @@
 //! Types without numbered fields have a fixed shape: what is added goes into the type that has them.
 
 mod cidr;
+mod cluster_policy;
 mod labels;
 mod pod;
 mod policy;
@@ -23,6 +24,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
 pub use self::cidr::*;
+pub use self::cluster_policy::*;
 pub use self::labels::*;
 pub use self::pod::*;
 pub use self::policy::*;
@@ -53,17 +55,20 @@ pub enum Kind {
     NetworkPolicy,
     /// networking.k8s.io/v1 ServiceCIDR.
     ServiceCidr,
+    /// policy.networking.k8s.io/v1alpha2 ClusterNetworkPolicy.
+    ClusterNetworkPolicy,
 }
 
 impl Kind {
     /// All kinds, in the order in which they are listed.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Namespace,
         Self::Pod,
         Self::Service,
         Self::EndpointSlice,
         Self::NetworkPolicy,
         Self::ServiceCidr,
+        Self::ClusterNetworkPolicy,
     ];
 
     /// Returns the `kind` of manifests.
@@ -75,6 +80,7 @@ impl Kind {
             Self::EndpointSlice => "EndpointSlice",
             Self::NetworkPolicy => "NetworkPolicy",
             Self::ServiceCidr => "ServiceCIDR",
+            Self::ClusterNetworkPolicy => "ClusterNetworkPolicy",
         }
     }
 
@@ -84,6 +90,7 @@ impl Kind {
             Self::Namespace | Self::Pod | Self::Service => "v1",
             Self::EndpointSlice => "discovery.k8s.io/v1",
             Self::NetworkPolicy | Self::ServiceCidr => "networking.k8s.io/v1",
+            Self::ClusterNetworkPolicy => "policy.networking.k8s.io/v1alpha2",
         }
     }
 
@@ -96,6 +103,7 @@ impl Kind {
             Self::EndpointSlice => "endpointslice.discovery.k8s.io",
             Self::NetworkPolicy => "networkpolicy.networking.k8s.io",
             Self::ServiceCidr => "servicecidr.networking.k8s.io",
+            Self::ClusterNetworkPolicy => "clusternetworkpolicy.policy.networking.k8s.io",
         }
     }
 
@@ -124,12 +132,24 @@ impl Kind {
                 "servicecidrs.networking.k8s.io",
                 "servicecidr.networking.k8s.io",
             ],
+            Self::ClusterNetworkPolicy => &[
+                "clusternetworkpolicy",
+                "clusternetworkpolicies",
+                "cnp",
+                "clusternetworkpolicies.policy.networking.k8s.io",
+                "clusternetworkpolicy.policy.networking.k8s.io",
+            ],
         }
+    }
+
+    /// Whether objects of this kind decide which connections are allowed.
+    pub fn is_policy(self) -> bool {
+        matches!(self, Self::NetworkPolicy | Self::ClusterNetworkPolicy)
     }
 
     /// Whether objects of this kind are in namespaces.
     pub fn is_namespaced(self) -> bool {
-        !matches!(self, Self::Namespace | Self::ServiceCidr)
+        !matches!(self, Self::Namespace | Self::ServiceCidr | Self::ClusterNetworkPolicy)
     }
 }
 
@@ -332,6 +352,8 @@ pub enum Resource {
     NetworkPolicy(NetworkPolicy),
     /// See [`ServiceCidr`].
     ServiceCidr(ServiceCidr),
+    /// See [`ClusterNetworkPolicy`].
+    ClusterNetworkPolicy(ClusterNetworkPolicy),
 }
 
 impl Resource {
@@ -344,6 +366,7 @@ impl Resource {
             Self::EndpointSlice(_) => Kind::EndpointSlice,
             Self::NetworkPolicy(_) => Kind::NetworkPolicy,
             Self::ServiceCidr(_) => Kind::ServiceCidr,
+            Self::ClusterNetworkPolicy(_) => Kind::ClusterNetworkPolicy,
         }
     }
 
@@ -356,6 +379,7 @@ impl Resource {
             Self::EndpointSlice(it) => &it.metadata,
             Self::NetworkPolicy(it) => &it.metadata,
             Self::ServiceCidr(it) => &it.metadata,
+            Self::ClusterNetworkPolicy(it) => &it.metadata,
         }
     }
 
@@ -368,6 +392,7 @@ impl Resource {
             Self::EndpointSlice(it) => &mut it.metadata,
             Self::NetworkPolicy(it) => &mut it.metadata,
             Self::ServiceCidr(it) => &mut it.metadata,
+            Self::ClusterNetworkPolicy(it) => &mut it.metadata,
         }
     }
 
@@ -394,6 +419,7 @@ impl Resource {
             Self::EndpointSlice(it) => wire::encode_body(it),
             Self::NetworkPolicy(it) => wire::encode_body(it),
             Self::ServiceCidr(it) => wire::encode_body(it),
+            Self::ClusterNetworkPolicy(it) => wire::encode_body(it),
         }
     }
 
@@ -410,6 +436,7 @@ impl Resource {
             Kind::EndpointSlice => Self::EndpointSlice(wire::decode_body(content)?),
             Kind::NetworkPolicy => Self::NetworkPolicy(wire::decode_body(content)?),
             Kind::ServiceCidr => Self::ServiceCidr(wire::decode_body(content)?),
+            Kind::ClusterNetworkPolicy => Self::ClusterNetworkPolicy(wire::decode_body(content)?),
         })
     }
 
@@ -437,6 +464,10 @@ impl Resource {
                 new.unknown.clone_from(&old.unknown);
                 new.spec.unknown.clone_from(&old.spec.unknown);
             }
+            (Self::ClusterNetworkPolicy(new), Self::ClusterNetworkPolicy(old)) => {
+                new.unknown.clone_from(&old.unknown);
+                new.spec.unknown.clone_from(&old.spec.unknown);
+            }
             _ => return,
         }
         self.meta_mut().unknown.clone_from(&before.meta().unknown);
@@ -455,6 +486,7 @@ impl Resource {
             Self::EndpointSlice(it) => serde_json::to_value(it),
             Self::NetworkPolicy(it) => serde_json::to_value(it),
             Self::ServiceCidr(it) => serde_json::to_value(it),
+            Self::ClusterNetworkPolicy(it) => serde_json::to_value(it),
         }?;
         remove_empty(&mut value);
         if let Self::Service(service) = self {
@@ -482,6 +514,7 @@ impl Resource {
             Kind::EndpointSlice => Self::EndpointSlice(read.read()?),
             Kind::NetworkPolicy => Self::NetworkPolicy(read.read()?),
             Kind::ServiceCidr => Self::ServiceCidr(read.read()?),
+            Kind::ClusterNetworkPolicy => Self::ClusterNetworkPolicy(read.read()?),
         })
     }
 }

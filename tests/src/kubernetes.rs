@@ -4,21 +4,21 @@
 //! Events, over HTTP on the loopback device of each host. What its clients may do is as a ClusterRole says. Tests put objects
 //! into it and make it fail.
 
+mod kube;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead as _, BufReader, Read as _, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
-use netns_lab::{Host, Signal, Spawned, find_binary};
+use anyhow::{Context as _, Result};
+use netns_lab::Host;
 use serde_json::{Value, json};
 
-use crate::SOON;
+pub use kube::{Control, Kube};
 
 /// How often a thread looks whether it is to end.
 const POLL: Duration = Duration::from_millis(20);
@@ -28,7 +28,7 @@ const SMALL_PAGE: usize = 3;
 pub const CLUSTER: &str = "11111111-2222-4333-8444-555555555555";
 
 /// The kinds that the server has: plural name, path of all objects, `apiVersion`, `kind`.
-const KINDS: [(&str, &str, &str, &str); 9] = [
+const KINDS: [(&str, &str, &str, &str); 10] = [
     ("namespaces", "/api/v1/namespaces", "v1", "Namespace"),
     ("pods", "/api/v1/pods", "v1", "Pod"),
     ("services", "/api/v1/services", "v1", "Service"),
@@ -38,6 +38,12 @@ const KINDS: [(&str, &str, &str, &str); 9] = [
         "/apis/networking.k8s.io/v1/networkpolicies",
         "networking.k8s.io/v1",
         "NetworkPolicy",
+    ),
+    (
+        "clusternetworkpolicies",
+        "/apis/policy.networking.k8s.io/v1alpha2/clusternetworkpolicies",
+        "policy.networking.k8s.io/v1alpha2",
+        "ClusterNetworkPolicy",
     ),
     ("servicecidrs", "/apis/networking.k8s.io/v1/servicecidrs", "networking.k8s.io/v1", "ServiceCIDR"),
     ("nodes", "/api/v1/nodes", "v1", "Node"),
@@ -67,6 +73,8 @@ struct State {
     forgotten: u64,
     /// What lists show in place of the objects, as a server behind the others does.
     old_lists: Option<(u64, BTreeMap<Key, Value>)>,
+    /// Plural names of kinds that are not defined.
+    undefined: BTreeSet<String>,
     /// Grows whenever all watches are to end.
     cut: u64,
     /// Whether connections are closed and refused.
@@ -232,18 +240,18 @@ impl ApiServer {
 
     /// Serves on the loopback device of a host. Returns the content of a kubeconfig file.
     pub fn listen(&mut self, host: &Host) -> Result<String> {
-        let listener = host.run(|| TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))))??;
+        let port = self.listen_at(host, Ipv4Addr::LOCALHOST.into())?;
+        Ok(kubeconfig(&format!("http://127.0.0.1:{port}")))
+    }
+
+    /// Serves at an address of a host. Returns the port.
+    pub fn listen_at(&mut self, host: &Host, address: IpAddr) -> Result<u16> {
+        let listener = host.run(|| TcpListener::bind(SocketAddr::new(address, 0)))??;
         let port = listener.local_addr()?.port();
         listener.set_nonblocking(true)?;
         let shared = Arc::clone(&self.shared);
         self.threads.push(thread::spawn(move || accept(&shared, &listener)));
-        Ok(json!({
-            "apiVersion": "v1", "kind": "Config", "current-context": "tests",
-            "clusters": [{ "name": "tests", "cluster": { "server": format!("http://127.0.0.1:{port}") } }],
-            "users": [{ "name": "tests", "user": {} }],
-            "contexts": [{ "name": "tests", "context": { "cluster": "tests", "user": "tests" } }],
-        })
-        .to_string())
+        Ok(port)
     }
 
     /// Creates or changes an object, whose kind decides where it belongs. Returns its version.
@@ -308,6 +316,15 @@ impl ApiServer {
         self.shared.changed.notify_all();
     }
 
+    /// Sets whether a kind is defined, as by a CustomResourceDefinition.
+    pub fn define(&self, plural: &str, defined: bool) {
+        let mut state = self.shared.lock();
+        match defined {
+            true => drop(state.undefined.remove(plural)),
+            false => drop(state.undefined.insert(plural.to_owned())),
+        }
+    }
+
     /// Sets how many objects a page of a list has at most.
     pub fn set_page(&self, page: usize) {
         self.shared.lock().page = Some(page);
@@ -355,6 +372,17 @@ impl Drop for ApiServer {
     }
 }
 
+/// Returns the content of a kubeconfig file.
+fn kubeconfig(server: &str) -> String {
+    json!({
+        "apiVersion": "v1", "kind": "Config", "current-context": "tests",
+        "clusters": [{ "name": "tests", "cluster": { "server": server } }],
+        "users": [{ "name": "tests", "user": {} }],
+        "contexts": [{ "name": "tests", "context": { "cluster": "tests", "user": "tests" } }],
+    })
+    .to_string()
+}
+
 fn key(plural: &str, object: &Value) -> Key {
     let text = |field: &str| object["metadata"][field].as_str().unwrap_or_default().to_owned();
     (plural.to_owned(), text("namespace"), text("name"))
@@ -398,9 +426,9 @@ impl Query {
     fn parse(method: &str, target: &str, strategic: bool) -> Option<Self> {
         let (path, query) = target.split_once('?').unwrap_or((target, ""));
         let words: Vec<&str> = path.split('/').skip(1).collect();
-        let (group, rest) = match words.as_slice() {
-            ["api", "v1", rest @ ..] => ("", rest),
-            ["apis", group, "v1", rest @ ..] => (*group, rest),
+        let (group, release, rest) = match words.as_slice() {
+            ["api", "v1", rest @ ..] => ("", "v1", rest),
+            ["apis", group, release, rest @ ..] => (*group, *release, rest),
             _ => return None,
         };
         let (namespace, rest) = match rest {
@@ -413,7 +441,7 @@ impl Query {
             [resource, name, subresource] => (*resource, *name, *subresource),
             _ => return None,
         };
-        let root = if group.is_empty() { "/api/v1".to_owned() } else { format!("/apis/{group}/v1") };
+        let root = if group.is_empty() { "/api/v1".to_owned() } else { format!("/apis/{group}/{release}") };
         let (plural, ..) = KINDS.into_iter().find(|known| known.1 == format!("{root}/{resource}"))?;
         let value = |name: &str| {
             let found = query.split('&').find_map(|part| part.strip_prefix(name)?.strip_prefix('='));
@@ -486,6 +514,9 @@ fn serve(shared: &Shared, mut stream: TcpStream) {
         None => answer(&mut stream, 404, &status(404, "NotFound")),
         Some(query) if !shared.lock().allows(query.right()) => {
             answer(&mut stream, 403, &status(403, "Forbidden"))
+        }
+        Some(query) if shared.lock().undefined.contains(query.plural) => {
+            answer(&mut stream, 404, &status(404, "NotFound"))
         }
         Some(query) if method == "GET" && query.name.is_empty() => {
             let request = (query.plural.to_owned(), query.watch, query.selector.clone());
@@ -626,96 +657,4 @@ fn chunk(stream: &mut impl Write, event: &Value) -> std::io::Result<()> {
     let line = format!("{event}\n");
     write!(stream, "{:x}\r\n{line}\r\n", line.len())?;
     stream.flush()
-}
-
-/// A connection to ovld's control socket, for what `ovl-kube` never says: an API server's earlier states.
-#[derive(Debug)]
-pub struct Control(BufReader<UnixStream>);
-
-impl Control {
-    /// Connects to the ovld of a host.
-    pub fn open(host: &Host) -> Result<Self> {
-        let stream = UnixStream::connect(host.socket())?;
-        stream.set_read_timeout(Some(SOON))?;
-        Ok(Self(BufReader::new(stream)))
-    }
-
-    /// Sends a request and returns the reply.
-    pub fn ask(&mut self, request: &Value) -> Result<Value> {
-        writeln!(self.0.get_mut(), "{request}")?;
-        self.next_reply()
-    }
-
-    /// Returns the next reply.
-    pub fn next_reply(&mut self) -> Result<Value> {
-        let mut line = String::new();
-        self.0.read_line(&mut line)?;
-        Ok(serde_json::from_str(&line)?)
-    }
-}
-
-/// `ovl-kube` on a host. It is killed when dropped.
-#[derive(Debug)]
-pub struct Kube(Spawned);
-
-impl Kube {
-    /// Starts it. The Node object has the host's name.
-    pub fn start(api: &mut ApiServer, host: &Host) -> Result<Self> {
-        Self::start_with(api, host, &[])
-    }
-
-    /// As [`Self::start`], with more arguments.
-    pub fn start_with(api: &mut ApiServer, host: &Host, more: &[&str]) -> Result<Self> {
-        Self::start_program(&find_binary("ovl-kube")?, api, host, more)
-    }
-
-    /// As [`Self::start_with`], with this program.
-    pub fn start_program(program: &Path, api: &mut ApiServer, host: &Host, more: &[&str]) -> Result<Self> {
-        let path = host.dir().join("kubeconfig");
-        std::fs::write(&path, api.listen(host)?)?;
-        let words = [
-            program.as_os_str(),
-            "--kubeconfig".as_ref(),
-            path.as_os_str(),
-            "--node".as_ref(),
-            host.name().as_ref(),
-            "--socket".as_ref(),
-            host.socket().as_os_str(),
-        ]
-        .map(|word| word.to_string_lossy().into_owned());
-        Ok(Self(host.spawn(words.into_iter().chain(more.iter().map(|&word| word.to_owned())))?))
-    }
-
-    /// Kills it with SIGKILL.
-    pub fn kill(&mut self) -> Result<()> {
-        self.0.signal(Signal::SIGKILL)
-    }
-
-    /// Returns its process id.
-    pub fn pid(&self) -> u32 {
-        self.0.pid()
-    }
-
-    /// Returns its log so far.
-    pub fn log(&self) -> String {
-        self.0.stderr()
-    }
-
-    /// Fails if it has exited.
-    pub fn check_running(&mut self) -> Result<()> {
-        ensure!(self.0.is_running(), "ovl-kube has exited: {}", self.0.stderr());
-        Ok(())
-    }
-
-    /// Returns how often it began to mirror the cluster's objects.
-    pub fn turns(&self) -> usize {
-        self.log().matches("this host mirrors the cluster").count()
-    }
-
-    /// Whether it mirrors the cluster's objects, by its log.
-    pub fn mirrors(&self) -> bool {
-        let log = self.log();
-        let last = |what: &str| log.rfind(what);
-        last("this host mirrors the cluster") > last("another host mirrors the cluster")
-    }
 }

@@ -284,7 +284,15 @@ fn services_of_the_api_server_are_reached_and_its_objects_are_changed_only_there
     // One watch for each kind in the whole cluster at a time, and one for the pods of each node.
     let requests = world.api.requests();
     let turns: usize = world.kubes.iter().map(Kube::turns).sum();
-    for plural in ["namespaces", "services", "endpointslices", "networkpolicies", "servicecidrs"] {
+    let kinds = [
+        "namespaces",
+        "services",
+        "endpointslices",
+        "networkpolicies",
+        "clusternetworkpolicies",
+        "servicecidrs",
+    ];
+    for plural in kinds {
         let watches = requests.iter().filter(|(other, watch, _)| other == plural && *watch).count();
         assert!((1..=turns).contains(&watches), "{watches} watches of {plural} in {turns} turns");
     }

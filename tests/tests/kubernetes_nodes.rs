@@ -12,6 +12,7 @@ use anyhow::ensure;
 use netns_lab::{Host, Lab, LabConfig, wait_until};
 use ovl_manifest::yaml;
 use ovl_tests::kubernetes::{ApiServer, Kube, Right, rights};
+use ovl_tests::routed::blocks;
 use ovl_tests::{SOON, text, wait_clean};
 use serde_json::{Value, json};
 
@@ -52,10 +53,15 @@ fn conflist(host: &Host) -> PathBuf {
 impl World {
     /// Starts a host and its `ovl-kube`, and creates its Node.
     fn start(&mut self, name: &str) {
+        self.start_with(name, &[]);
+    }
+
+    /// As [`Self::start`], with blocks that the API server gives to pods of the Node.
+    fn start_with(&mut self, name: &str, pod_cidrs: &[&str]) {
         let host = &self.lab[name];
         host.start().unwrap();
         self.api.put(&json!({
-            "kind": "Node", "metadata": { "name": name },
+            "kind": "Node", "metadata": { "name": name }, "spec": { "podCIDRs": pod_cidrs },
             "status": { "addresses": [
                 { "type": "Hostname", "address": name },
                 { "type": "InternalIP", "address": host.address().unwrap().to_string() },
@@ -205,4 +211,30 @@ fn nodes_join_through_each_other_and_a_deleted_majority_does_not_keep_new_ones_o
     })
     .unwrap();
     assert_eq!(world.api.used_rights(), world.rights);
+}
+
+#[test]
+fn blocks_of_hosts_are_those_that_the_api_server_gives_to_their_pods() {
+    let mut world = create(3);
+    world.start_with("h1", &["10.60.7.0/24"]);
+    world.wait_members(&["h1"], SOON);
+    world.start_with("h2", &["10.60.3.0/24"]);
+    // The API server gives this one none, as without `--allocate-node-cidrs`.
+    world.start_with("h3", &[]);
+    world.wait_members(&["h1", "h2", "h3"], SOON);
+    let h1 = &world.lab["h1"];
+    wait_until(SOON, "the blocks", || {
+        let of = |host: &str| blocks(h1, "pods", host);
+        let third = of("h3")?;
+        ensure!(
+            of("h1")? == ["10.60.7.0/24"] && of("h2")? == ["10.60.3.0/24"],
+            "{:?} {:?}",
+            of("h1"),
+            of("h2")
+        );
+        ensure!(third.len() == 1 && !["10.60.7.0/24", "10.60.3.0/24"].contains(&&*third[0]), "{third:?}");
+        Ok(())
+    })
+    .unwrap();
+    wait_clean(world.lab.hosts(), SOON).unwrap();
 }

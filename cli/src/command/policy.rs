@@ -141,11 +141,19 @@ fn render_drops(drops: &[PolicyDrop]) -> String {
         .render()
 }
 
+/// Returns the namespace, or the tier and the priority of a ClusterNetworkPolicy.
+fn namespace(row: &PolicyRow) -> String {
+    match (&row.tier, row.priority) {
+        (Some(tier), Some(priority)) => format!("<{tier} {priority}>"),
+        _ => row.namespace.clone(),
+    }
+}
+
 fn render_rows(rows: &[PolicyRow], output: Output) -> String {
     let all =
         |row: &PolicyRow| if row.selects.is_empty() { "all pods".to_owned() } else { row.selects.clone() };
     let table = TextTable::new()
-        .column("NAMESPACE", rows.iter().map(|row| &row.namespace))
+        .column("NAMESPACE", rows.iter().map(namespace))
         .column("NAME", rows.iter().map(|row| &row.name))
         .column("SELECTS", rows.iter().map(all))
         .column("ISOLATES", rows.iter().map(|row| comma_separated(&row.isolates)))

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use ipnet::IpNet;
 use ovl_proto::resource::{
-    EndpointSlice, Kind, Labels, Meta, Name, Namespace, NetworkPolicy, Pod, Protocol, Resource, ResourceKey,
-    Service, ServiceCidr,
+    ClusterNetworkPolicy, EndpointSlice, Kind, Labels, Meta, Name, Namespace, NetworkPolicy, Pod, Protocol,
+    Resource, ResourceKey, Service, ServiceCidr,
 };
 
 use crate::claims::Claims;
@@ -22,6 +22,7 @@ pub struct Resources {
     slices: BTreeMap<Name, EndpointSlice>,
     policies: BTreeMap<Name, NetworkPolicy>,
     cidrs: BTreeMap<String, ServiceCidr>,
+    cluster_policies: BTreeMap<String, ClusterNetworkPolicy>,
     claims: Claims,
 }
 
@@ -46,6 +47,16 @@ impl Resources {
         &self.policies
     }
 
+    /// Whether there are policies of any kind.
+    pub fn has_policies(&self) -> bool {
+        !self.policies.is_empty() || !self.cluster_policies.is_empty()
+    }
+
+    /// Cluster network policies, by name.
+    pub fn cluster_policies(&self) -> &BTreeMap<String, ClusterNetworkPolicy> {
+        &self.cluster_policies
+    }
+
     /// The ranges of the ServiceCIDRs, in the order of their names.
     pub fn service_cidrs(&self) -> impl Iterator<Item = IpNet> {
         self.cidrs.values().flat_map(|it| &it.spec.cidrs).copied()
@@ -68,6 +79,7 @@ impl Resources {
             Resource::EndpointSlice(it) => drop(self.slices.insert(name, it)),
             Resource::NetworkPolicy(it) => drop(self.policies.insert(name, it)),
             Resource::ServiceCidr(it) => drop(self.cidrs.insert(name.name, it)),
+            Resource::ClusterNetworkPolicy(it) => drop(self.cluster_policies.insert(name.name, it)),
         }
         vec![key]
     }
@@ -81,6 +93,7 @@ impl Resources {
             Kind::EndpointSlice => drop(self.slices.remove(&key.name)),
             Kind::NetworkPolicy => drop(self.policies.remove(&key.name)),
             Kind::ServiceCidr => drop(self.cidrs.remove(&key.name.name)),
+            Kind::ClusterNetworkPolicy => drop(self.cluster_policies.remove(&key.name.name)),
         }
         vec![key.clone()]
     }
@@ -94,6 +107,9 @@ impl Resources {
             Kind::EndpointSlice => self.slices.get(&key.name).cloned().map(Resource::EndpointSlice),
             Kind::NetworkPolicy => self.policies.get(&key.name).cloned().map(Resource::NetworkPolicy),
             Kind::ServiceCidr => self.cidrs.get(&key.name.name).cloned().map(Resource::ServiceCidr),
+            Kind::ClusterNetworkPolicy => {
+                self.cluster_policies.get(&key.name.name).cloned().map(Resource::ClusterNetworkPolicy)
+            }
         }
     }
 
@@ -107,6 +123,7 @@ impl Resources {
             Kind::EndpointSlice => self.slices.get(name).map(|it| &it.metadata),
             Kind::NetworkPolicy => self.policies.get(name).map(|it| &it.metadata),
             Kind::ServiceCidr => self.cidrs.get(&name.name).map(|it| &it.metadata),
+            Kind::ClusterNetworkPolicy => self.cluster_policies.get(&name.name).map(|it| &it.metadata),
         }
     }
 
@@ -119,6 +136,9 @@ impl Resources {
             Kind::EndpointSlice => self.slices.keys().cloned().collect(),
             Kind::NetworkPolicy => self.policies.keys().cloned().collect(),
             Kind::ServiceCidr => self.cidrs.keys().map(|name| Name::new("", name)).collect(),
+            Kind::ClusterNetworkPolicy => {
+                self.cluster_policies.keys().map(|name| Name::new("", name)).collect()
+            }
         }
     }
 

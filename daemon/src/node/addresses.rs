@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use ipnet::IpNet;
 use ovl_cluster::addresses as ipam;
@@ -14,6 +15,9 @@ use ovl_proto::sync::LeaseWish;
 use super::state::State;
 use super::{Failed, Node};
 use crate::addresses::{block_of, holders, own_blocks};
+
+/// How long a host that is a Node of an API server waits to hear which block the server gives to it.
+const NODE_WITHIN: Duration = Duration::from_secs(10);
 
 /// An address that is reserved for an attach, and released when this is dropped.
 pub(super) struct Reserved<'a> {
@@ -101,12 +105,25 @@ impl Node {
         fresh.then(|| Reserved { node: self, network, net })
     }
 
-    /// Claims one block more than this host holds.
+    /// Claims one block more than this host holds: the one that an API server gives to its pods, if it is free, else the
+    /// first free one.
     pub(super) async fn claim_block(
         &self,
         network: &Network,
         subnet: &Subnet,
     ) -> Result<Result<(), Refusal>, Failed> {
+        if let Some(prefix) = self.block_of_node(network, subnet).await {
+            let owner = self.state.borrow().view.me;
+            let change = Change::ClaimExact { block: Block { network: network.id, prefix }, owner };
+            if self.agree(&change).await?.is_ok() {
+                self.event(
+                    "block",
+                    &network.name,
+                    &format!("claimed the block {prefix} of this host's Node"),
+                );
+                return Ok(Ok(()));
+            }
+        }
         let (me, held) = {
             let state = self.state.borrow();
             (state.view.me, own_blocks(&state.view, network.id, subnet).len())
@@ -123,6 +140,29 @@ impl Node {
             self.event("block", &network.name, &format!("claimed a block of {}", subnet.prefix));
         }
         Ok(result)
+    }
+
+    /// Returns the block of a subnet that the API server gives to pods of this host. `None` if it gives none, or if it is
+    /// taken. A host that is a Node waits for a moment to hear it.
+    async fn block_of_node(&self, network: &Network, subnet: &Subnet) -> Option<IpNet> {
+        if !subnet.routed {
+            return None;
+        }
+        let mut said = self.state.borrow().kubernetes.pod_cidrs();
+        if self.config.join_nodes {
+            let heard = tokio::time::timeout(NODE_WITHIN, said.wait_for(Option::is_some)).await.is_ok();
+            if !heard {
+                // It is not waited for again.
+                self.state.borrow_mut().kubernetes.set_pod_cidrs(Vec::new());
+            }
+        }
+        let blocks = said.borrow().clone().unwrap_or_default();
+        let state = self.state.borrow();
+        blocks.into_iter().find(|block| {
+            block.prefix_len() == subnet.block_length
+                && subnet.prefix.contains(block)
+                && state.view.holder_of(network.id, block.addr()).is_none()
+        })
     }
 
     /// Leases any free address of a subnet from a live host. To be called when every block has a holder.

@@ -15,8 +15,8 @@ use ovl_manifest::object::{self as manifest, Identity};
 use ovl_proto::id::NodeId;
 use ovl_proto::object::Body;
 use ovl_proto::resource::{
-    Created, HEADLESS_LABEL, Kind, Meta, Name, Namespace, NetworkPolicy, PROXY_NAME_LABEL, Pod, Protocol,
-    Resource, ResourceKey, Service, ServiceCidr,
+    ClusterNetworkPolicy, Created, HEADLESS_LABEL, Kind, Meta, Name, Namespace, NetworkPolicy,
+    PROXY_NAME_LABEL, Pod, Protocol, Resource, ResourceKey, Service, ServiceCidr,
 };
 use ovl_proto::wire::fields::Unknown;
 use ovl_subsystems::services::allocation::{self, Ranges, ReservedClaims, ServiceAllocator};
@@ -485,6 +485,10 @@ pub(super) fn tombstone(kind: Kind, name: &Name) -> Resource {
             Resource::NetworkPolicy(NetworkPolicy { metadata, ..NetworkPolicy::default() })
         }
         Kind::ServiceCidr => Resource::ServiceCidr(ServiceCidr { metadata, ..ServiceCidr::default() }),
+        Kind::ClusterNetworkPolicy => Resource::ClusterNetworkPolicy(ClusterNetworkPolicy {
+            metadata,
+            ..ClusterNetworkPolicy::default()
+        }),
     }
 }
 
@@ -514,7 +518,8 @@ fn info(state: &State, kind: Kind, name: Name) -> Result<ResourceInfo, Failed> {
         | Resource::Service(_)
         | Resource::EndpointSlice(_)
         | Resource::NetworkPolicy(_)
-        | Resource::ServiceCidr(_) => Vec::new(),
+        | Resource::ServiceCidr(_)
+        | Resource::ClusterNetworkPolicy(_) => Vec::new(),
     };
     let mut selects: Vec<String> = match &resource {
         Resource::NetworkPolicy(policy) => {
@@ -528,7 +533,8 @@ fn info(state: &State, kind: Kind, name: Name) -> Result<ResourceInfo, Failed> {
         | Resource::Pod(_)
         | Resource::Service(_)
         | Resource::EndpointSlice(_)
-        | Resource::ServiceCidr(_) => Vec::new(),
+        | Resource::ServiceCidr(_)
+        | Resource::ClusterNetworkPolicy(_) => Vec::new(),
     };
     selects.sort_unstable();
     selects.dedup();

@@ -494,7 +494,7 @@ impl Node {
             }),
             undecided: match known {
                 Some(_) => Vec::new(),
-                None => state.subsystems.policy.undecided(&endpoint.namespace),
+                None => state.subsystems.policy.undecided(&state.view.resources, &endpoint.namespace),
             },
         }
     }

@@ -25,7 +25,8 @@ use super::state::State;
 use super::tables::MAX_DESCRIBED;
 use super::{Failed, Node};
 use crate::endpoints::LocalEndpoint;
-use crate::kubernetes::{Verdict, balanced, chosen, closed, judge, version_of};
+use crate::kubernetes::closed::stand_in;
+use crate::kubernetes::{Verdict, balanced, chosen, judge, version_of};
 use crate::problems::Code;
 
 /// What stays free of the owner table for leases and what else the host must write, in bytes.
@@ -242,17 +243,23 @@ impl Node {
             }
         }
         // Boxed up only if the object cannot be read: a policy must not be lost silently.
-        let policy = (key.kind == Kind::NetworkPolicy).then(|| closed(&key.name, &value));
+        let policy = stand_in(&key, &value);
         let mut resource = match manifest::read(value, None, Validation::Ignore) {
-            Ok(read) => read.resource,
+            Ok(read) => {
+                // It is in force, but without some of its peers.
+                if key.kind == Kind::ClusterNetworkPolicy && !read.warnings.is_empty() {
+                    taken.fail(&key, sentence(&read.warnings));
+                }
+                read.resource
+            }
             Err(problems) => {
-                let closed = policy.map(Resource::NetworkPolicy).filter(|it| manifest::check(it).is_ok());
+                let closed = policy.filter(|(it, _)| manifest::check(it).is_ok());
                 let mut reason = sentence(&problems);
-                if closed.is_some() {
-                    reason += ". Until ovl can read it, the pods that it selects are isolated";
+                if let Some((_, effect)) = &closed {
+                    reason += &format!(". {effect}");
                 }
                 taken.fail(&key, reason);
-                closed?
+                closed?.0
             }
         };
         resource.meta_mut().source = Some(Box::new(source));
@@ -359,7 +366,8 @@ impl Node {
                     | Resource::Service(_)
                     | Resource::EndpointSlice(_)
                     | Resource::NetworkPolicy(_)
-                    | Resource::ServiceCidr(_) => continue,
+                    | Resource::ServiceCidr(_)
+                    | Resource::ClusterNetworkPolicy(_) => continue,
                 },
                 Err(problems) => {
                     let reason = format!(

@@ -59,7 +59,8 @@ impl Node {
         let state = self.state.borrow();
         let resources = &state.view.resources;
         page.gauge("services", In::Numbers, "Services in the cluster").is(resources.services().len());
-        page.gauge("policies", In::Numbers, "Network policies in the cluster").is(resources.policies().len());
+        page.gauge("policies", In::Numbers, "Network policies in the cluster")
+            .is(resources.policies().len() + resources.cluster_policies().len());
         let tables: Vec<_> =
             state.view.nodes.values().map(|node| (node.record.name.as_str(), node.table.size())).collect();
         let family = page.gauge("table_entries", In::Numbers, "Entries of a host's owner table");

@@ -102,6 +102,7 @@ use crate::flows::FlowFollowers;
 use crate::health::HealthAnswers;
 use crate::kubernetes::Kubernetes;
 use crate::metrics::Measured;
+use crate::modes::DnsMode;
 use crate::multicast::Multicast;
 use crate::names::Resolver;
 use crate::networks::Bridges;
@@ -627,7 +628,7 @@ fn first_state(
             cluster_dns: config.ranges.dns_addresses().collect(),
             ranges: config.ranges.clone(),
             without_policies: !config.policy.is_on(),
-            without_names: !config.dns.is_on(),
+            without_names: config.dns == DnsMode::Off,
             without_services: !config.proxy.translates(false),
         }),
         keys,

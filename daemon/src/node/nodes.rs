@@ -89,10 +89,11 @@ impl Node {
 
     /// Takes over what the API server has of this host's Node. A zone in the configuration counts more than the Node's.
     pub(super) fn take_own_node(&self, own: OwnNode) -> Result<Reply, Failed> {
-        let OwnNode { zone } = own;
+        let OwnNode { zone, pod_cidrs } = own;
         if !is_zone(&zone) {
             return Err(Failed::invalid(format!("the Node's zone '{zone}' is no name of a zone")));
         }
+        self.state.borrow_mut().kubernetes.set_pod_cidrs(pod_cidrs);
         if self.config.zone.is_empty() && self.change_record(|record| record.zone.clone_from(&zone)) {
             self.event(
                 "kubernetes",

@@ -96,7 +96,7 @@ impl Node {
     async fn endpoint_counters(&self) -> Result<Vec<EndpointCounters>, Failed> {
         let traffic = self.kernel.traffic().await.map_err(Failed::from)?;
         let frames = self.refused_frames().await?;
-        let has_policies = !self.state.borrow().view.resources.policies().is_empty();
+        let has_policies = self.state.borrow().view.resources.has_policies();
         let by_policies = if has_policies { self.refused().await? } else { Refused::new() };
         let state = self.state.borrow();
         let counters = state.own_endpoints().take(MAX_COUNTED).map(|endpoint| {

@@ -72,7 +72,7 @@ impl Node {
 
     /// Adds the dropped packets to the metrics.
     pub(super) async fn add_policies(&self, page: &mut Page) -> Result<(), Failed> {
-        if !self.state.borrow().view.resources.policies().is_empty() {
+        if self.state.borrow().view.resources.has_policies() {
             let refused = self.refused().await?;
             policy::add_refused(page, &self.state.borrow().view, &refused);
         }

@@ -20,6 +20,7 @@ use crate::off::Off;
 use crate::policy::Enforcement;
 use crate::publish::PublishedPorts;
 use crate::services::allocation::Ranges;
+use crate::services::cluster_dns::ClusterDns;
 use crate::services::{Announcements, Translation};
 use crate::subsystem::{Cluster, Outcome, Part, Subsystem};
 
@@ -94,6 +95,7 @@ impl Subsystems {
                 &settings.cluster_domain,
                 settings.walk_search_lists,
                 settings.cluster_dns,
+                settings.ranges.dns == ClusterDns::Auto,
             ),
             services: Translation::new(settings.ranges.clone()),
             announcements: Announcements::new(settings.ranges),

@@ -96,15 +96,22 @@ impl Names {
     /// Creates a zone without names of endpoints, Services and pods. `own_domain` is the domain of the names of
     /// endpoints, `cluster_domain` that of Services and pods. If `walks` is set, a query that is the first step of a
     /// client's search list in the cluster domain gets the answer at which the search ends. `cluster_dns` are the
-    /// addresses of the cluster DNS, at most one of each family.
-    pub fn new(own_domain: &str, cluster_domain: &str, walks: bool, cluster_dns: Vec<IpAddr>) -> Self {
+    /// addresses of the cluster DNS, at most one of each family. If `hands_over` is set, queries to those that a Service of
+    /// an API server has go to its endpoints.
+    pub fn new(
+        own_domain: &str,
+        cluster_domain: &str,
+        walks: bool,
+        cluster_dns: Vec<IpAddr>,
+        hands_over: bool,
+    ) -> Self {
         let cluster_domain = cluster_domain.trim_end_matches('.').to_ascii_lowercase();
         let mut zone = Zone::new(Name::parse(own_domain));
         owners::begin(&mut zone, &cluster_domain, walks);
         let own_domain = own_domain.to_owned();
         let own = resolver::HOST_ADDRESSES.into_iter().chain([resolver::LOOPBACK.into()]);
         let addresses = own.chain(cluster_dns.iter().copied()).collect();
-        let delivery = Delivery::new(cluster_dns);
+        let delivery = Delivery::new(cluster_dns, hands_over);
         Self {
             marked: Marked::default(),
             policies: Policies::default(),
@@ -188,7 +195,7 @@ impl Names {
             let peer = ResolverPeer::new(&view.resources, self.addresses.clone());
             let may_ask = |endpoint: &Endpoint| {
                 let labels = view.known_labels(view.me, endpoint);
-                self.policies.allow_resolver(&endpoint.namespace, labels.as_deref(), &peer)
+                self.policies.allow_resolver(&view.resources, &endpoint.namespace, labels.as_deref(), &peer)
             };
             zone::set_clients(zone, view, place, may_ask);
         }
@@ -279,7 +286,7 @@ impl Subsystem for Names {
             Change::Resources(keys) => {
                 let pods = keys.iter().filter(|key| key.kind == Kind::Pod);
                 pods.for_each(|key| self.mark_pod(cluster.view, &key.name));
-                self.marked.policies |= keys.iter().any(|key| key.kind == Kind::NetworkPolicy);
+                self.marked.policies |= keys.iter().any(|key| key.kind.is_policy());
                 self.marked.labels |= keys.iter().any(|key| matches!(key.kind, Kind::Namespace | Kind::Pod));
             }
             Change::Rights(network) | Change::Network(network) => {

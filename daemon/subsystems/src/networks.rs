@@ -27,7 +27,6 @@ use ovl_dataplane::op::{LinkOp, NftOp, Op};
 use ovl_dataplane::state::{Dataplane, Link, Remote};
 use ovl_proto::id::{NetworkId, NodeId};
 use ovl_proto::object::{Mode, Network};
-use ovl_proto::resource::Kind;
 use ovl_proto::table::{Endpoint, Entry};
 
 pub use self::base::BaseFilter;
@@ -237,7 +236,7 @@ impl Subsystem for Networks {
             }
             Change::ThisHost => self.changed.extend(self.sent.keys().copied()),
             Change::Resources(keys) => {
-                if keys.iter().any(|key| key.kind == Kind::NetworkPolicy) {
+                if keys.iter().any(|key| key.kind.is_policy()) {
                     // With policies, the host routes between endpoints of an internal network.
                     let networks = cluster.view.switched().filter(|network| network.internal);
                     self.changed.extend(networks.map(|network| network.id));

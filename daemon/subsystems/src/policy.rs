@@ -1,6 +1,6 @@
 //! The subsystem of network policies: which endpoints may connect, enforced by address on the hosts of both ends.
 //!
-//! [`Policies`] is the compiled form of the cluster's NetworkPolicy objects. The nftables table (`rules`), the set
+//! [`Policies`] is the compiled form of the cluster's NetworkPolicy and ClusterNetworkPolicy objects ([`tiers`]). The nftables table (`rules`), the set
 //! elements of each address ([`members`]) and the explanation of a verdict ([`explain`]) all follow from it.
 //! [`Enforcement`] owns the state: its [`PolicyLedger`] is what was last sent to the kernel. Begin to read at
 //! [`Policies::new`], and then at [`PolicyLedger::plan`].
@@ -15,6 +15,7 @@ mod merged;
 pub mod refused;
 pub mod resolver;
 mod rules;
+mod tiers;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -22,7 +23,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use ovl_proto::resource::{
     EgressRule, IngressRule, IntOrString, IpBlock, LabelSelector, Labels, Name, NetworkPolicy, PolicyPeer,
-    PolicyPort, PolicyType, Protocol,
+    PolicyPort, PolicyType, Protocol, RuleAction,
 };
 
 use self::index::Index;
@@ -31,6 +32,7 @@ use ovl_cluster::resources::Resources;
 
 pub use enforcement::Enforcement;
 pub use ledger::{PolicyLedger, part};
+pub use tiers::{ClusterPolicy, ClusterRule, Deciding};
 
 /// A direction, as seen by the isolated endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -64,12 +66,22 @@ impl Direction {
 /// The number in place of a policy's for an endpoint of which it is not known which policies select it. No policy has it,
 /// so nothing is allowed.
 const UNDECIDED: u32 = 0;
+/// The number in place of a policy's after which everything is allowed.
+const DEFAULT: u32 = 1;
+/// The number that a rule leaves behind which passes the decision to the next tier.
+const PASSED: u32 = 2;
 
 /// All network policies of the cluster, compiled for lookups.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Policies {
     /// The policies, ordered by name.
     list: Vec<Policy>,
+    /// The ClusterNetworkPolicies, in the order in which they decide.
+    cluster: Vec<ClusterPolicy>,
+    /// Indexes into `pods` of selectors whose endpoints a rule may refuse.
+    refusing: BTreeSet<usize>,
+    /// Indexes into `ports` of named ports that a rule may refuse.
+    refusing_ports: BTreeSet<usize>,
     /// The selectors of the policies, by namespace.
     selecting: BTreeMap<String, Index>,
     /// The distinct selectors of all rules.
@@ -157,6 +169,8 @@ pub struct Pods {
     pub namespaces: Namespaces,
     /// The labels of the endpoints.
     pub labels: LabelSelector,
+    /// In place of endpoints with these labels, those whose labels are not known.
+    pub unknown: bool,
 }
 
 /// The namespaces of a selector.
@@ -172,11 +186,16 @@ impl Pods {
     /// Whether the selector matches an endpoint with these labels. `None`: they are not known, so only a selector
     /// without requirements matches.
     pub fn matches(&self, namespace: &str, namespace_labels: &Labels, labels: Option<&Labels>) -> bool {
-        let here = match &self.namespaces {
+        let fits = if self.unknown { labels.is_none() } else { matches(&self.labels, labels) };
+        fits && self.is_of(namespace, namespace_labels)
+    }
+
+    /// Whether the selector is about endpoints of a namespace.
+    fn is_of(&self, namespace: &str, namespace_labels: &Labels) -> bool {
+        match &self.namespaces {
             Namespaces::One(name) => name == namespace,
             Namespaces::Selected(selector) => selector.matches(namespace_labels),
-        };
-        here && matches(&self.labels, labels)
+        }
     }
 
     /// Returns the key of the selector: the same on every host and after every start.
@@ -186,6 +205,9 @@ impl Pods {
             Namespaces::Selected(selector) => format!("selected {selector:?}"),
         };
         bytes += &format!(" {:?}", self.labels);
+        if self.unknown {
+            bytes += " unknown";
+        }
         hex(&hash(bytes.as_bytes()), 6)
     }
 }
@@ -203,11 +225,11 @@ fn hex(bytes: &[u8], count: usize) -> String {
 }
 
 impl Policies {
-    /// Compiles the NetworkPolicy objects of the cluster.
+    /// Compiles the NetworkPolicy and ClusterNetworkPolicy objects of the cluster.
     pub fn new(resources: &Resources) -> Self {
         let mut all = Self::default();
         let mut builder = Builder::default();
-        let mut numbers = BTreeSet::from([UNDECIDED]);
+        let mut numbers = BTreeSet::from([UNDECIDED, DEFAULT, PASSED]);
         for (name, policy) in resources.policies() {
             let number = free_number(name, &mut numbers);
             let place = all.list.len();
@@ -215,6 +237,13 @@ impl Policies {
             selecting.insert(place, &policy.spec.pod_selector);
             all.list.push(builder.policy(name, number, policy));
         }
+        for (name, policy) in resources.cluster_policies() {
+            let name = Name::new("", name);
+            let number = free_number(&name, &mut numbers);
+            all.cluster.push(builder.cluster_policy(&name, number, policy));
+        }
+        all.cluster.sort_by(|a, b| (a.tier, a.priority, &a.name).cmp(&(b.tier, b.priority, &b.name)));
+        all.note_refusing();
         for (place, pods) in builder.pods.iter().enumerate() {
             match &pods.namespaces {
                 Namespaces::One(name) => {
@@ -229,12 +258,27 @@ impl Policies {
         all
     }
 
-    /// Whether there are no policies.
-    pub fn is_empty(&self) -> bool {
-        self.list.is_empty()
+    /// Records the selectors and named ports of rules that may refuse: what becomes known of an endpoint can then close it.
+    fn note_refusing(&mut self) {
+        let rules = self.cluster.iter().flat_map(|policy| policy.ingress.iter().chain(&policy.egress));
+        for ClusterRule { rule, .. } in rules.filter(|rule| rule.action != RuleAction::Accept) {
+            self.refusing.extend(rule.peers.iter().filter_map(|peer| match peer {
+                RulePeer::Pods(place) => Some(*place),
+                RulePeer::Block { .. } => None,
+            }));
+            self.refusing_ports.extend(rule.ports.iter().filter_map(|port| match port {
+                RulePort::Named(place) => Some(*place),
+                RulePort::All(_) | RulePort::Range(..) => None,
+            }));
+        }
     }
 
-    /// Returns all policies, ordered by name.
+    /// Whether there are no policies.
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty() && self.cluster.is_empty()
+    }
+
+    /// Returns all NetworkPolicies, ordered by name.
     pub fn iter(&self) -> impl Iterator<Item = &Policy> {
         self.list.iter()
     }
@@ -353,7 +397,11 @@ impl Builder {
             Some(selector) => Namespaces::Selected(selector.clone()),
             None => Namespaces::One(of.namespace.clone()),
         };
-        let pods = Pods { namespaces, labels: peer.pod_selector.clone().unwrap_or_default() };
+        let labels = peer.pod_selector.clone().unwrap_or_default();
+        self.pods_peer(Pods { namespaces, labels, unknown: false })
+    }
+
+    fn pods_peer(&mut self, pods: Pods) -> RulePeer {
         let next = self.pods.len();
         let place = *self.places.entry(pods.clone()).or_insert(next);
         if place == next {
@@ -366,15 +414,17 @@ impl Builder {
         match port {
             None => RulePort::All(*protocol),
             Some(IntOrString::Int(first)) => RulePort::Range(*protocol, *first, end_port.unwrap_or(*first)),
-            Some(IntOrString::String(name)) => {
-                let wanted = (name.clone(), *protocol);
-                let place = self.ports.iter().position(|port| *port == wanted).unwrap_or_else(|| {
-                    self.ports.push(wanted);
-                    self.ports.len() - 1
-                });
-                RulePort::Named(place)
-            }
+            Some(IntOrString::String(name)) => self.named_port(name, *protocol),
         }
+    }
+
+    fn named_port(&mut self, name: &str, protocol: Protocol) -> RulePort {
+        let wanted = (name.to_owned(), protocol);
+        let place = self.ports.iter().position(|port| *port == wanted).unwrap_or_else(|| {
+            self.ports.push(wanted);
+            self.ports.len() - 1
+        });
+        RulePort::Named(place)
     }
 }
 

@@ -6,6 +6,7 @@
 
 pub mod allocation;
 mod announcements;
+pub mod cluster_dns;
 mod divert;
 mod elements;
 pub mod ingress;

@@ -12,8 +12,17 @@ use serde_json::{Map, Value, json};
 use crate::status::Status;
 
 /// The kinds of the cluster's objects that one host mirrors for all. Pods are followed by the host of their node.
-pub(crate) const MIRRORED: [Kind; 5] =
-    [Kind::Namespace, Kind::NetworkPolicy, Kind::ServiceCidr, Kind::Service, Kind::EndpointSlice];
+pub(crate) const MIRRORED: [Kind; 6] = [
+    Kind::Namespace,
+    Kind::NetworkPolicy,
+    Kind::ClusterNetworkPolicy,
+    Kind::ServiceCidr,
+    Kind::Service,
+    Kind::EndpointSlice,
+];
+
+/// The path of ClusterNetworkPolicies, which are defined by a CustomResourceDefinition of the network-policy-api project.
+const CLUSTER_POLICIES: &str = "/apis/policy.networking.k8s.io/v1alpha2/clusternetworkpolicies";
 
 /// Returns the path of a kind's objects in all namespaces.
 pub(crate) fn path(kind: Kind) -> String {
@@ -24,6 +33,7 @@ pub(crate) fn path(kind: Kind) -> String {
         Kind::EndpointSlice => EndpointSlice::url_path(&(), None),
         Kind::NetworkPolicy => NetworkPolicy::url_path(&(), None),
         Kind::ServiceCidr => ServiceCIDR::url_path(&(), None),
+        Kind::ClusterNetworkPolicy => CLUSTER_POLICIES.to_owned(),
     }
 }
 
@@ -47,8 +57,8 @@ impl Followed for Kind {
     }
 
     fn is_optional(self) -> bool {
-        // Kubernetes has it since 1.33.
-        self == Kind::ServiceCidr
+        // Kubernetes has ServiceCIDRs since 1.33, and ClusterNetworkPolicies once they are defined.
+        matches!(self, Kind::ServiceCidr | Kind::ClusterNetworkPolicy)
     }
 
     fn read(self, value: Value) -> Result<Object, Unusable> {

@@ -1,8 +1,9 @@
-//! Looks at this host's Node: keeps its condition NetworkUnavailable, and tells ovld its zone.
+//! Looks at this host's Node: keeps its condition NetworkUnavailable, and tells ovld its zone and the blocks of its pods.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
@@ -81,9 +82,12 @@ async fn look(
     if !matches!(health, Health::Silent) {
         let zone = found.pointer("/metadata/labels").and_then(|labels| labels.get(ZONE));
         let zone = zone.and_then(Value::as_str).unwrap_or_default().to_owned();
-        let told = async { Connection::open(socket).await?.own_node(OwnNode { zone }).await };
+        let told = async {
+            let own = OwnNode { zone, pod_cidrs: pod_cidrs(&found) };
+            Connection::open(socket).await?.own_node(own).await
+        };
         if let Err(error) = told.await {
-            tracing::debug!(%error, "cannot tell ovld the zone of the Node");
+            tracing::debug!(%error, "cannot tell ovld what the Node says");
         }
     }
     let now = serde_json::to_value(Time(Timestamp::now()))?;
@@ -94,4 +98,10 @@ async fn look(
     send(client, request).await?;
     tracing::info!(?health, "wrote the condition NetworkUnavailable of the Node");
     Ok(())
+}
+
+/// Returns the blocks of addresses that the API server gives to the pods of a Node: one of each family at most.
+fn pod_cidrs(node: &Value) -> Vec<IpNet> {
+    let all = node.pointer("/spec/podCIDRs").and_then(Value::as_array).into_iter().flatten();
+    all.filter_map(|cidr| cidr.as_str()?.parse::<IpNet>().ok()).take(2).collect()
 }

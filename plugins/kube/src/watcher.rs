@@ -25,7 +25,7 @@ const WATCH_SECONDS: u32 = 290;
 const SILENT: Duration = Duration::from_secs(90);
 
 /// How often an API server is asked that does not have the kind.
-const ABSENT: Duration = Duration::from_secs(60);
+const ABSENT: Duration = Duration::from_secs(15);
 
 /// What a watcher tells.
 #[derive(Debug)]

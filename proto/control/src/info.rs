@@ -668,13 +668,19 @@ pub struct PodInfo {
 /// A network policy, as `ovlctl policy ls` prints it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PolicyRow {
-    /// The namespace.
+    /// The namespace. Empty for a ClusterNetworkPolicy.
     pub namespace: String,
     /// The name.
     pub name: String,
-    /// The selector in the form of `kubectl -l`. Empty: all pods of the namespace.
+    /// The tier of a ClusterNetworkPolicy: `Admin` or `Baseline`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tier: Option<String>,
+    /// The precedence of a ClusterNetworkPolicy within its tier: the lowest number decides first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub priority: Option<u16>,
+    /// The selector in the form of `kubectl -l`. Empty: all pods of the namespace, or of all namespaces.
     pub selects: String,
-    /// The directions in which it isolates the selected pods.
+    /// The directions in which it isolates the selected pods, or has rules about them.
     pub isolates: Vec<String>,
     /// The number of endpoints in the cluster that it selects.
     pub endpoints: u64,
@@ -705,10 +711,10 @@ pub struct PolicyJudgement {
 pub struct PolicySide {
     /// Whether the connection is allowed there.
     pub passes: bool,
-    /// The deciding policies as `NAMESPACE/NAME`: the one that allows the connection, or all that isolate the
-    /// endpoint. Empty if the endpoint is not isolated.
+    /// The deciding policies as `NAMESPACE/NAME`, or `NAME` of a ClusterNetworkPolicy: the one that allows or denies the
+    /// connection, or all that isolate the endpoint. Empty if the endpoint is not isolated.
     pub policies: Vec<String>,
-    /// The number of the rule that allows it, from 1.
+    /// The number of the rule that allows or denies it, from 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rule: Option<u64>,
     /// The reason, in a sentence.

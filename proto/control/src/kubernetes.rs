@@ -134,6 +134,9 @@ pub struct OwnNode {
     /// The zone that it is in. Empty: none is named.
     #[serde(default)]
     pub zone: String,
+    /// The blocks of addresses that the API server gives to its pods (`spec.podCIDRs`).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pod_cidrs: Vec<IpNet>,
 }
 
 /// What ovld has to say to the API server.

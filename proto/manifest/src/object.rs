@@ -1,6 +1,7 @@
 //! Reads manifests as typed objects, completes them, and validates them field by field, as the Kubernetes API server
 //! does.
 
+mod cluster_policy;
 mod fields;
 mod kinds;
 mod names;
@@ -329,6 +330,7 @@ fn as_written(resource: &Resource) -> Result<Value, serde_json::Error> {
         Resource::EndpointSlice(it) => serde_json::to_value(it),
         Resource::NetworkPolicy(it) => serde_json::to_value(it),
         Resource::ServiceCidr(it) => serde_json::to_value(it),
+        Resource::ClusterNetworkPolicy(it) => serde_json::to_value(it),
     }
 }
 
@@ -400,6 +402,11 @@ fn complete(resource: &mut Resource, terminating: bool, warnings: &mut Vec<Field
         Resource::Pod(pod) => workload::complete(pod, terminating),
         Resource::Service(it) => service::complete(it, warnings),
         Resource::ServiceCidr(it) => it.spec.cidrs.iter_mut().for_each(|range| *range = range.trunc()),
+        Resource::ClusterNetworkPolicy(it) => {
+            let networks = it.spec.egress.iter_mut().flat_map(|rule| &mut rule.to);
+            networks.flat_map(|peer| &mut peer.networks).for_each(|net| *net = net.trunc());
+            warnings.extend(cluster_policy::not_acted_on(it));
+        }
         Resource::NetworkPolicy(it) => {
             let spec = &mut it.spec;
             if spec.policy_types.is_empty() {
@@ -427,6 +434,7 @@ fn check_into(resource: &Resource, problems: &mut FieldProblems) {
         Resource::EndpointSlice(it) => workload::check_slice(it, problems),
         Resource::NetworkPolicy(it) => policy::check(it, problems),
         Resource::ServiceCidr(it) => service::check_cidr(it, problems),
+        Resource::ClusterNetworkPolicy(it) => cluster_policy::check(it, problems),
     }
 }
 
@@ -436,7 +444,11 @@ fn check_meta(kind: Kind, meta: &Meta, problems: &mut FieldProblems) {
         Kind::Service | Kind::Namespace => {
             problems.want(is_label(&meta.name), "metadata.name", names::LABEL);
         }
-        Kind::Pod | Kind::EndpointSlice | Kind::NetworkPolicy | Kind::ServiceCidr => {
+        Kind::Pod
+        | Kind::EndpointSlice
+        | Kind::NetworkPolicy
+        | Kind::ServiceCidr
+        | Kind::ClusterNetworkPolicy => {
             problems.want(is_subdomain(&meta.name), "metadata.name", names::SUBDOMAIN);
         }
     }

@@ -13,6 +13,7 @@ use crate::text;
 #[derive(Debug, Clone, Default)]
 pub struct Reference {
     policies: BTreeMap<(String, String), Value>,
+    cluster: BTreeMap<String, Value>,
     namespaces: BTreeMap<String, Value>,
 }
 
@@ -26,6 +27,9 @@ impl Reference {
         for object in objects {
             match object["kind"].as_str() {
                 Some("NetworkPolicy") => drop(self.policies.insert(key(object), object["spec"].clone())),
+                Some("ClusterNetworkPolicy") => {
+                    drop(self.cluster.insert(key(object).1, object["spec"].clone()));
+                }
                 Some("Namespace") => {
                     drop(self.namespaces.insert(key(object).1, object["metadata"]["labels"].clone()));
                 }
@@ -38,6 +42,7 @@ impl Reference {
     pub fn delete(&mut self, kind: &str, namespace: &str, name: &str) {
         match kind {
             "networkpolicy" => drop(self.policies.remove(&(namespace.to_owned(), name.to_owned()))),
+            "clusternetworkpolicy" => drop(self.cluster.remove(name)),
             "namespace" => drop(self.namespaces.remove(name)),
             _ => {}
         }
@@ -66,6 +71,11 @@ impl Reference {
 
     fn side(&self, own: &Pod, other: &Pod, direction: &str, attempt: &Attempt) -> bool {
         let (rules, peers) = if direction == "Egress" { ("egress", "to") } else { ("ingress", "from") };
+        match self.tier("Admin", own, other, (rules, peers), attempt).as_deref() {
+            Some("Accept") => return true,
+            Some("Deny") => return false,
+            _ => {}
+        }
         let isolating: Vec<(&String, &Value)> = self
             .policies
             .iter()
@@ -76,16 +86,63 @@ impl Reference {
             })
             .map(|((namespace, _), spec)| (namespace, spec))
             .collect();
-        isolating.is_empty()
-            || isolating.iter().any(|(namespace, spec)| {
-                list(&spec[rules]).iter().any(|rule| {
-                    let peers = list(&rule[peers]);
-                    let ports = list(&rule["ports"]);
-                    (peers.is_empty()
-                        || peers.iter().any(|peer| self.is_peer(peer, namespace, other, attempt.v4)))
-                        && (ports.is_empty() || ports.iter().any(|port| attempt.is_at(port)))
-                })
+        if isolating.is_empty() {
+            let decided = self.tier("Baseline", own, other, (rules, peers), attempt);
+            return decided.as_deref() != Some("Deny");
+        }
+        isolating.iter().any(|(namespace, spec)| {
+            list(&spec[rules]).iter().any(|rule| {
+                let peers = list(&rule[peers]);
+                let ports = list(&rule["ports"]);
+                (peers.is_empty()
+                    || peers.iter().any(|peer| self.is_peer(peer, namespace, other, attempt.v4)))
+                    && (ports.is_empty() || ports.iter().any(|port| attempt.is_at(port)))
             })
+        })
+    }
+
+    /// Returns the action of the first rule of a tier that fits.
+    fn tier(
+        &self,
+        tier: &str,
+        own: &Pod,
+        other: &Pod,
+        (rules, peers): (&str, &str),
+        attempt: &Attempt,
+    ) -> Option<String> {
+        let mut policies: Vec<&Value> = self.cluster.values().filter(|spec| spec["tier"] == tier).collect();
+        policies.sort_by_key(|spec| spec["priority"].as_u64());
+        let about = policies.into_iter().filter(|spec| self.is_of(&spec["subject"], own, attempt.v4));
+        let mut all = about.flat_map(|spec| list(&spec[rules]));
+        let fitting = all.find(|rule| {
+            let protocols = list(&rule["protocols"]);
+            list(&rule[peers]).iter().any(|peer| self.is_of(peer, other, attempt.v4))
+                && (protocols.is_empty() || protocols.iter().any(|protocol| attempt.is_of(protocol)))
+        });
+        fitting.map(|rule| text(&rule["action"]))
+    }
+
+    /// Whether a subject or peer of a ClusterNetworkPolicy is about a pod.
+    fn is_of(&self, peer: &Value, pod: &Pod, v4: bool) -> bool {
+        if let Some(networks) = peer.get("networks") {
+            let address = pod.address(v4).and_then(|address| address.parse::<IpAddr>().ok());
+            return list(networks).iter().any(|net| {
+                let net = text(net).parse::<IpNet>();
+                net.is_ok_and(|net| address.is_some_and(|address| net.contains(&address)))
+            });
+        }
+        if let Some(selector) = peer.get("namespaces") {
+            return selects(selector, &self.namespace_labels(&pod.namespace));
+        }
+        let pods = &peer["pods"];
+        selects(&pods["namespaceSelector"], &self.namespace_labels(&pod.namespace))
+            && selects(&pods["podSelector"], &pod.labels)
+    }
+
+    fn namespace_labels(&self, namespace: &str) -> BTreeMap<String, String> {
+        let labels = self.namespaces.get(namespace).and_then(Value::as_object);
+        let labels = labels.into_iter().flatten().map(|(key, value)| (key.clone(), text(value)));
+        labels.chain([("kubernetes.io/metadata.name".to_owned(), namespace.to_owned())]).collect()
     }
 
     fn is_peer(&self, peer: &Value, namespace: &str, pod: &Pod, v4: bool) -> bool {
@@ -98,18 +155,7 @@ impl Reference {
         }
         let namespace_fits = match peer.get("namespaceSelector") {
             None => pod.namespace == namespace,
-            Some(selector) => {
-                let mut labels: BTreeMap<String, String> = self
-                    .namespaces
-                    .get(&pod.namespace)
-                    .and_then(Value::as_object)
-                    .into_iter()
-                    .flatten()
-                    .map(|(key, value)| (key.clone(), text(value)))
-                    .collect();
-                labels.insert("kubernetes.io/metadata.name".to_owned(), pod.namespace.clone());
-                selects(selector, &labels)
-            }
+            Some(selector) => selects(selector, &self.namespace_labels(&pod.namespace)),
         };
         namespace_fits && peer.get("podSelector").is_none_or(|selector| selects(selector, &pod.labels))
     }
@@ -122,6 +168,23 @@ struct Attempt {
 }
 
 impl Attempt {
+    /// Whether a protocol of a ClusterNetworkPolicy fits.
+    fn is_of(&self, protocol: &Value) -> bool {
+        if let Some(name) = protocol.get("destinationNamedPort") {
+            return *name == port_name(self.port, self.proto);
+        }
+        let Some(port) = protocol.get(self.proto.name()).map(|it| &it["destinationPort"]) else {
+            return false;
+        };
+        match port.get("range") {
+            Some(range) => {
+                let end = |name: &str| range[name].as_u64().unwrap_or(0);
+                (end("start")..=end("end")).contains(&u64::from(self.port))
+            }
+            None => port["number"] == self.port,
+        }
+    }
+
     fn is_at(&self, port: &Value) -> bool {
         let proto = port["protocol"].as_str().unwrap_or("TCP").to_lowercase();
         if proto != self.proto.name() {

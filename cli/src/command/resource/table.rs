@@ -48,6 +48,9 @@ fn of_kind(kind: Kind, objects: &[ResourceInfo], show: Show) -> String {
         Kind::NetworkPolicy => {
             table.column("POD-SELECTOR", cells(objects, |it| selector(it.pointer("/spec/podSelector"))))
         }
+        Kind::ClusterNetworkPolicy => table
+            .column("TIER", cells(objects, |it| text(it.pointer("/spec/tier"))))
+            .column("PRIORITY", cells(objects, |it| text(it.pointer("/spec/priority")))),
         Kind::ServiceCidr => {
             table.column("CIDRS", cells(objects, |it| list_of(it, "/spec/cidrs", |range| text(Some(range)))))
         }
@@ -61,7 +64,9 @@ fn of_kind(kind: Kind, objects: &[ResourceInfo], show: Show) -> String {
             Kind::Namespace | Kind::Pod => {
                 table.column("LABELS", cells(objects, |it| labels(it.pointer("/metadata/labels"))))
             }
-            Kind::EndpointSlice | Kind::NetworkPolicy | Kind::ServiceCidr => table,
+            Kind::EndpointSlice | Kind::NetworkPolicy | Kind::ServiceCidr | Kind::ClusterNetworkPolicy => {
+                table
+            }
         };
         let source = |it: &ResourceInfo| if it.source.is_some() { "kubernetes" } else { "ovl" };
         table = table.column("SOURCE", objects.iter().map(source));

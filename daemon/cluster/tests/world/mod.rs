@@ -156,6 +156,9 @@ pub(crate) fn read(kind: Kind, manifest: Value) -> Resource {
         Kind::EndpointSlice => Resource::EndpointSlice(serde_json::from_value(manifest).unwrap()),
         Kind::NetworkPolicy => Resource::NetworkPolicy(serde_json::from_value(manifest).unwrap()),
         Kind::ServiceCidr => Resource::ServiceCidr(serde_json::from_value(manifest).unwrap()),
+        Kind::ClusterNetworkPolicy => {
+            Resource::ClusterNetworkPolicy(serde_json::from_value(manifest).unwrap())
+        }
     }
 }
 

@@ -14,9 +14,11 @@ use ovl_dataplane::nft::{Skeleton, Table};
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::id::NetworkId;
+use ovl_proto::resource::Kind;
 use ovl_proto::table::Entry;
 
 use super::resolver;
+use crate::services::cluster_dns::handed_over;
 use crate::subsystem::{Change, Cluster, Outcome};
 
 /// The resolver's addresses on the bridge of one network.
@@ -27,6 +29,12 @@ type Addresses = BTreeSet<(Device, IpNet)>;
 pub(super) struct Delivery {
     /// Addresses of the cluster DNS, at most one of each family.
     cluster_dns: Vec<IpAddr>,
+    /// Whether a Service of an API server gets the queries to those that it has.
+    hands_over: bool,
+    /// Those for which the tables and addresses were last sent: at which ovl answers.
+    answered: Vec<IpAddr>,
+    /// Whether Services have changed since.
+    recheck: bool,
     /// Networks with endpoints of this host that use the resolver.
     resolved: BTreeSet<NetworkId>,
     /// The addresses that were last sent. The tables are sent while there are any.
@@ -41,8 +49,19 @@ pub(super) struct Delivery {
 
 impl Delivery {
     /// Begins without networks.
-    pub(super) fn new(cluster_dns: Vec<IpAddr>) -> Self {
-        Self { cluster_dns, ..Self::default() }
+    pub(super) fn new(cluster_dns: Vec<IpAddr>, hands_over: bool) -> Self {
+        let answered = cluster_dns.clone();
+        Self { cluster_dns, hands_over, answered, recheck: hands_over, ..Self::default() }
+    }
+
+    /// Returns the addresses of the cluster DNS at which ovl answers.
+    fn answered(&self, cluster: &Cluster<'_>) -> Vec<IpAddr> {
+        let mut answered = self.cluster_dns.clone();
+        if self.hands_over {
+            let elsewhere = handed_over(&cluster.view.resources, answered.iter().copied());
+            answered.retain(|address| !elsewhere.contains(address));
+        }
+        answered
     }
 
     /// Records that endpoints of this host on a network use the resolver.
@@ -62,13 +81,16 @@ impl Delivery {
             | Change::HostRights { network, .. }
             | Change::Network(network)
             | Change::Built(network) => self.mark(network),
+            Change::Resources(keys) => {
+                let about = |kind| matches!(kind, Kind::Service | Kind::EndpointSlice);
+                self.recheck |= self.hands_over && keys.iter().any(|key| about(key.kind));
+            }
             // The rights of all networks come before `ThisHost`.
             Change::Entry { .. }
             | Change::ThisHost
             | Change::Host(_)
             | Change::Tunnel
             | Change::Attaching(_)
-            | Change::Resources(_)
             | Change::Backends(_)
             | Change::Groups(_)
             | Change::Uplink => {}
@@ -82,29 +104,35 @@ impl Delivery {
     }
 
     /// Returns what is wanted for one network: nothing if this host does not have its bridge.
-    fn wanted(&self, network: NetworkId, cluster: &Cluster<'_>) -> Addresses {
+    fn wanted(&self, network: NetworkId, cluster: &Cluster<'_>, answered: &[IpAddr]) -> Addresses {
         let known = cluster.view.networks.get(&network).map(|state| &state.network);
         let known = known.filter(|network| {
             self.resolved.contains(&network.id) && cluster.local.is_built(cluster.view, network.id)
         });
-        known.map(|network| resolver::on_bridge(network, &self.cluster_dns)).unwrap_or_default()
+        known.map(|network| resolver::on_bridge(network, answered)).unwrap_or_default()
     }
 
-    fn part(&self, addresses: Addresses, for_host: bool) -> Dataplane {
-        Dataplane { tables: self.tables(!addresses.is_empty(), for_host), addresses, ..Dataplane::default() }
+    fn part(addresses: Addresses, for_host: bool, answered: &[IpAddr]) -> Dataplane {
+        let tables = Self::tables((!addresses.is_empty(), for_host), answered);
+        Dataplane { tables, addresses, ..Dataplane::default() }
     }
 
-    fn tables(&self, for_endpoints: bool, for_host: bool) -> BTreeMap<Table, Arc<Skeleton>> {
+    fn tables(
+        (for_endpoints, for_host): (bool, bool),
+        answered: &[IpAddr],
+    ) -> BTreeMap<Table, Arc<Skeleton>> {
         match for_endpoints || for_host {
-            true => resolver::tables(&self.cluster_dns, for_endpoints),
+            true => resolver::tables(answered, for_endpoints),
             false => BTreeMap::new(),
         }
     }
 
     /// Returns the desired data plane.
     pub(super) fn desired(&self, cluster: &Cluster<'_>) -> Dataplane {
-        let all = self.resolved.iter().flat_map(|network| self.wanted(*network, cluster)).collect();
-        self.part(all, cluster.view.has_services())
+        let answered = self.answered(cluster);
+        let all =
+            self.resolved.iter().flat_map(|network| self.wanted(*network, cluster, &answered)).collect();
+        Self::part(all, cluster.view.has_services(), &answered)
     }
 
     /// Returns what was last sent. `None` while a refused network has not been sent again.
@@ -113,7 +141,7 @@ impl Delivery {
     }
 
     fn all_sent(&self) -> Dataplane {
-        self.part(self.sent.values().flatten().copied().collect(), self.for_host)
+        Self::part(self.sent.values().flatten().copied().collect(), self.for_host, &self.answered)
     }
 
     /// Returns the desired data plane and records it as sent.
@@ -121,16 +149,27 @@ impl Delivery {
         self.changed.clear();
         self.refused.clear();
         self.for_host = cluster.view.has_services();
-        let all = self.resolved.iter().map(|network| (*network, self.wanted(*network, cluster)));
+        self.recheck = false;
+        self.answered = self.answered(cluster);
+        let all =
+            self.resolved.iter().map(|network| (*network, self.wanted(*network, cluster, &self.answered)));
         self.sent = all.filter(|(_, addresses)| !addresses.is_empty()).collect();
         self.all_sent()
     }
 
     /// Returns the operations for the networks that changed. The tables come before the first address.
     pub(super) fn plan(&mut self, cluster: &Cluster<'_>) -> Vec<Op> {
+        let before = self.answered.clone();
+        if std::mem::take(&mut self.recheck) {
+            self.answered = self.answered(cluster);
+            if self.answered != before {
+                self.changed.extend(&self.resolved);
+            }
+        }
         let changed = std::mem::take(&mut self.changed);
         let for_host = cluster.view.has_services();
-        if changed.is_empty() && for_host == self.for_host {
+        let answers_elsewhere = self.answered != before;
+        if changed.is_empty() && for_host == self.for_host && !answers_elsewhere {
             return Vec::new();
         }
         let (mut was, mut is) = (Dataplane::default(), Dataplane::default());
@@ -138,12 +177,12 @@ impl Delivery {
         self.for_host = for_host;
         for network in changed {
             self.refused.remove(&network);
-            let before = self.sent.remove(&network).unwrap_or_default();
-            let mut now = self.wanted(network, cluster);
+            let had = self.sent.remove(&network).unwrap_or_default();
+            let mut now = self.wanted(network, cluster, &self.answered);
             if !cluster.may_prune(network) {
-                now.extend(&before);
+                now.extend(&had);
             }
-            was.addresses.extend(before);
+            was.addresses.extend(had);
             is.addresses.extend(&now);
             if !now.is_empty() {
                 self.sent.insert(network, now);
@@ -151,9 +190,9 @@ impl Delivery {
         }
         let has = (!self.sent.is_empty(), for_host);
         // Most changes leave the tables as they are.
-        if had != has {
-            was.tables = self.tables(had.0, had.1);
-            is.tables = self.tables(has.0, has.1);
+        if had != has || answers_elsewhere {
+            was.tables = Self::tables(had, &before);
+            is.tables = Self::tables(has, &self.answered);
         }
         diff(&was, &is, true)
     }
@@ -175,6 +214,6 @@ impl Delivery {
 
     /// Drops all wishes, at teardown.
     pub(super) fn withdraw(&mut self) {
-        *self = Self::new(std::mem::take(&mut self.cluster_dns));
+        *self = Self::new(std::mem::take(&mut self.cluster_dns), self.hands_over);
     }
 }

@@ -12,7 +12,6 @@ use ovl_dataplane::diff::diff;
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::object::Network;
-use ovl_proto::resource::Kind;
 use ovl_proto::table::Endpoint;
 
 use super::filter::{self, FilterUnderlay};
@@ -86,7 +85,7 @@ impl Subsystem for BaseFilter {
             }
             // With policies, the host routes between endpoints of an internal network.
             Change::Resources(keys) => {
-                keys.iter().any(|key| key.kind == Kind::NetworkPolicy)
+                keys.iter().any(|key| key.kind.is_policy())
                     && cluster.view.switched().any(|network| network.internal)
             }
             Change::Entry { .. }

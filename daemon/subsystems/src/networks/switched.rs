@@ -64,7 +64,7 @@ pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, networ
 
 /// Whether the host routes frames within a switched network, so that network policies apply to them.
 pub(super) fn routes_for_policies(view: &View, network: &Network) -> bool {
-    network.mode == Mode::L2 && !view.resources.policies().is_empty()
+    network.mode == Mode::L2 && view.resources.has_policies()
 }
 
 /// Adds the network's bridge with its addresses and, unless it is a bridge network, its VXLAN device. An encrypted

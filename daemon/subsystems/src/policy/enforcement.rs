@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use super::{Direction, PolicyLedger, part};
+use ovl_cluster::resources::Resources;
 use ovl_cluster::view::View;
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
@@ -42,9 +43,11 @@ impl Enforcement {
     }
 
     /// Returns the directions in which an endpoint of a namespace is isolated while its labels are not known.
-    pub fn undecided(&self, namespace: &str) -> Vec<String> {
+    pub fn undecided(&self, resources: &Resources, namespace: &str) -> Vec<String> {
         let policies = self.ledger.policies();
-        let isolated = |direction: &Direction| !policies.undecided(namespace, *direction).is_empty();
+        let isolated = |direction: &Direction| {
+            !policies.deciding(resources, namespace, None, *direction).undecided.is_empty()
+        };
         Direction::ALL.into_iter().filter(isolated).map(|direction| direction.name().to_owned()).collect()
     }
 
@@ -71,7 +74,9 @@ impl Subsystem for Enforcement {
             Change::Resources(keys) => {
                 for key in keys {
                     match key.kind {
-                        Kind::NetworkPolicy | Kind::Namespace => self.all_changed = true,
+                        Kind::NetworkPolicy | Kind::ClusterNetworkPolicy | Kind::Namespace => {
+                            self.all_changed = true;
+                        }
                         Kind::Pod => self.touch_pod(cluster.view, &key.name),
                         Kind::Service | Kind::EndpointSlice | Kind::ServiceCidr => {}
                     }

@@ -7,9 +7,11 @@ use std::fmt;
 use std::net::IpAddr;
 
 use ovl_proto::object::Mode;
-use ovl_proto::resource::{LabelSelector, Name, Operator, Protocol, Requirement};
+use ovl_proto::resource::{LabelSelector, Name, Operator, Protocol, Requirement, RuleAction};
 
-use super::{Direction, Namespaces, Policies, Policy, Rule, RulePeer, RulePort, in_block};
+use super::{
+    ClusterPolicy, ClusterRule, Direction, Namespaces, Policies, Rule, RulePeer, RulePort, in_block,
+};
 use ovl_cluster::view::{Placed, View};
 
 /// The source or the destination of a connection.
@@ -59,6 +61,17 @@ pub enum Side {
         /// The rule in words.
         says: String,
     },
+    /// A rule of a ClusterNetworkPolicy refuses it.
+    Denied {
+        /// The policy.
+        policy: Name,
+        /// The number of the rule, from 1.
+        rule: usize,
+        /// The rule in words.
+        says: String,
+    },
+    /// ClusterNetworkPolicies select the endpoint, and no rule decides about the connection.
+    Default,
     /// These policies select the endpoint, and none of their rules allows the connection.
     Refused(Vec<Name>),
     /// The labels of the endpoint are not known, and these policies may select it. Until that is known, nothing is
@@ -69,7 +82,7 @@ pub enum Side {
 impl Side {
     /// Whether this end allows the connection.
     pub fn passes(&self) -> bool {
-        !matches!(self, Self::Refused(_) | Self::Undecided(_))
+        !matches!(self, Self::Denied { .. } | Self::Refused(_) | Self::Undecided(_))
     }
 }
 
@@ -100,36 +113,45 @@ pub fn explain(
     let side = |own: &ConnectionEnd<'_>, other: &ConnectionEnd<'_>, direction| {
         let Some(Placed { node, endpoint }) = own.endpoint else { return Side::Outside };
         let labels = view.known_labels(node.record.id, endpoint);
-        let isolating: Vec<(&Policy, &[Rule])> = policies
-            .selecting(&endpoint.namespace, labels.as_deref())
-            .into_iter()
-            .filter_map(|policy| Some((policy, policy.rules(direction)?)))
-            .collect();
-        let undecided = match labels {
-            Some(_) => Vec::new(),
-            None => policies.undecided(&endpoint.namespace, direction),
-        };
-        if isolating.is_empty() && undecided.is_empty() {
+        let deciding = policies.deciding(&view.resources, &endpoint.namespace, labels.as_deref(), direction);
+        if deciding.is_empty() {
             return Side::NotIsolated;
         }
         if own.address == other.address || own.is_at_home(view, other) {
             return Side::AtHome;
         }
-        if !undecided.is_empty() {
-            return Side::Undecided(undecided.into_iter().map(|policy| policy.name.clone()).collect());
+        if !deciding.undecided.is_empty() {
+            return Side::Undecided(deciding.undecided.into_iter().cloned().collect());
         }
-        for (policy, rules) in &isolating {
-            let fits = |rule: &&Rule| {
-                peers_fit(view, policies, &rule.peers, other)
-                    && ports_fit(view, policies, &rule.ports, to, port)
-            };
-            if let Some(place) = rules.iter().position(|rule| fits(&rule)) {
+        let fits = |rule: &Rule| {
+            peers_fit(view, policies, &rule.peers, other) && ports_fit(view, policies, &rule.ports, to, port)
+        };
+        let decision = |tier: &[&ClusterPolicy]| {
+            let rules =
+                tier.iter().flat_map(|policy| policy.rules(direction).iter().map(move |it| (policy, it)));
+            let (policy, found) = rules.into_iter().find(|(_, found)| fits(&found.rule))?;
+            let (policy, rule) = (policy.name.clone(), found.number);
+            let says = describe_cluster(policies, found, direction);
+            match found.action {
+                RuleAction::Accept => Some(Side::Passes { policy, rule, says }),
+                RuleAction::Deny => Some(Side::Denied { policy, rule, says }),
+                RuleAction::Pass => None,
+            }
+        };
+        if let Some(decided) = decision(&deciding.admin) {
+            return decided;
+        }
+        if deciding.isolating.is_empty() {
+            return decision(&deciding.baseline).unwrap_or(Side::Default);
+        }
+        for (policy, rules) in &deciding.isolating {
+            if let Some(place) = rules.iter().position(fits) {
                 let says = rules.get(place).map(|rule| describe(policies, rule, direction));
                 let (policy, rule) = (policy.name.clone(), place + 1);
                 return Side::Passes { policy, rule, says: says.unwrap_or_default() };
             }
         }
-        Side::Refused(isolating.into_iter().map(|(policy, _)| policy.name.clone()).collect())
+        Side::Refused(deciding.isolating.into_iter().map(|(policy, _)| policy.name.clone()).collect())
     };
     Judgement { egress: side(from, to, Direction::Egress), ingress: side(to, from, Direction::Ingress) }
 }
@@ -169,6 +191,12 @@ fn ports_fit(
     ports.is_empty() || ports.iter().any(fits)
 }
 
+/// Describes a rule of a ClusterNetworkPolicy in words.
+pub fn describe_cluster(policies: &Policies, found: &ClusterRule, direction: Direction) -> String {
+    let name = if found.name.is_empty() { String::new() } else { format!("'{}': ", found.name) };
+    format!("{name}{} {}", found.action, describe(policies, &found.rule, direction))
+}
+
 /// Describes a rule in words.
 pub fn describe(policies: &Policies, rule: &Rule, direction: Direction) -> String {
     let word = match direction {
@@ -197,6 +225,7 @@ fn describe_peer(policies: &Policies, peer: &RulePeer) -> String {
                 },
             };
             match Shown(&pods.labels).to_string() {
+                _ if pods.unknown => format!("pods of {which} whose labels are not known"),
                 all if all.is_empty() => format!("all pods of {which}"),
                 some => format!("pods with {some} of {which}"),
             }

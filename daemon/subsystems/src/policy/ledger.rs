@@ -19,7 +19,7 @@ use crate::local::Local;
 use ovl_cluster::view::{Placed, View};
 use ovl_dataplane::device::Device;
 use ovl_dataplane::diff::diff;
-use ovl_dataplane::nft::{Element, Table};
+use ovl_dataplane::nft::{Element, Set, Table};
 use ovl_dataplane::op::{NftOp, Op};
 use ovl_dataplane::state::Dataplane;
 
@@ -34,7 +34,7 @@ type Address = (NetworkId, IpAddr);
 pub struct PolicyLedger {
     policies: Arc<Policies>,
     kinds: BuiltModes,
-    slots: usize,
+    slots: Slots,
     addresses: BTreeMap<Address, Vec<Membership>>,
     applied: Dataplane,
     /// The current generation. Connections with the mark of an earlier one are judged again.
@@ -75,7 +75,7 @@ impl PolicyLedger {
         let mut next = PolicyParts::of(view, local);
         next.add_generation(self.generation);
         let mut ops = diff(&self.applied, &next.dataplane, prune);
-        if ops.iter().any(|op| !is_addition(op)) {
+        if ops.iter().any(|op| !is_addition(&next.policies, op)) {
             let later = self.generation + 1;
             next.remove_generation(self.generation);
             next.add_generation(later);
@@ -109,7 +109,7 @@ impl PolicyLedger {
         let mut changes = Vec::new();
         for address in touched {
             let is = members_at(&policies, view, local, *address);
-            if slots_of(&is) > self.slots {
+            if !self.slots.have(slots_of(&is)) {
                 return None;
             }
             changes.push((*address, is));
@@ -118,7 +118,7 @@ impl PolicyLedger {
         for (address, is) in changes {
             let was = self.addresses.get(&address).map_or(&[][..], Vec::as_slice);
             let (was_in, is_in) = (elements(&policies, address, was), elements(&policies, address, &is));
-            tightened |= is_tighter(was, &is) && !is_new(local, address);
+            tightened |= is_tighter(&policies, was, &is) && !is_new(local, address);
             for (key, element) in &was_in {
                 if !is_in.contains_key(key) {
                     self.applied.elements.remove(&element.set, &element.key);
@@ -177,19 +177,31 @@ pub fn part(view: &View, local: &Local, generation: u32) -> Dataplane {
     parts.dataplane
 }
 
-/// Whether an operation can only allow more connections: it adds an address to a selector or to a named port.
-fn is_addition(op: &Op) -> bool {
-    match op {
-        Op::Nft(NftOp::SetElement(Element { set, .. })) => {
-            set.name.starts_with("pods.") || set.name.starts_with("port.")
-        }
-        _ => false,
-    }
+/// Whether an operation can only allow more connections: it adds an address to a selector or to a named port of rules that
+/// allow.
+fn is_addition(policies: &Policies, op: &Op) -> bool {
+    let Op::Nft(NftOp::SetElement(Element { set, .. })) = op else { return false };
+    let refuses =
+        |sets: [Option<Set>; 2]| sets.into_iter().flatten().any(|refusing| refusing.name == set.name);
+    (set.name.starts_with("pods.") || set.name.starts_with("port."))
+        && !policies
+            .refusing
+            .iter()
+            .any(|place| refuses([true, false].map(|v4| members::pods(policies, *place, v4))))
+        && !policies
+            .refusing_ports
+            .iter()
+            .any(|place| refuses([true, false].map(|v4| members::port(policies, *place, v4))))
 }
 
 /// Whether the new memberships of an address may allow fewer connections.
-fn is_tighter(was: &[Membership], is: &[Membership]) -> bool {
-    let isolates = |member: &Membership| matches!(member, Membership::Slot(..));
+fn is_tighter(policies: &Policies, was: &[Membership], is: &[Membership]) -> bool {
+    let isolates = |member: &Membership| match member {
+        Membership::Slot(..) | Membership::Admin(..) => true,
+        Membership::Pods(place) => policies.refusing.contains(place),
+        Membership::Port(place, _) => policies.refusing_ports.contains(place),
+        Membership::Itself | Membership::Diverted(..) | Membership::Closed(..) => false,
+    };
     was.iter().any(|member| !is.contains(member))
         || is.iter().any(|member| isolates(member) && !was.contains(member))
 }
@@ -201,12 +213,33 @@ fn is_new(local: &Local, (network, address): Address) -> bool {
     })
 }
 
-fn slots_of(members: &[Membership]) -> usize {
-    let slots = members.iter().map(|member| match member {
-        Membership::Slot(_, slot, _) => *slot,
-        _ => 0,
-    });
-    slots.max().unwrap_or(0)
+/// How many policies can select one endpoint in one direction: those of the tier Admin, and what is asked after them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Slots {
+    /// Those of the tier Admin.
+    pub(super) admin: usize,
+    /// The others.
+    pub(super) others: usize,
+}
+
+impl Slots {
+    /// Whether there are at least these slots.
+    fn have(self, needed: Self) -> bool {
+        needed.admin <= self.admin && needed.others <= self.others
+    }
+
+    /// Returns the larger number of each.
+    fn max(self, other: Self) -> Self {
+        Self { admin: self.admin.max(other.admin), others: self.others.max(other.others) }
+    }
+}
+
+fn slots_of(members: &[Membership]) -> Slots {
+    members.iter().fold(Slots::default(), |slots, member| match member {
+        Membership::Slot(_, slot, _) => slots.max(Slots { others: *slot, admin: 0 }),
+        Membership::Admin(_, slot, _) => slots.max(Slots { admin: *slot, others: 0 }),
+        _ => slots,
+    })
 }
 
 type ByKey = BTreeMap<(String, ovl_dataplane::nft::Key), Element>;
@@ -238,7 +271,7 @@ impl BuiltModes {
 struct PolicyParts {
     policies: Arc<Policies>,
     kinds: BuiltModes,
-    slots: usize,
+    slots: Slots,
     addresses: BTreeMap<Address, Vec<Membership>>,
     dataplane: Dataplane,
 }
@@ -249,7 +282,15 @@ impl PolicyParts {
         let mut parts = Self {
             policies: Arc::clone(&policies),
             kinds: BuiltModes::of(view, local),
-            slots: SLOTS,
+            slots: Slots {
+                admin: Direction::ALL
+                    .map(|it| policies.admin_count(it))
+                    .into_iter()
+                    .max()
+                    .unwrap_or(0)
+                    .min(SLOTS),
+                others: SLOTS,
+            },
             addresses: BTreeMap::new(),
             dataplane: Dataplane::default(),
         };
@@ -344,7 +385,7 @@ fn members_of(
         }
     }
     if own {
-        isolation(&mut members, policies, network, endpoint, labels);
+        isolation(&mut members, policies, view, network, endpoint, labels);
     }
     members
 }
@@ -353,26 +394,23 @@ fn members_of(
 fn isolation(
     members: &mut Vec<Membership>,
     policies: &Policies,
+    view: &View,
     network: &Network,
     endpoint: &Endpoint,
     labels: Option<&Labels>,
 ) {
-    let by = policies.selecting(&endpoint.namespace, labels);
     let device = Device::endpoint(endpoint.id);
     let switched = network.mode == Mode::L2;
     let mut isolated = false;
     for direction in Direction::ALL {
-        let selecting: Vec<(u32, &[super::Rule])> =
-            by.iter().filter_map(|policy| Some((policy.number, policy.rules(direction)?))).collect();
-        let mut numbers: Vec<u32> = selecting.iter().map(|(number, _)| *number).collect();
-        if labels.is_none() && !policies.undecided(&endpoint.namespace, direction).is_empty() {
-            numbers.push(super::UNDECIDED);
-        }
+        let deciding = policies.deciding(&view.resources, &endpoint.namespace, labels, direction);
+        let admin = deciding.admin_numbers().enumerate();
+        members.extend(admin.map(|(place, number)| Membership::Admin(direction, place + 1, number)));
+        let numbers = deciding.numbers();
         let slots = numbers.iter().enumerate();
         members.extend(slots.map(|(place, number)| Membership::Slot(direction, place + 1, *number)));
         isolated |= !numbers.is_empty();
-        let open = selecting.iter().any(|(_, rules)| rules.iter().any(super::Rule::is_open));
-        if switched && !numbers.is_empty() && !open {
+        if switched && !numbers.is_empty() && !deciding.is_open(direction) {
             members.push(Membership::Closed(direction, device));
         }
     }

@@ -60,6 +60,12 @@ pub(super) fn slot(direction: Direction, v4: bool, slot: usize) -> Set {
     set(Table::Policy, name, address(v4), Data::Fields(&[Type::Priority]))
 }
 
+/// Returns the map from addresses to the number of the policy of the tier Admin in a slot. The first one is in slot 1.
+pub(super) fn admin_slot(direction: Direction, v4: bool, slot: usize) -> Set {
+    let name = format!("admin.{}{}.{slot}", short(direction), family(v4));
+    set(Table::Policy, name, address(v4), Data::Fields(&[Type::Priority]))
+}
+
 /// Returns the set of pairs of an isolated address with itself: an endpoint may always reach itself.
 pub(super) fn itself(v4: bool) -> Set {
     let key: &[Type] = if v4 { &[Type::Ipv4, Type::Ipv4] } else { &[Type::Ipv6, Type::Ipv6] };
@@ -104,6 +110,8 @@ pub(super) enum Membership {
     Port(usize, u16),
     /// A policy selects it: direction, slot and policy number.
     Slot(Direction, usize, u32),
+    /// A policy of the tier Admin selects it: direction, slot and policy number.
+    Admin(Direction, usize, u32),
     /// It is isolated, and may reach itself.
     Itself,
     /// Its frames are diverted to the host: the gateway's MAC address and its own.
@@ -127,6 +135,9 @@ impl Membership {
             }
             Self::Slot(direction, place, number) => {
                 vec![element(slot(direction, v4, place), own, Value::of(&[Field::Number(number)]))]
+            }
+            Self::Admin(direction, place, number) => {
+                vec![element(admin_slot(direction, v4, place), own, Value::of(&[Field::Number(number)]))]
             }
             Self::Itself => flag(Some(itself(v4)), Key::of(&[Field::Ip(address), Field::Ip(address)])),
             Self::Diverted(gateway, mac) => vec![

@@ -7,9 +7,9 @@
 use std::net::IpAddr;
 
 use ovl_cluster::resources::Resources;
-use ovl_proto::resource::{Labels, Protocol};
+use ovl_proto::resource::{Labels, Protocol, RuleAction};
 
-use super::{Direction, Policies, Rule, RulePeer, RulePort, in_block};
+use super::{ClusterPolicy, Deciding, Direction, Policies, Rule, RulePeer, RulePort, in_block};
 
 /// The namespace of the cluster DNS in Kubernetes.
 const NAMESPACE: &str = "kube-system";
@@ -39,20 +39,42 @@ impl ResolverPeer {
 }
 
 impl Policies {
-    /// Whether an endpoint with these labels may query the resolver: no policy isolates it for egress, or a rule allows
-    /// port 53 of UDP or TCP to the resolver. `None`: the labels are not known, so it may not while there is a policy that
-    /// might isolate it.
-    pub fn allow_resolver(&self, namespace: &str, labels: Option<&Labels>, resolver: &ResolverPeer) -> bool {
-        if labels.is_none() && !self.undecided(namespace, Direction::Egress).is_empty() {
-            return false;
-        }
-        let selecting = self.selecting(namespace, labels);
-        let mut isolating = selecting.iter().filter_map(|policy| policy.rules(Direction::Egress)).peekable();
-        isolating.peek().is_none()
-            || isolating.flatten().any(|rule| self.rule_allows_resolver(rule, resolver))
+    /// Whether an endpoint with these labels may query the resolver, by UDP or TCP: what decides about its connections to
+    /// port 53 allows it. `None`: the labels are not known, so it may not while there is a policy that might select it.
+    pub fn allow_resolver(
+        &self,
+        resources: &Resources,
+        namespace: &str,
+        labels: Option<&Labels>,
+        resolver: &ResolverPeer,
+    ) -> bool {
+        let deciding = self.deciding(resources, namespace, labels, Direction::Egress);
+        [Protocol::Udp, Protocol::Tcp]
+            .into_iter()
+            .any(|protocol| self.allow_queries(&deciding, resolver, protocol))
     }
 
-    fn rule_allows_resolver(&self, rule: &Rule, resolver: &ResolverPeer) -> bool {
+    fn allow_queries(&self, deciding: &Deciding<'_>, resolver: &ResolverPeer, protocol: Protocol) -> bool {
+        let decision = |policies: &[&ClusterPolicy]| {
+            let mut rules = policies.iter().flat_map(|policy| policy.rules(Direction::Egress));
+            rules.find(|rule| self.rule_fits(&rule.rule, resolver, protocol)).map(|rule| rule.action)
+        };
+        if !deciding.undecided.is_empty() {
+            return false;
+        }
+        match decision(&deciding.admin) {
+            Some(RuleAction::Accept) => return true,
+            Some(RuleAction::Deny) => return false,
+            Some(RuleAction::Pass) | None => {}
+        }
+        let mut isolating = deciding.isolating.iter().flat_map(|(_, rules)| *rules);
+        match deciding.isolating.is_empty() {
+            true => decision(&deciding.baseline) != Some(RuleAction::Deny),
+            false => isolating.any(|rule| self.rule_fits(rule, resolver, protocol)),
+        }
+    }
+
+    fn rule_fits(&self, rule: &Rule, resolver: &ResolverPeer, protocol: Protocol) -> bool {
         let peer = |peer: &RulePeer| match peer {
             RulePeer::Pods(place) => self.pods(*place).is_some_and(|pods| {
                 pods.matches(NAMESPACE, &resolver.namespace_labels, Some(&resolver.labels))
@@ -61,13 +83,12 @@ impl Policies {
                 resolver.addresses.iter().any(|address| in_block(*address, *cidr, except))
             }
         };
-        let is_dns = |protocol: Protocol| matches!(protocol, Protocol::Udp | Protocol::Tcp);
         let port = |port: &RulePort| match port {
-            RulePort::All(protocol) => is_dns(*protocol),
-            RulePort::Range(protocol, first, last) => is_dns(*protocol) && (*first..=*last).contains(&PORT),
-            RulePort::Named(place) => self
-                .port(*place)
-                .is_some_and(|(name, protocol)| is_dns(protocol) && PORT_NAMES.contains(&name)),
+            RulePort::All(of) => *of == protocol,
+            RulePort::Range(of, first, last) => *of == protocol && (*first..=*last).contains(&PORT),
+            RulePort::Named(place) => {
+                self.port(*place).is_some_and(|(name, of)| of == protocol && PORT_NAMES.contains(&name))
+            }
         };
         (rule.peers.is_empty() || rule.peers.iter().any(peer))
             && (rule.ports.is_empty() || rule.ports.iter().any(port))

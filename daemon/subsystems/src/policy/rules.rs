@@ -12,11 +12,12 @@
 //!
 //! The module owns no state. Begin to read at [`skeleton`].
 
-use ovl_proto::resource::Protocol;
+use ovl_proto::resource::{Protocol, RuleAction, Tier};
 
+use super::ledger::Slots;
 use super::members::{self, GENERATION, MARK, MARK_MASK, family, short};
 use super::merged::{Peers, Ports, merge};
-use super::{Direction, Policies, Policy, protocol_name};
+use super::{ClusterPolicy, DEFAULT, Direction, PASSED, Policies, Policy, protocol_name};
 use ovl_dataplane::nft::{Chain, Object, Set, Skeleton};
 
 /// The size and timeout of the sets of refused connections.
@@ -68,19 +69,25 @@ fn other_end(direction: Direction, v4: bool) -> String {
 
 /// Returns the name of the chain of a policy's rules for a direction.
 fn chain_of(policy: &Policy, direction: Direction) -> String {
-    let text = format!("{}/{}", policy.name, direction.name());
+    chain_named(&policy.name.to_string(), policy.number, direction)
+}
+
+/// Returns the name of the chain of a ClusterNetworkPolicy's rules for a direction. No namespace has a dot in its name.
+fn cluster_chain_of(policy: &ClusterPolicy, direction: Direction) -> String {
+    let tier = policy.tier.to_string().to_ascii_lowercase();
+    chain_named(&format!("{tier}.{}", policy.name), policy.number, direction)
+}
+
+fn chain_named(name: &str, number: u32, direction: Direction) -> String {
+    let text = format!("{name}/{}", direction.name());
     // The kernel limits the length of a name, and nft reads only names that begin with a letter.
     let begins = text.starts_with(|c: char| c.is_ascii_alphabetic());
-    if text.len() <= 200 && begins {
-        text
-    } else {
-        format!("policy-{:08x}/{}", policy.number, direction.name())
-    }
+    if text.len() <= 200 && begins { text } else { format!("policy-{number:08x}/{}", direction.name()) }
 }
 
 /// Returns the table without elements. `slots` is the number of policies that can select one endpoint in one direction;
 /// `switched` says whether there are switched networks.
-pub(super) fn skeleton(policies: &Policies, slots: usize, switched: bool) -> Skeleton {
+pub(super) fn skeleton(policies: &Policies, slots: Slots, switched: bool) -> Skeleton {
     // Marks bridged frames that were translated, so that the bridge table knows that they were judged.
     let mark_seen = format!(
         "iifname \"ovb-*\" oifname \"ovb-*\" ct status dnat meta mark set meta mark | {:#x}",
@@ -113,7 +120,13 @@ pub(super) fn skeleton(policies: &Policies, slots: usize, switched: bool) -> Ske
         ),
     ];
     for direction in Direction::ALL {
-        chains.extend([true, false].map(|v4| judge(direction, v4, slots)));
+        let has_admin = policies.admin_count(direction) > 0;
+        chains.extend([true, false].map(|v4| judge(direction, v4, slots.others, has_admin)));
+        if has_admin {
+            chains.extend([true, false].map(|v4| admin(direction, v4, slots.admin)));
+        }
+        let cluster = policies.cluster().iter().filter(|policy| !policy.rules(direction).is_empty());
+        chains.extend(cluster.map(|policy| cluster_chain(policies, policy, direction)));
         chains.extend([true, false].map(|v4| refuse(direction, v4)));
         chains.extend(policies.iter().filter_map(|policy| policy_chain(policies, policy, direction)));
         chains.push(dispatch(policies, direction));
@@ -132,11 +145,12 @@ pub(super) fn skeleton(policies: &Policies, slots: usize, switched: bool) -> Ske
     Skeleton { sets: sets(policies, slots), objects: objects(), chains }
 }
 
-fn sets(policies: &Policies, slots: usize) -> Vec<Set> {
+fn sets(policies: &Policies, slots: Slots) -> Vec<Set> {
     let mut sets = vec![GENERATION, members::CURRENT];
     for v4 in [true, false] {
         for direction in Direction::ALL {
-            sets.extend((1..=slots).map(|slot| members::slot(direction, v4, slot)));
+            sets.extend((1..=slots.others).map(|slot| members::slot(direction, v4, slot)));
+            sets.extend((1..=slots.admin).map(|slot| members::admin_slot(direction, v4, slot)));
         }
         sets.push(members::itself(v4));
         sets.extend((0..policies.pods.len()).filter_map(|place| members::pods(policies, place, v4)));
@@ -190,26 +204,57 @@ fn judge_name(direction: Direction, v4: bool) -> String {
 
 /// Returns the chain that tries the policies of an isolated endpoint in turn, and refuses what none of them allows. An
 /// endpoint may always reach itself, which it does through a Service.
-fn judge(direction: Direction, v4: bool, slots: usize) -> Chain {
+fn judge(direction: Direction, v4: bool, slots: usize, has_admin: bool) -> Chain {
     let policies = format!("policies.{}", short(direction));
-    let mut rules = vec![format!("jump {policies}")];
-    rules.extend((2..=slots).map(|slot| {
+    let itself = members::itself(v4).name;
+    let mut rules = vec![format!("{} . {} @{itself} goto pass.{}", source(v4), target(v4), short(direction))];
+    if has_admin {
+        rules.push(format!("jump {}", admin_name(direction, v4)));
+    } else {
+        // The number of the first policy was looked up on the way here.
+        rules.push(format!("jump {policies}"));
+    }
+    let first = if has_admin { 1 } else { 2 };
+    rules.extend((first..=slots).map(|slot| {
         let map = members::slot(direction, v4, slot).name;
         format!("meta priority set {} map @{map} jump {policies}", own_end(direction, v4))
     }));
-    let itself = members::itself(v4).name;
-    rules.push(format!("{} . {} @{itself} goto pass.{}", source(v4), target(v4), short(direction)));
     rules.push(format!("goto refuse.{}.{}", short(direction), family(v4)));
     chain(&judge_name(direction, v4), None, &rules)
 }
 
+fn admin_name(direction: Direction, v4: bool) -> String {
+    format!("admin.{}.{}", short(direction), family(v4))
+}
+
+/// Returns the chain that tries the policies of the tier Admin in turn, until one of them decides or passes the decision on.
+fn admin(direction: Direction, v4: bool, slots: usize) -> Chain {
+    let mut rules = Vec::new();
+    for slot in 1..=slots {
+        let map = members::admin_slot(direction, v4, slot).name;
+        let own = own_end(direction, v4);
+        rules.push(format!("meta priority set {own} map @{map} jump policies.{}", short(direction)));
+        rules.push(format!("meta priority {} return", handle(PASSED)));
+    }
+    chain(&admin_name(direction, v4), None, &rules)
+}
+
 /// Returns the chain that jumps to a policy by its number.
 fn dispatch(policies: &Policies, direction: Direction) -> Chain {
-    let elements: Vec<String> = policies
+    let mut elements: Vec<String> = policies
         .iter()
         .filter(|policy| policy.rules(direction).is_some())
         .map(|policy| format!("{} : jump {}", handle(policy.number), chain_of(policy, direction)))
         .collect();
+    let cluster = policies.cluster().iter().filter(|policy| !policy.rules(direction).is_empty());
+    elements.extend(
+        cluster.map(|policy| {
+            format!("{} : jump {}", handle(policy.number), cluster_chain_of(policy, direction))
+        }),
+    );
+    if !policies.cluster().is_empty() {
+        elements.push(format!("{} : goto pass.{}", handle(DEFAULT), short(direction)));
+    }
     let rules = match elements.is_empty() {
         true => Vec::new(),
         false => vec![format!("meta priority vmap {{ {} }}", elements.join(", "))],
@@ -224,26 +269,75 @@ fn handle(number: u32) -> String {
 
 fn policy_chain(policies: &Policies, policy: &Policy, direction: Direction) -> Option<Chain> {
     let merged = merge(policy.rules(direction)?);
-    let lines: Vec<String> =
-        merged.iter().flat_map(|(ports, peers)| lines(policies, peers, ports, direction)).collect();
-    Some(chain(&chain_of(policy, direction), None, &lines))
+    let rules = merged
+        .iter()
+        .flat_map(|(ports, peers)| conditions(policies, peers, ports, direction))
+        .map(|(_, condition)| format!("{condition}goto pass.{}", short(direction)))
+        .collect::<Vec<_>>();
+    Some(chain(&chain_of(policy, direction), None, &rules))
+}
+
+/// Returns the chain of a ClusterNetworkPolicy, whose rules decide in their order.
+fn cluster_chain(policies: &Policies, policy: &ClusterPolicy, direction: Direction) -> Chain {
+    let mut rules = Vec::new();
+    for found in policy.rules(direction) {
+        for (ports, peers) in merge(std::slice::from_ref(&found.rule)) {
+            for (fits, condition) in conditions(policies, &peers, &ports, direction) {
+                rules.extend(verdicts(found.action, policy.tier, direction, fits, &condition));
+            }
+        }
+    }
+    chain(&cluster_chain_of(policy, direction), None, &rules)
+}
+
+/// Returns the rules for what an action does with packets that fit a condition of an address family.
+fn verdicts(
+    action: RuleAction,
+    tier: Tier,
+    direction: Direction,
+    fits: Option<bool>,
+    condition: &str,
+) -> Vec<String> {
+    let way = short(direction);
+    match (action, tier) {
+        // After the last tier, everything is allowed.
+        (RuleAction::Accept, _) | (RuleAction::Pass, Tier::Baseline) => {
+            vec![format!("{condition}goto pass.{way}")]
+        }
+        (RuleAction::Pass, Tier::Admin) => {
+            vec![format!("{condition}meta priority set {} return", handle(PASSED))]
+        }
+        (RuleAction::Deny, _) => {
+            let families = [true, false].into_iter().filter(|v4| fits.is_none_or(|fits| fits == *v4));
+            let refuse = |v4: bool| match fits {
+                Some(_) => format!("{condition}goto refuse.{way}.{}", family(v4)),
+                None => format!("meta nfproto {} {condition}goto refuse.{way}.{}", nfproto(v4), family(v4)),
+            };
+            families.map(refuse).collect()
+        }
+    }
+}
+
+fn nfproto(v4: bool) -> &'static str {
+    if v4 { "ipv4" } else { "ipv6" }
 }
 
 /// A part of a rule: the address family, `None` for both, and the text.
 type Match = (Option<bool>, String);
 
-fn lines(policies: &Policies, peers: &Peers, ports: &Ports, direction: Direction) -> Vec<String> {
+/// Returns the conditions, one of which a packet has to fit.
+fn conditions(policies: &Policies, peers: &Peers, ports: &Ports, direction: Direction) -> Vec<Match> {
     let peers = peer_matches(policies, peers, direction);
     let ports = port_matches(policies, ports);
-    let mut lines = Vec::new();
+    let mut found = Vec::new();
     for (peers_family, peer) in &peers {
         for (ports_family, port) in &ports {
             if peers_family.is_none() || ports_family.is_none() || peers_family == ports_family {
-                lines.push(format!("{peer}{port}goto pass.{}", short(direction)));
+                found.push((peers_family.or(*ports_family), format!("{peer}{port}")));
             }
         }
     }
-    lines
+    found
 }
 
 /// Returns one of several values as nft writes it: a set if there are more than one.
@@ -269,7 +363,7 @@ fn peer_matches(policies: &Policies, peers: &Peers, direction: Direction) -> Vec
     for (v4, ranges) in [(true, &peers.v4), (false, &peers.v6)] {
         if ranges.is_whole(v4) {
             // nft takes no prefix of length 0.
-            matches.push((Some(v4), format!("meta nfproto {} ", if v4 { "ipv4" } else { "ipv6" })));
+            matches.push((Some(v4), format!("meta nfproto {} ", nfproto(v4))));
         } else if !ranges.is_empty() {
             let addresses = one_of(&ranges.addresses(v4));
             matches.push((Some(v4), format!("{} {addresses} ", other_end(direction, v4))));

@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use super::cluster_dns::{ClusterDns, handed_over};
 use ipnet::IpNet;
 use ovl_cluster::claims::{Claim, balancers_of, claims_of};
 use ovl_cluster::digest::hash;
@@ -35,8 +36,8 @@ const MAX_PROBES: u128 = 1 << 18;
 pub struct Ranges {
     /// Ranges of clusterIPs, at most one of each family. The first one is the default.
     pub services: Vec<IpNet>,
-    /// Whether another program is the cluster DNS, so that a Service may have its address.
-    pub dns_elsewhere: bool,
+    /// Who answers at the address of the cluster DNS.
+    pub dns: ClusterDns,
     /// Whether the ranges of ServiceCIDRs are ranges of clusterIPs too.
     pub follows_cidrs: bool,
     /// Pools of LoadBalancer addresses. If empty, Services of type LoadBalancer get no address.
@@ -114,9 +115,21 @@ impl Ranges {
         self.services.iter().filter_map(|range| address_at(*range, DNS_OFFSET))
     }
 
-    /// Whether an address is one of the cluster DNS at which ovl itself answers.
+    /// Whether an address is reserved for the cluster DNS, so that only a Service of an API server may have it.
     pub fn is_own_dns(&self, address: IpAddr) -> bool {
-        !self.dns_elsewhere && self.dns_addresses().any(|dns| dns == address)
+        self.dns != ClusterDns::Elsewhere && self.dns_addresses().any(|dns| dns == address)
+    }
+
+    /// Returns the addresses of the cluster DNS at which ovl itself answers now.
+    pub fn answered_dns(&self, resources: &Resources) -> BTreeSet<IpAddr> {
+        match self.dns {
+            ClusterDns::Elsewhere => BTreeSet::new(),
+            ClusterDns::Own => self.dns_addresses().collect(),
+            ClusterDns::Auto => {
+                let elsewhere = handed_over(resources, self.dns_addresses());
+                self.dns_addresses().filter(|address| !elsewhere.contains(address)).collect()
+            }
+        }
     }
 
     /// Returns the ranges of clusterIPs that there are: those that are configured, and those of ServiceCIDRs if they are

@@ -70,6 +70,8 @@ pub struct Services {
     started: bool,
     /// Whether there are Services at all.
     any: bool,
+    /// The addresses of the cluster DNS at which ovl answers.
+    own_dns: BTreeSet<IpAddr>,
     /// Services with connections from outside that are forwarded to the underlay, with the address families (`true` for
     /// IPv4).
     forwarding: BTreeMap<Name, BTreeSet<bool>>,
@@ -154,7 +156,10 @@ impl Services {
         let mut changes = Vec::new();
         let is_first = !std::mem::replace(&mut self.started, true);
         let any = view.has_services();
-        let context = context || std::mem::replace(&mut self.any, any) != any;
+        let own_dns = self.ranges.answered_dns(&view.resources);
+        let context = context
+            || std::mem::replace(&mut self.any, any) != any
+            || std::mem::replace(&mut self.own_dns, own_dns.clone()) != own_dns;
         if context || is_first {
             let context = NetworkContext::of(view, &self.ranges);
             if context != self.context {

@@ -21,6 +21,8 @@ pub struct Permits {
     ranges: Ranges,
     /// The ranges of clusterIPs.
     services: Vec<IpNet>,
+    /// The addresses of the cluster DNS at which ovl answers.
+    own_dns: BTreeSet<IpAddr>,
     /// The addresses of all members, whether they are alive or not, with their names.
     hosts: BTreeMap<IpAddr, String>,
     /// The ports at which ovl receives on this host.
@@ -99,6 +101,7 @@ impl Permits {
         Self {
             ranges: ranges.clone(),
             services: ranges.of_services(view),
+            own_dns: ranges.answered_dns(&view.resources),
             hosts: hosts.collect(),
             ports: own.into_iter().flat_map(ports_of).collect(),
         }
@@ -107,7 +110,7 @@ impl Permits {
     /// Returns why a cluster IP is not translated. `None` if it is.
     pub fn cluster_ip(&self, address: IpAddr) -> Option<Denial> {
         let is_within = self.services.iter().any(|range| range.contains(&address));
-        let is_dns = self.ranges.is_own_dns(address);
+        let is_dns = self.own_dns.contains(&address);
         (!is_within || is_dns).then_some(Denial::ClusterIp(address))
     }
 
@@ -164,7 +167,7 @@ impl Permits {
     pub fn denials(&self, service: &Service) -> Vec<Denial> {
         // At the address of the cluster DNS ovl answers itself, whatever Service an API server has there.
         let is_served =
-            |address: &IpAddr| service.metadata.source.is_some() && self.ranges.is_own_dns(*address);
+            |address: &IpAddr| service.metadata.source.is_some() && self.own_dns.contains(address);
         let cluster = service.cluster_addresses().filter(|address| !is_served(address));
         let cluster = cluster.filter_map(|address| self.cluster_ip(address));
         let external = service.spec.external_ips.iter().filter_map(|address| self.external_ip(*address));
@@ -213,6 +216,7 @@ mod tests {
     use ovl_proto::resource::ClusterIp;
 
     use super::*;
+    use crate::services::cluster_dns::ClusterDns;
 
     fn ip(text: &str) -> IpAddr {
         text.parse().unwrap()
@@ -223,7 +227,7 @@ mod tests {
         let services: Vec<IpNet> = parse(&["10.96.0.0/16", "fd00:10:96::/112"]);
         let ranges = Ranges {
             services: services.clone(),
-            dns_elsewhere: false,
+            dns: ClusterDns::Own,
             follows_cidrs: false,
             load_balancers: parse(&["192.0.2.0/28"]),
             external: parse(&["198.51.100.0/24", "2001:db8::/64"]),
@@ -231,6 +235,7 @@ mod tests {
         };
         let hosts = [("198.51.100.7", "h2"), ("2001:db8::7", "h2"), ("192.0.2.7", "h3")];
         Permits {
+            own_dns: ranges.answered_dns(&Default::default()),
             ranges,
             services,
             hosts: hosts.map(|(address, name)| (ip(address), name.to_owned())).into(),

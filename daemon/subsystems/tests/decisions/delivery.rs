@@ -32,7 +32,7 @@ fn own_endpoint() -> (View, Entry) {
 fn the_first_network_brings_the_tables_and_the_last_one_takes_them() {
     let (mut view, entry) = own_endpoint();
     let (local, backends) = (Local::default(), Backends::default());
-    let mut names = Names::new("ovl.internal", "cluster.local", true, vec![[10, 96, 0, 10].into()]);
+    let mut names = Names::new("ovl.internal", "cluster.local", true, vec![[10, 96, 0, 10].into()], false);
     assert_eq!(names.plan(&cluster(&view, &local, &backends)), []);
     names.resolve(NET);
     let ops = texts(&names.plan(&cluster(&view, &local, &backends)));
@@ -74,7 +74,7 @@ fn the_host_is_led_to_the_resolver_while_there_are_services() {
     let mut world = World::new();
     world.attach(1, 1, &[], true);
     let (local, backends) = (Local::default(), Backends::default());
-    let mut names = Names::new("ovl.internal", "cluster.local", true, vec![[10, 96, 0, 10].into()]);
+    let mut names = Names::new("ovl.internal", "cluster.local", true, vec![[10, 96, 0, 10].into()], false);
     assert_eq!(names.plan(&cluster(&world.view, &local, &backends)), []);
     world.service("web", json!({}));
     let now = cluster(&world.view, &local, &backends);
@@ -99,7 +99,7 @@ fn a_network_that_was_refused_is_sent_again_with_the_next_endpoint_only() {
     let (view, entry) = own_endpoint();
     let (local, backends) = (Local::default(), Backends::default());
     let now = cluster(&view, &local, &backends);
-    let mut names = Names::new("ovl.internal", "cluster.local", true, Vec::new());
+    let mut names = Names::new("ovl.internal", "cluster.local", true, Vec::new(), false);
     names.resolve(NET);
     let ops = names.plan(&now);
     let op = Op::Address(AddressOp::Add(Device::bridge(NET), net("169.254.79.53/32")));

@@ -51,7 +51,7 @@ impl Town {
         world.view.nodes.values_mut().for_each(|node| node.state = PeerState::Alive);
         let mut town = Self {
             world,
-            names: Names::new("ovl.internal", "Cluster.Local.", true, Vec::new()),
+            names: Names::new("ovl.internal", "Cluster.Local.", true, Vec::new(), false),
             place: alone,
         };
         town.changed(Change::Network(NET));
@@ -407,7 +407,7 @@ proptest! {
             }
         }
         town.refresh();
-        let mut fresh = Names::new("ovl.internal", DOMAIN, true, Vec::new());
+        let mut fresh = Names::new("ovl.internal", DOMAIN, true, Vec::new(), false);
         let quick = answers(&town.names);
         let World { view, backends } = &town.world;
         // Pods are known by their changes alone, so the new zone hears of them as the first settling does.

@@ -74,6 +74,13 @@ impl Run<'_> {
                 end => end,
             },
             ["meta", "priority", "set", "0"] => Verdict::Next,
+            ["meta", "priority", "set", handle, "return"] => {
+                self.priority = number_of(handle);
+                Verdict::Return
+            }
+            ["meta", "priority", handle, "return"] => {
+                self.given(self.priority == number_of(handle), &["return"])
+            }
             // This rule is for the bridge table and has no verdict.
             ["iifname", _, "oifname", _, "ct", "status", "dnat", "meta", "mark", "set", ..] => Verdict::Next,
             ["meta", "priority", "set", "ct", way, family, "saddr", "map", map, rest @ ..] => {
@@ -85,7 +92,7 @@ impl Run<'_> {
             ["meta", "priority", "vmap", "{", rest @ ..] => {
                 let own = format!("{:x}:{:x}", self.priority >> 16, self.priority & 0xffff);
                 match rest.iter().position(|word| *word == own) {
-                    Some(at) => self.rule(&["jump", rest[at + 3].trim_end_matches(',')]),
+                    Some(at) => self.rule(&[rest[at + 2], rest[at + 3].trim_end_matches(',')]),
                     None => Verdict::Next,
                 }
             }
@@ -172,6 +179,13 @@ fn values<'a, 'w>(words: &'a [&'w str]) -> (Vec<&'w str>, &'a [&'w str]) {
         [one, rest @ ..] => (vec![*one], rest),
         [] => panic!("no value"),
     }
+}
+
+/// Reads a number as nft writes priorities.
+fn number_of(handle: &str) -> u32 {
+    let (high, low) = handle.split_once(':').unwrap();
+    let part = |text| u32::from_str_radix(text, 16).unwrap();
+    part(high) << 16 | part(low)
 }
 
 fn number(protocol: &str) -> u8 {

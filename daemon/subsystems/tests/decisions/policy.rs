@@ -11,9 +11,11 @@ use ovl_proto::id::{EndpointId, NetworkId};
 use ovl_proto::object::Mode;
 use ovl_proto::record::Signature;
 use ovl_proto::resource::{
-    Container, ContainerPort, EgressRule, IngressRule, IntOrString, IpBlock, LabelSelector, Labels, Meta,
-    Name, Namespace, NetworkPolicy, Operator, Pod, PodSpec, PolicyPeer, PolicyPort, PolicySpec, PolicyType,
-    Protocol, Requirement, Resource,
+    ClusterEgressRule, ClusterIngressRule, ClusterNetworkPolicy, ClusterPeer, ClusterPolicySpec, ClusterPort,
+    ClusterPorts, ClusterProtocol, Container, ContainerPort, EgressRule, IngressRule, IntOrString, IpBlock,
+    LabelSelector, Labels, Meta, Name, Namespace, NamespacedPod, NetworkPolicy, Operator, Pod, PodSpec,
+    PolicyPeer, PolicyPort, PolicySpec, PolicySubject, PolicyType, PortRange, Protocol, Requirement,
+    Resource, RuleAction, Tier,
 };
 use ovl_proto::table::{Endpoint, Entry, Key, PodIdentity};
 use ovl_proto::wire::fields::Unknown;
@@ -361,6 +363,94 @@ fn specs() -> impl Strategy<Value = PolicySpec> {
     })
 }
 
+fn cluster_peers(is_egress: bool) -> impl Strategy<Value = ClusterPeer> {
+    let named = |namespace_selector, pod_selector| NamespacedPod {
+        namespace_selector,
+        pod_selector,
+        unknown: Unknown::default(),
+    };
+    let namespaces =
+        selectors().prop_map(|it| ClusterPeer { namespaces: Some(it), ..ClusterPeer::default() });
+    let pods = (selectors(), selectors())
+        .prop_map(move |(of, it)| ClusterPeer { pods: Some(named(of, it)), ..ClusterPeer::default() });
+    let nets = prop::sample::select(vec!["0.0.0.0/0", "10.9.0.8/29", "10.9.0.16/30", "::/0"]);
+    let nets = prop::collection::vec(nets, 1..3).prop_map(move |all| match is_egress {
+        true => ClusterPeer { networks: all.into_iter().map(net).collect(), ..ClusterPeer::default() },
+        false => ClusterPeer { namespaces: Some(LabelSelector::default()), ..ClusterPeer::default() },
+    });
+    // On which ovl does not act.
+    let unknown = Just(ClusterPeer { domain_names: vec!["ovl.test".to_owned()], ..ClusterPeer::default() });
+    prop_oneof![4 => namespaces, 4 => pods, 2 => nets, 1 => unknown]
+}
+
+fn cluster_protocols() -> impl Strategy<Value = ClusterProtocol> {
+    let port = prop_oneof![
+        (80..84_u16).prop_map(|number| ClusterPort { number, ..ClusterPort::default() }),
+        (80..83_u16).prop_map(|start| ClusterPort {
+            range: Some(PortRange { start, end: start + 1 }),
+            ..ClusterPort::default()
+        }),
+    ];
+    let ports =
+        port.prop_map(|port| Some(ClusterPorts { destination_port: Some(port), ..ClusterPorts::default() }));
+    prop_oneof![
+        2 => ports.clone().prop_map(|tcp| ClusterProtocol { tcp, ..ClusterProtocol::default() }),
+        1 => ports.clone().prop_map(|udp| ClusterProtocol { udp, ..ClusterProtocol::default() }),
+        1 => ports.prop_map(|sctp| ClusterProtocol { sctp, ..ClusterProtocol::default() }),
+        1 => Just(ClusterProtocol { destination_named_port: "web".to_owned(), ..ClusterProtocol::default() }),
+    ]
+}
+
+fn cluster_specs() -> impl Strategy<Value = ClusterPolicySpec> {
+    let rules = |is_egress| {
+        let action = prop::sample::select(vec![RuleAction::Accept, RuleAction::Deny, RuleAction::Pass]);
+        let peers = prop::collection::vec(cluster_peers(is_egress), 1..3);
+        prop::collection::vec((action, peers, prop::collection::vec(cluster_protocols(), 0..3)), 0..4)
+    };
+    let tier = prop::sample::select(vec![Tier::Admin, Tier::Baseline]);
+    (tier, 0..3_u16, selectors(), selectors(), rules(false), rules(true)).prop_map(
+        |(tier, priority, of, pods, ingress, egress)| ClusterPolicySpec {
+            tier: Some(tier),
+            priority: Some(priority),
+            subject: PolicySubject {
+                pods: Some(NamespacedPod {
+                    namespace_selector: of,
+                    pod_selector: pods,
+                    unknown: Unknown::default(),
+                }),
+                ..PolicySubject::default()
+            },
+            ingress: ingress
+                .into_iter()
+                .map(|(action, from, protocols)| ClusterIngressRule {
+                    action: Some(action),
+                    from,
+                    protocols,
+                    ..ClusterIngressRule::default()
+                })
+                .collect(),
+            egress: egress
+                .into_iter()
+                .map(|(action, to, protocols)| ClusterEgressRule {
+                    action: Some(action),
+                    to,
+                    protocols,
+                    ..ClusterEgressRule::default()
+                })
+                .collect(),
+            unknown: Unknown::default(),
+        },
+    )
+}
+
+fn cluster_policy(n: u8, spec: ClusterPolicySpec) -> Resource {
+    Resource::ClusterNetworkPolicy(ClusterNetworkPolicy {
+        metadata: meta("", &format!("c{n}"), Labels::new()),
+        spec,
+        unknown: Unknown::default(),
+    })
+}
+
 fn namespace_of(choice: bool) -> &'static str {
     if choice { "x" } else { "y" }
 }
@@ -372,6 +462,8 @@ enum Step {
     Take(u8),
     Policy(u8, bool, PolicySpec),
     NoPolicy(u8, bool),
+    Cluster(u8, ClusterPolicySpec),
+    NoCluster(u8),
     Namespace(bool, Labels),
     Pod(u8, bool, Option<u16>, &'static str),
     Again(u8, bool, u8, &'static str, u64),
@@ -389,6 +481,8 @@ fn steps() -> impl Strategy<Value = Step> {
         1 => n.clone().prop_map(Step::Take),
         3 => (0..3_u8, any::<bool>(), specs()).prop_map(|(n, space, spec)| Step::Policy(n, space, spec)),
         1 => (0..3_u8, any::<bool>()).prop_map(|(n, space)| Step::NoPolicy(n, space)),
+        3 => (0..3_u8, cluster_specs()).prop_map(|(n, spec)| Step::Cluster(n, spec)),
+        1 => (0..3_u8).prop_map(Step::NoCluster),
         1 => (any::<bool>(), few_labels()).prop_map(|(space, labels)| Step::Namespace(space, labels)),
         1 => (n.clone(), any::<bool>(), prop::option::of(80..83_u16), uid())
             .prop_map(|(n, space, port, uid)| Step::Pod(n, space, port, uid)),
@@ -427,6 +521,10 @@ fn make(view: &mut View, step: &Step) -> Option<(NetworkId, IpAddr)> {
         Step::NoPolicy(n, space) => {
             view.resources
                 .remove(&policy(namespace_of(*space), &format!("p{n}"), PolicySpec::default()).key());
+        }
+        Step::Cluster(n, spec) => drop(view.resources.insert(cluster_policy(*n, spec.clone()))),
+        Step::NoCluster(n) => {
+            view.resources.remove(&cluster_policy(*n, ClusterPolicySpec::default()).key());
         }
         Step::Namespace(space, labels) => {
             let metadata = meta("", namespace_of(*space), labels.clone());
@@ -593,7 +691,7 @@ fn egress_rules_cover_the_resolver() {
         let addresses = ["127.0.0.11", "169.254.79.53"].map(|at| at.parse().unwrap()).into();
         let resolver = ResolverPeer::new(&view.resources, addresses);
         let asks = |namespace: &str, app: &str| {
-            policies.allow_resolver(namespace, Some(&labels(&[("app", app)])), &resolver)
+            policies.allow_resolver(&view.resources, namespace, Some(&labels(&[("app", app)])), &resolver)
         };
         assert_eq!(asks("default", "web"), expected, "{rules:?}");
         assert!(asks("default", "db") && asks("other", "web"), "no policy selects it");

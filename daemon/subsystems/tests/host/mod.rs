@@ -10,6 +10,7 @@ use ovl_dataplane::state::Dataplane;
 use ovl_proto::id::EndpointId;
 use ovl_subsystems::local::{Isolation, Local, Underlay};
 use ovl_subsystems::services::allocation::{NodePortRange, Ranges};
+use ovl_subsystems::services::cluster_dns::ClusterDns;
 use ovl_subsystems::{Cluster, Settings, Subsystems, desired as desired_of};
 
 pub(crate) fn settings() -> Settings {
@@ -30,7 +31,7 @@ pub(crate) fn ranges() -> Ranges {
     let parse = |text: &str| vec![text.parse().unwrap()];
     Ranges {
         services: parse("10.64.0.0/10"),
-        dns_elsewhere: false,
+        dns: ClusterDns::Own,
         follows_cidrs: false,
         load_balancers: parse("192.0.2.0/24"),
         external: parse("192.0.2.0/24"),

@@ -122,10 +122,10 @@ pub(super) fn treatment(kind: Kind, path: &str, value: &Value) -> Treatment {
         );
     }
     // ovl has all fields of a policy, so this one is misspelt.
-    if kind == Kind::NetworkPolicy && path.starts_with("spec.") {
+    if kind.is_policy() && path.starts_with("spec.") {
         return Treatment::Protective(
-            "is not a field of a NetworkPolicy, and without it the policy could allow more than it says: correct or \
-             remove it",
+            "is not a field of a policy of this kind, and without it the policy could allow more than it says: correct \
+             or remove it",
         );
     }
     let found = match path.strip_prefix("metadata.") {
@@ -142,7 +142,7 @@ fn of_kind(kind: Kind, path: &str, value: &Value) -> Treatment {
         Kind::EndpointSlice => listed(SLICE, path),
         Kind::Pod => of_pod(path, value),
         Kind::ServiceCidr => listed(SERVICE_CIDR, path),
-        Kind::Service | Kind::NetworkPolicy => Treatment::Unknown,
+        Kind::Service | Kind::NetworkPolicy | Kind::ClusterNetworkPolicy => Treatment::Unknown,
     }
 }
 

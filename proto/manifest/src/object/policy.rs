@@ -85,7 +85,7 @@ fn check_rule(
     }
 }
 
-fn check_selector(path: &str, selector: &LabelSelector, problems: &mut FieldProblems) {
+pub(super) fn check_selector(path: &str, selector: &LabelSelector, problems: &mut FieldProblems) {
     check_labels(&format!("{path}.matchLabels"), &selector.match_labels, problems);
     for (n, requirement) in selector.match_expressions.iter().enumerate() {
         let path = format!("{path}.matchExpressions[{n}]");

@@ -33,7 +33,11 @@ fn fields(kind: Kind) -> &'static [(&'static [&'static str], Zero)] {
             (&["status", "phase"], Zero::Text),
             (&["status", "podIP"], Zero::Text),
         ],
-        Kind::Namespace | Kind::EndpointSlice | Kind::NetworkPolicy | Kind::ServiceCidr => &[],
+        Kind::Namespace
+        | Kind::EndpointSlice
+        | Kind::NetworkPolicy
+        | Kind::ServiceCidr
+        | Kind::ClusterNetworkPolicy => &[],
     }
 }
 

@@ -14,7 +14,7 @@ use super::*;
 fn ranges() -> Ranges {
     Ranges {
         services: vec!["10.96.0.0/16".parse().unwrap(), "fd00:10:96::/112".parse().unwrap()],
-        dns_elsewhere: false,
+        dns: ClusterDns::Own,
         follows_cidrs: false,
         load_balancers: vec!["192.0.2.0/29".parse().unwrap()],
         external: Vec::new(),
