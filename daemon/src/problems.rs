@@ -176,7 +176,7 @@ pub(crate) enum Code {
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    pub(crate) const ALL: [Self; 80] = [
+    pub(crate) const ALL: [Self; 81] = [
         Self::HostDown,
         Self::NoMajority,
         Self::VersionsDiffer,

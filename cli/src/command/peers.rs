@@ -163,6 +163,8 @@ mod tests {
             member: true,
             reachable: true,
             path_mtu: Some(1500),
+            via: None,
+            via_s: None,
             paths: Vec::new(),
         }
     }
