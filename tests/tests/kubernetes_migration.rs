@@ -171,7 +171,7 @@ fn nodes_go_from_flannel_and_kube_proxy_to_ovl_one_by_one() {
     let _o1 = NamedServer::start(&o1.workload, "o1", 8080).unwrap();
     kube_proxy(h1, &[]);
     api.put(&slice(&[("h1", &at_o1), ("h2", &at_o2)]));
-    let all = [("o1", &at_o1), ("o2", &at_o2)];
+    let all = [("o1", &*at_o1), ("o2", &*at_o2)];
     all_reach(&[("o1", &o1.workload), ("o2", &o2.workload)], &all);
     // What flannel left is deleted, and nothing of ovl depends on it.
     for host in lab.hosts() {
