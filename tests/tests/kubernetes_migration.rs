@@ -92,6 +92,10 @@ fn kube_proxy(host: &Host, backends: &[&str]) {
             .to_owned(),
         "add chain ip kube-proxy nat-prerouting { type nat hook prerouting priority dstnat; policy accept; }"
             .to_owned(),
+        // As `--masquerade-all`, so that a pod reaches itself through the Service.
+        "add chain ip kube-proxy nat-postrouting { type nat hook postrouting priority srcnat - 1; policy accept; }"
+            .to_owned(),
+        "add rule ip kube-proxy nat-postrouting ct status dnat masquerade".to_owned(),
         format!(
             "add rule ip kube-proxy nat-prerouting ip daddr {SERVICE} tcp dport 80 dnat to {chosen} : 8080"
         ),
