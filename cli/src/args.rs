@@ -223,6 +223,7 @@ impl Cli {
             Command::Verify => return verify::run(&context),
             Command::Doctor(args) => return doctor::run(&context, &args),
             Command::Trace(args) => return trace::run(&context, args),
+            Command::Flows(args) => return flows::run(&context, &args),
             Command::Diff(args) => return resource::diff(&context, &args),
             // These are replaced by the program.
             Command::Exec(args) => exec::exec(&context, args).map(|never| match never {}),
@@ -246,7 +247,6 @@ impl Cli {
             Command::Detach(args) => detach::run(&context, args),
             Command::Endpoints(args) => endpoints::run(&context, &args),
             Command::Capture(args) => capture::run(&context, *args),
-            Command::Flows(args) => flows::run(&context, &args),
             Command::Dns(args) => dns::run(&context, args),
             Command::Endpoint(args) => endpoint::run(&context, args),
             Command::Apply(args) => resource::apply(&context, &args, false),

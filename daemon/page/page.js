@@ -7,6 +7,11 @@ const ROWS = 200;
 const MOST_EVENTS = 500;
 // Endpoints that count as chatty.
 const CHATTIEST = 10;
+// Flows that are kept at most, and for how long after they were last seen, in milliseconds.
+const MOST_FLOWS = 2000;
+const FLOW_KEPT = 60000;
+// Interval at which flows are shown, in milliseconds.
+const FLOWS_SHOWN = 500;
 // Time until the next attempt to connect, in milliseconds.
 const RETRY = 3000;
 
@@ -17,6 +22,9 @@ const state = {
   before: new Map(), // The last report of each host, by its name.
   events: null, // null: not asked for yet.
   refused: [],
+  flows: new Map(), // By ends, port and verdict: the flow, when it was last seen, and what each host counted of it.
+  flowHosts: new Map(), // What is to be said of a host besides its flows.
+  watch: null, // Ends the stream of flows. null: it is not open.
   view: "map",
   rows: ROWS,
   opener: null,
@@ -55,35 +63,41 @@ function takeToken() {
   return sessionStorage.getItem("token");
 }
 
-async function ask(part, query) {
+async function ask(part, query, signal) {
   const headers = token ? { Authorization: `Bearer ${token}` } : {};
-  const response = await fetch(`/api/v1/${part}${query ? `?${new URLSearchParams(query)}` : ""}`, { headers });
+  const response = await fetch(`/api/v1/${part}${query ? `?${new URLSearchParams(query)}` : ""}`, { headers, signal });
   if (!response.ok) throw new Error((await response.text()).trim() || response.statusText);
   return response;
 }
 
 const askJson = async (part, query) => (await ask(part, query)).json();
 
-// Reads the event stream, again and again.
-async function follow() {
+// Reads an event stream until it ends.
+async function read(part, signal) {
+  const response = await ask(part, undefined, signal);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
   for (;;) {
+    const { value, done } = await reader.read();
+    if (done) break;
+    text += value;
+    let end;
+    while ((end = text.indexOf("\n\n")) >= 0) {
+      take(text.slice(0, end));
+      text = text.slice(end + 2);
+    }
+  }
+  throw new Error("the daemon closed the connection");
+}
+
+// Reads an event stream, again and again, until it is aborted.
+async function follow(part, failed, signal) {
+  while (!signal?.aborted) {
     try {
-      const response = await ask("stream");
-      const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-      let text = "";
-      for (;;) {
-        const { value, done } = await reader.read();
-        if (done) break;
-        text += value;
-        let end;
-        while ((end = text.indexOf("\n\n")) >= 0) {
-          take(text.slice(0, end));
-          text = text.slice(end + 2);
-        }
-      }
-      disconnected("the daemon closed the connection");
+      await read(part, signal);
     } catch (error) {
-      disconnected(error.message);
+      if (signal?.aborted) return;
+      failed(error.message);
     }
     await new Promise((resolve) => setTimeout(resolve, RETRY));
   }
@@ -107,6 +121,9 @@ function take(event) {
     case "reports":
       takeReports(data);
       update();
+      break;
+    case "flows":
+      takeFlows(data);
       break;
     case "event":
       state.events?.push(data);
@@ -151,6 +168,7 @@ const views = {
   policy: () => {},
   drops: renderDrops,
   history: renderHistory,
+  flows: renderFlows,
 };
 
 function render() {
@@ -165,7 +183,7 @@ function update() {
   renderSummary();
   if (state.view === "map") updateMap();
   else if (state.view === "drops") askDrops();
-  else if (state.view !== "history") views[state.view]();
+  else if (state.view !== "history" && state.view !== "flows") views[state.view]();
 }
 
 const plural = (count, thing) => (count === 1 ? `1 ${thing}` : `${count} ${thing}s`);
@@ -450,6 +468,109 @@ async function renderHistory() {
     row(moment(event.time_ms), event.kind, event.object, event.message)));
 }
 
+// Watches flows while they are shown. For no other reason do the hosts count them.
+function watchFlows() {
+  const wanted = state.view === "flows" && !document.hidden;
+  if (wanted === (state.watch !== null)) return;
+  if (wanted) {
+    state.watch = new AbortController();
+    follow("flows", (why) => {
+      state.flowHosts.set("", { error: why });
+      showFlows();
+    }, state.watch.signal);
+  } else {
+    state.watch.abort();
+    state.watch = null;
+    state.flows = new Map();
+    state.flowHosts = new Map();
+  }
+}
+
+function takeFlows({ host, flows, incomplete, error }) {
+  if (!state.watch) return;
+  const now = Date.now();
+  state.flowHosts.delete("");
+  state.flowHosts.set(host, { error, incomplete });
+  for (const [key, each] of state.flows) {
+    if (now - each.seen > FLOW_KEPT) state.flows.delete(key);
+  }
+  for (const flow of flows) {
+    const key = [flow.from, flow.to, flow.port, flow.protocol, flow.verdict].join(" ");
+    let kept = state.flows.get(key);
+    if (!kept) {
+      if (state.flows.size >= MOST_FLOWS) {
+        state.flowHosts.get(host).incomplete = true;
+        continue;
+      }
+      kept = { hosts: new Map() };
+      state.flows.set(key, kept);
+    }
+    const before = kept.hosts.get(host) ?? { count: 0, sent: 0, received: 0 };
+    const count = flow.verdict === "dropped" ? flow.dropped : flow.opened;
+    kept.flow = flow;
+    kept.seen = now;
+    kept.hosts.set(host, {
+      now: count, at: now, count: before.count + count,
+      sent: before.sent + (flow.sent_bytes ?? 0), received: before.received + (flow.received_bytes ?? 0),
+    });
+  }
+  showFlows();
+}
+
+let flowsDue = false;
+
+// Shows flows soon: all that comes until then at once.
+function showFlows() {
+  if (flowsDue) return;
+  flowsDue = true;
+  setTimeout(() => {
+    flowsDue = false;
+    if (state.view === "flows") renderFlows();
+  }, FLOWS_SHOWN);
+}
+
+const flowEnd = (name, address) => (name ? `${name} (${address})` : address);
+
+const textOfFlow = ({ flow, hosts }) => [flow.from_name, flow.from, flow.to_name, flow.to, flow.port, flow.protocol, flow.backend_name,
+  flow.why, ...(flow.policies ?? []), ...hosts.keys()].join(" ");
+
+// A flow between two hosts is counted by both, so the larger count is that of the flow.
+const most = (kept, of) => Math.max(0, ...[...kept.hosts.values()].map(of));
+
+function bytes(count) {
+  return bytesRate(count).replace("/s", "");
+}
+
+function renderFlows() {
+  const now = Date.now();
+  const verdict = at("verdict").value;
+  const mode = at("flow-chatty").value;
+  const chatty = new Set(mode ? chattiest().map((key) => key.split(" ")[0]) : []);
+  const isChatty = ({ flow }) => chatty.has(flow.from_name) || chatty.has(flow.to_name) || chatty.has(flow.backend_name);
+  const all = [...state.flows.values()];
+  const found = all.filter((each) => (!verdict || each.flow.verdict === verdict) && (!mode || isChatty(each) === (mode === "only")) &&
+    matches(textOfFlow(each)));
+  const count = new Map(found.map((each) => [each, most(each, (it) => it.count)]));
+  found.sort((a, b) => a.flow.verdict.localeCompare(b.flow.verdict) || count.get(b) - count.get(a));
+  const shown = found.slice(0, ROWS);
+  const notes = [shown.length === all.length ? plural(all.length, "flow") : `${shown.length} of ${plural(all.length, "flow")}`];
+  for (const [host, { error, incomplete }] of state.flowHosts) {
+    if (error) notes.push(host ? `${host}: ${error}` : `not connected: ${error}`);
+    else if (incomplete) notes.push(`${host}: more than are shown`);
+  }
+  at("flow-notes").textContent = state.flowHosts.size ? notes.join("; ") : "waiting for the first second";
+  table("flow-table", ["From", "To", "Port", "Verdict", "Seen by", "Count", "Per second", "Sent", "Received", "Decided by"],
+    shown.map((each) => {
+      const { flow, hosts } = each;
+      const backend = flow.backend ? ` at ${flowEnd(flow.backend_name, flow.backend.join(" port "))}` : "";
+      return row(flowEnd(flow.from_name, flow.from), flowEnd(flow.to_name, flow.to) + backend,
+        flow.port === undefined ? flow.protocol : `${flow.port}/${flow.protocol}`,
+        el("td", { class: flow.verdict === "dropped" ? "error" : "" }, flow.verdict), [...hosts.keys()].sort().join(", "),
+        number(count.get(each)), number(most(each, (it) => (now - it.at < 2500 ? it.now : 0))),
+        number(bytes(most(each, (it) => it.sent))), number(bytes(most(each, (it) => it.received))), flow.why ?? "");
+    }));
+}
+
 // Details.
 
 function show(event, title, pairs, ...rest) {
@@ -521,6 +642,7 @@ function open(view) {
     tab.setAttribute("aria-selected", name === view);
     tab.tabIndex = name === view ? 0 : -1;
   }
+  watchFlows();
   render();
 }
 
@@ -577,12 +699,14 @@ document.addEventListener("keydown", (event) => {
 
 for (const name of order) at(`tab-${name}`).addEventListener("click", () => open(name));
 for (const id of ["search", "network", "chatty"]) at(id).addEventListener("input", render);
+for (const id of ["verdict", "flow-chatty"]) at(id).addEventListener("input", renderFlows);
+document.addEventListener("visibilitychange", watchFlows);
 for (const id of ["until", "span", "kind"]) at(id).addEventListener("input", renderHistory);
 at("more").addEventListener("click", () => {
   state.rows += ROWS;
   render();
 });
 at("question").addEventListener("submit", askPolicy);
-for (const id of ["filters", "period"]) at(id).addEventListener("submit", (event) => event.preventDefault());
+for (const id of ["filters", "period", "flow-filters"]) at(id).addEventListener("submit", (event) => event.preventDefault());
 open("map");
-follow();
+follow("stream", disconnected);

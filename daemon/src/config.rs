@@ -16,7 +16,9 @@ use ovl_cluster::networks::overlaps;
 use ovl_dataplane::device::Device;
 use ovl_dns::StubDomain;
 use ovl_proto::record::{MAX_ZONE, is_zone};
-use ovl_proto::{DEFAULT_PORT, DEFAULT_TUNNEL_PORT, DEFAULT_VXLAN_PORT, SEALED_VXLAN_PORT};
+use ovl_proto::{
+    DEFAULT_PORT, DEFAULT_RELAY_PORT, DEFAULT_TUNNEL_PORT, DEFAULT_VXLAN_PORT, SEALED_VXLAN_PORT,
+};
 use ovl_subsystems::services::allocation::{NodePortRange, Ranges};
 use serde::Deserialize;
 
@@ -72,6 +74,9 @@ pub(crate) struct Args {
     /// UDP port of the tunnel [default: 51940]
     #[arg(long, value_name = "PORT")]
     tunnel_port: Option<u16>,
+    /// UDP port of datagrams between hosts that reach each other only through others; 0: none [default: 7942]
+    #[arg(long, value_name = "PORT")]
+    relay_port: Option<u16>,
     /// Networks that are made by this host are encrypted
     #[arg(long)]
     encrypt: bool,
@@ -154,6 +159,8 @@ struct File {
     #[serde(default)]
     tunnel: TunnelMode,
     tunnel_port: Option<u16>,
+    relay_port: Option<u16>,
+    relay: Option<bool>,
     #[serde(default)]
     encrypt: bool,
     resolv_conf: Option<PathBuf>,
@@ -238,6 +245,10 @@ pub struct Config {
     pub(crate) tunnel: TunnelMode,
     /// UDP port of the tunnel.
     pub(crate) tunnel_port: u16,
+    /// UDP port of relayed datagrams; 0 if this host takes no part in them.
+    pub(crate) relay_port: u16,
+    /// Whether this host relays for hosts that do not reach each other.
+    pub(crate) relay: bool,
     /// Whether every network created by this host is encrypted, even if the request does not ask for it.
     pub(crate) encrypt: bool,
     /// File with the upstream resolvers for all names that ovl does not serve.
@@ -350,6 +361,8 @@ impl Config {
             masquerade: file.masquerade.unwrap_or(true),
             tunnel: args.tunnel.unwrap_or(file.tunnel),
             tunnel_port: args.tunnel_port.or(file.tunnel_port).unwrap_or(DEFAULT_TUNNEL_PORT),
+            relay_port: args.relay_port.or(file.relay_port).unwrap_or(DEFAULT_RELAY_PORT),
+            relay: file.relay.unwrap_or(true),
             encrypt: args.encrypt || file.encrypt,
             resolv_conf: args.resolv_conf.or(file.resolv_conf).unwrap_or_else(|| "/etc/resolv.conf".into()),
             dns_listen: file.dns_listen,
@@ -401,6 +414,9 @@ impl Config {
         let others = [self.vxlan_port, self.advertise.port(), SEALED_VXLAN_PORT];
         if others.iter().any(|other| *other & !1 == self.tunnel_port) {
             bail!("tunnel_port: {} is in use by ovld for something else", self.tunnel_port);
+        }
+        if others.contains(&self.relay_port) || self.relay_port & !1 == self.tunnel_port {
+            bail!("relay_port: {} is in use by ovld for something else", self.relay_port);
         }
         if !(Duration::from_millis(50)..=Duration::from_secs(5)).contains(&self.gossip_interval) {
             bail!("gossip_interval: between 50ms and 5s");

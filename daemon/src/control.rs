@@ -8,8 +8,8 @@ use std::rc::Rc;
 
 use anyhow::{Context, Result};
 use ovl_control::{
-    ApiReport, CaptureRequest, CapturedFrom, Document, Event, Failure, FailureKind, Flows, MAX_REQUEST,
-    MAX_STAGED, MAX_STAGED_BYTES, MirrorOffer, Reply, Request,
+    ApiReport, CaptureRequest, CapturedFrom, Document, Event, Failure, FailureKind, Flows, FlowsOf,
+    MAX_REQUEST, MAX_STAGED, MAX_STAGED_BYTES, MirrorOffer, Reply, Request,
 };
 use serde_json::{Map, Value};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
@@ -48,7 +48,7 @@ pub(crate) trait Answers: 'static {
     ) -> Result<mpsc::Receiver<CapturedFrom>, Failure>;
 
     /// Follows flows. It ends when the receiver is dropped.
-    async fn follow_flows(self: &Rc<Self>) -> Result<mpsc::Receiver<Flows>, Failure>;
+    async fn follow_flows(self: &Rc<Self>, of: FlowsOf) -> Result<mpsc::Receiver<Flows>, Failure>;
 }
 
 /// Creates the socket, accessible to root and its group only. A socket that is left over belongs to no
@@ -142,7 +142,7 @@ async fn client(node: &Rc<impl Answers>, stream: UnixStream) -> std::io::Result<
                 }
                 Err(failure) => send(&mut write, &Reply::Error(failure)).await?,
             },
-            Ok(Request::Flows { follow: true }) => match node.follow_flows().await {
+            Ok(Request::Flows { follow: true, of }) => match node.follow_flows(of).await {
                 Ok(flows) => {
                     let mut ignored = tokio::io::sink();
                     return tokio::select! {

@@ -12,6 +12,7 @@ mod clashes;
 mod clocks;
 mod config;
 mod control;
+mod detours;
 mod doctor;
 mod encryption;
 mod endpoints;

@@ -16,6 +16,8 @@ use crate::limits;
 pub(crate) struct Measured {
     full_passes: Durations,
     quick_passes: Durations,
+    /// From a change of another host's table until it is known here.
+    convergence: Durations,
     /// Calls of container runtimes, by the command and whether it succeeded.
     cni: BTreeMap<(&'static str, bool), Durations>,
 }
@@ -31,6 +33,11 @@ impl Measured {
         self.quick_passes.add(took);
     }
 
+    /// Counts a change of another host's table, by the time until it was known here.
+    pub(crate) fn convergence(&mut self, took: Duration) {
+        self.convergence.add(took);
+    }
+
     /// Counts a call of a container runtime.
     pub(crate) fn cni(&mut self, command: &'static str, succeeded: bool, took: Duration) {
         self.cni.entry((command, succeeded)).or_default().add(took);
@@ -43,6 +50,8 @@ impl Measured {
             "Time of a pass of the reconcile loop",
             [(vec![("pass", "full")], &self.full_passes), (vec![("pass", "quick")], &self.quick_passes)],
         );
+        let help = "Time until a change of another host's endpoints was known here";
+        page.durations("convergence", help, [(Vec::new(), &self.convergence)]);
         let result = |succeeded| if succeeded { "success" } else { "error" };
         page.durations(
             "cni_duration",

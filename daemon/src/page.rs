@@ -72,6 +72,8 @@ pub(crate) enum Wanted {
     },
     /// All of it as it changes.
     Stream,
+    /// Who talks to whom on all hosts, as it is seen.
+    Flows,
 }
 
 /// Why a request is not answered: the status, and a sentence.
@@ -124,6 +126,7 @@ fn api(name: &str, query: &str) -> Result<Wanted, Option<String>> {
         "reports" => Wanted::Reports,
         "drops" => Wanted::Drops,
         "stream" => Wanted::Stream,
+        "flows" => Wanted::Flows,
         "events" => Wanted::Events(Period {
             since_ms: values.number("since").map_err(Some)?,
             until_ms: values.number("until").map_err(Some)?,
@@ -267,7 +270,7 @@ mod tests {
         for path in ["/", "/page.js", "/page.css", "/icon.svg"] {
             assert_eq!(status(ask(path, "", &[])), 200, "{path}");
         }
-        for part in ["overview", "reports", "events", "drops", "stream"] {
+        for part in ["overview", "reports", "events", "drops", "stream", "flows"] {
             let path = format!("/api/v1/{part}");
             assert_eq!(status(ask(&path, "", &[GOOD])), 200, "{path}");
             assert_eq!(status(ask(&path, "", &[])), 401, "{path}");

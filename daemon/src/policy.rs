@@ -152,6 +152,14 @@ pub(crate) fn judgement(
     judged(view, &Policies::new(&view.resources), from, to, port)
 }
 
+/// Returns what explains many connections: as [`judgement`], but the policies are read once.
+pub(crate) fn judgements(
+    view: &View,
+) -> impl Fn(IpAddr, IpAddr, Option<(Protocol, u16)>) -> PolicyJudgement + '_ {
+    let policies = Policies::new(&view.resources);
+    move |from, to, port| judged(view, &policies, from, to, port)
+}
+
 fn judged(
     view: &View,
     policies: &Policies,
@@ -194,13 +202,17 @@ pub(crate) fn drops(view: &View, counts: Vec<Vec<CountedElement>>) -> Vec<Policy
 pub(crate) fn add_refused(page: &mut Page, view: &View, refused: &Refused) {
     let help = "Packets that no policy of an isolated endpoint of this host let pass";
     let family = page.counter("policy_refused_packets", In::Numbers, help);
+    let policies = Policies::new(&view.resources);
     for ((direction, address), packets) in refused {
         let Some(placed) = ConnectionEnd::of(view, *address).endpoint else { continue };
+        let network = view.networks.get(&placed.endpoint.network);
         let labels = [
             ("namespace", &*placed.endpoint.namespace),
             ("endpoint", &*placed.endpoint.name),
             ("address", &*address.to_string()),
             ("direction", direction.name()),
+            ("network", network.map_or("", |found| &*found.network.name)),
+            ("policies", &*deciding(view, &policies, placed, *direction).iter().map(Name::to_string).collect::<Vec<_>>().join(", ")),
         ];
         family.with(&labels, *packets);
     }
@@ -276,6 +288,14 @@ fn side(side: Side, end: &ConnectionEnd<'_>, direction: Direction) -> PolicySide
     PolicySide { passes, policies, rule, why }
 }
 
+/// Returns the policies that decide about an endpoint in a direction.
+fn deciding(view: &View, policies: &Policies, placed: Placed<'_>, direction: Direction) -> Vec<Name> {
+    let Placed { node, endpoint } = placed;
+    let labels = view.known_labels(node.record.id, endpoint);
+    let deciding = policies.deciding(&view.resources, &endpoint.namespace, labels.as_deref(), direction);
+    deciding.names().cloned().collect()
+}
+
 /// Returns the name of a policy for a sentence.
 fn called(name: &Name) -> String {
     if name.namespace.is_empty() { format!("ClusterNetworkPolicy {name}") } else { name.to_string() }
@@ -298,12 +318,7 @@ fn drop_of(view: &View, policies: &Policies, direction: Direction, connection: C
                 Side::Refused(policies) | Side::Undecided(policies) => policies,
                 // It was refused before a change.
                 Side::Outside | Side::AtHome | Side::NotIsolated | Side::Default | Side::Passes { .. } => {
-                    own.endpoint.map_or_else(Vec::new, |Placed { node, endpoint }| {
-                        let labels = view.known_labels(node.record.id, endpoint);
-                        let (resources, namespace) = (&view.resources, &endpoint.namespace);
-                        let deciding = policies.deciding(resources, namespace, labels.as_deref(), direction);
-                        deciding.names().cloned().collect()
-                    })
+                    own.endpoint.map_or_else(Vec::new, |placed| deciding(view, policies, placed, direction))
                 }
             }
         }
@@ -412,5 +427,9 @@ mod tests {
         add_refused(&mut page, &world().view, &refused(counted(&[10, 9, 0, 9], 7, None)));
         let text = page.render(ovl_metrics::Format::Prometheus);
         assert!(text.contains("endpoint=\"w1\",address=\"10.9.0.9\"") && text.contains("} 7\n"), "{text}");
+        assert!(
+            text.contains("direction=\"ingress\",network=\"") && text.contains(",policies=\"default/"),
+            "{text}"
+        );
     }
 }

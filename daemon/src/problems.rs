@@ -105,6 +105,8 @@ pub(crate) enum Code {
     TunnelKeyCopied,
     /// No packet of the tunnel passes to or from a live host.
     TunnelBroken,
+    /// The port of relayed datagrams cannot be opened.
+    RelayPort,
     /// A network is not encrypted although encryption is configured.
     NotEncrypted,
     /// Datagrams of the tunnel that the kernel divides arrive damaged, so it divides none.
@@ -223,6 +225,7 @@ impl Code {
         Self::PeerWithoutTunnel,
         Self::TunnelKeyCopied,
         Self::TunnelBroken,
+        Self::RelayPort,
         Self::NotEncrypted,
         Self::SegmentsDamaged,
         Self::PublishedPort,
@@ -313,6 +316,7 @@ impl Code {
             Self::TunnelBroken => "OVL-E053",
             Self::NotEncrypted => "OVL-E054",
             Self::SegmentsDamaged => "OVL-E055",
+            Self::RelayPort => "OVL-E056",
             Self::PublishedPort => "OVL-E060",
             Self::HealthPort => "OVL-E061",
             Self::Firewall => "OVL-E062",
@@ -379,6 +383,7 @@ impl Code {
             | Self::PeerWithoutTunnel
             | Self::TunnelKeyCopied
             | Self::TunnelBroken
+            | Self::RelayPort
             | Self::PublishedPort
             | Self::HealthPort
             | Self::Firewall

@@ -23,6 +23,8 @@ pub(crate) struct Progress {
     counts: Counts,
     /// Operations that repaired drift, by kind.
     repairs: BTreeMap<&'static str, u64>,
+    /// Number of changes of what the cluster consists of.
+    changes: u64,
 }
 
 /// Counters of the reconcile loop.
@@ -47,6 +49,7 @@ impl Progress {
             failing: BTreeMap::new(),
             counts: Counts::default(),
             repairs: BTreeMap::new(),
+            changes: 0,
         }
     }
 
@@ -87,6 +90,16 @@ impl Progress {
     /// Returns the numbers of operations that repaired drift, by kind.
     pub(crate) fn repairs(&self) -> impl Iterator<Item = (&'static str, u64)> {
         self.repairs.iter().map(|(kind, count)| (*kind, *count))
+    }
+
+    /// Counts a change of what the cluster consists of, as `ovlctl endpoints` and its like list it.
+    pub(crate) fn count_change(&mut self) {
+        self.changes = self.changes.wrapping_add(1);
+    }
+
+    /// Returns a number that is another one after such a change.
+    pub(crate) fn changes(&self) -> u64 {
+        self.changes
     }
 
     /// Records that the rights of this host's endpoints to their addresses may have changed.

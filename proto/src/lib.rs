@@ -57,6 +57,8 @@ pub const DEFAULT_TUNNEL_PORT: u16 = 51940;
 /// The UDP port of VXLAN inside the tunnel, the same on all hosts. It differs from the port outside, so that an
 /// unencrypted packet never reaches an encrypted network.
 pub const SEALED_VXLAN_PORT: u16 = 51942;
+/// The default UDP port of relayed datagrams.
+pub const DEFAULT_RELAY_PORT: u16 = 7942;
 /// The EtherType of path probes, which hosts send each other through their VXLAN devices: local experimental EtherType 2
 /// (IEEE 802, clause 9.2.4). No workload can send frames with it.
 pub const PROBE_ETHERTYPE: u16 = 0x88b6;

@@ -220,6 +220,10 @@ pub struct NodeRecord {
     /// Whether the host is a Node of a Kubernetes API server, which says who is a member: a lost host is forgotten when its
     /// Node object is deleted.
     pub is_node: bool,
+    /// The UDP port of relayed datagrams at the VTEP's address; 0 if it neither sends nor takes them.
+    pub relay_port: u16,
+    /// Whether it passes datagrams on between hosts that do not reach each other.
+    pub relays: bool,
     /// Fields that this release does not know.
     pub unknown: Unknown,
 }
@@ -231,6 +235,7 @@ fields! {
         17 not_built optional, 18 probe_kinds optional, 19 metrics_port optional, 20 zone optional,
         21 mirrors optional,
         22 is_node optional,
+        23 relay_port optional, 24 relays optional,
         ..unknown
     }
 }
@@ -396,6 +401,8 @@ mod tests {
             zone: "z".repeat(MAX_ZONE),
             mirrors: true,
             is_node: true,
+            relay_port: 7942,
+            relays: true,
             unknown: Unknown::default(),
         };
         let signed =

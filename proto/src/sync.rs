@@ -120,6 +120,42 @@ pub enum Message {
         /// The requester's number.
         id: u64,
     },
+    /// A request for who talks to whom on the receiver, as far as the kernel knows it now. The reply is [`Self::FlowsReply`].
+    FlowsRequest {
+        /// The requester's number.
+        id: u64,
+    },
+    /// The reply to [`Self::FlowsRequest`].
+    FlowsReply {
+        /// The requester's number.
+        id: u64,
+        /// The flows, in JSON.
+        flows: String,
+    },
+    /// A request to follow who talks to whom on the receiver: [`Self::FlowsSecond`], until [`Self::FlowsStop`].
+    FlowsFollow {
+        /// The requester's number.
+        id: u64,
+        /// The maximum number of flows in a reply.
+        most: u32,
+    },
+    /// What was seen since the last one, in JSON. The next one is sent after [`Self::FlowsTaken`], at the earliest a second later.
+    FlowsSecond {
+        /// The requester's number.
+        id: u64,
+        /// The flows, in JSON.
+        flows: String,
+    },
+    /// The requester has taken a [`Self::FlowsSecond`].
+    FlowsTaken {
+        /// The requester's number.
+        id: u64,
+    },
+    /// Ends what [`Self::FlowsFollow`] began.
+    FlowsStop {
+        /// The requester's number.
+        id: u64,
+    },
     /// A request for what the receiver says of itself: how it sees other hosts, and counters. The reply is
     /// [`Self::ReportReply`].
     ReportRequest {
@@ -156,6 +192,12 @@ variants! {
         14 TraceReply { 1 id: id, 2 result: result },
         15 DoctorRequest { 1 id: id },
         16 DoctorReply { 1 id: id, 2 diagnosis: diagnosis },
+        110 FlowsRequest { 1 id: id },
+        111 FlowsReply { 1 id: id, 2 flows: flows },
+        112 FlowsFollow { 1 id: id, 2 most: most },
+        113 FlowsSecond { 1 id: id, 2 flows: flows },
+        114 FlowsTaken { 1 id: id },
+        115 FlowsStop { 1 id: id },
         130 TimeRequest { 1 id: id },
         131 TimeReply { 1 id: id, 2 now_ns: now_ns },
         132 CaptureStart { 1 id: id, 2 ask: ask },

@@ -382,11 +382,14 @@ pub struct Head {
     /// selects. The hash of a part is the SHA-256 of its entries' hashes in ascending order, or zeros if the part is
     /// empty. The digest is the SHA-256 of the hashes of the parts.
     pub digest: [u8; 32],
+    /// When this revision was written by the owner's clock, in milliseconds since 1970: others see by it how long changes take.
+    /// `None`: the owner does not say it.
+    pub written_ms: Option<u64>,
     /// Fields that this release does not know.
     pub unknown: Unknown,
 }
 
-fields! { Head { 1 owner, 2 revision, 3 digest, ..unknown } }
+fields! { Head { 1 owner, 2 revision, 3 digest, 4 written_ms optional, ..unknown } }
 
 impl Head {
     /// The number of parts of the digest.

@@ -17,6 +17,19 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// How often a server checks whether to stop.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
+/// A Service `shop` with port 8000, of the endpoints with the label `app: web`, which listen on port 80.
+pub const SHOP: &str = "apiVersion: v1
+kind: Service
+metadata:
+  name: shop
+spec:
+  selector:
+    app: web
+  ports:
+  - port: 8000
+    targetPort: 80
+";
+
 /// A TCP and UDP server on one port, which answers with its name and the client's address. It is stopped when
 /// dropped.
 #[derive(Debug)]

@@ -70,6 +70,8 @@ impl Liar {
             zone: String::new(),
             mirrors: false,
             is_node: false,
+            relay_port: 0,
+            relays: false,
             unknown: Unknown::default(),
         })?;
         let config = StreamsConfig {

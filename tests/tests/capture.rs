@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, Signal, Spawned, wait_until};
 use ovl_tests::policy::ONLY_API;
 use ovl_tests::routed::create_routed_network;
-use ovl_tests::service::apply;
+use ovl_tests::service::{SHOP, apply};
 use ovl_tests::{Attached, SOON, attach, create_network, ctl_error, start_lab, wait_clean};
 
 const FLAT: &[&str] = &["--subnet", "10.60.0.0/16", "--subnet", "fd60::/64"];
@@ -163,18 +163,6 @@ fn wait_nothing_left(lab: &Lab) {
     }
 }
 
-const SERVICE: &str = "apiVersion: v1
-kind: Service
-metadata:
-  name: shop
-spec:
-  selector:
-    app: web
-  ports:
-  - port: 8000
-    targetPort: 80
-";
-
 #[test]
 fn dropped_packets_say_why_and_services_are_captured() {
     for create in [KINDS[0].1, KINDS[1].1] {
@@ -189,7 +177,7 @@ fn dropped_packets_say_why_and_services_are_captured() {
             from.workload.ping_until(web.address(), SOON).unwrap();
         }
         apply(&lab, h1, ONLY_API).unwrap();
-        apply(&lab, h1, SERVICE).unwrap();
+        apply(&lab, h1, SHOP).unwrap();
         wait_clean(lab.hosts(), SOON).unwrap();
 
         // The sender is on another host than the policy that drops its packets.

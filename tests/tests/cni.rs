@@ -343,7 +343,7 @@ fn check_reports_what_changed() {
         (vec!["link", "set", "eth0", "mtu", "1400"], vec!["link", "set", "eth0", "mtu", "1300"], ""),
         (
             vec!["-6", "route", "del", "default"],
-            vec!["-6", "route", "add", "default", "via", "fd99::1"],
+            vec!["-6", "route", "replace", "default", "via", "fd99::1"],
             "fd99::1",
         ),
         (
@@ -351,7 +351,7 @@ fn check_reports_what_changed() {
             vec!["link", "set", "eth0", "address", &text(&result["interfaces"][2]["mac"])],
             "02:00:00:00:00:99",
         ),
-        (vec!["addr", "del", &v4, "dev", "eth0"], vec!["addr", "add", &v4, "dev", "eth0"], v4.as_str()),
+        (vec!["addr", "del", &v4, "dev", "eth0"], vec!["addr", "replace", &v4, "dev", "eth0"], v4.as_str()),
     ] {
         workload.exec_ok([&["ip"], &change[..]].concat()).unwrap();
         if part.is_empty() {
@@ -360,11 +360,12 @@ fn check_reports_what_changed() {
         } else {
             assert_refused(check(Some(&result)), 100, &[part]);
         }
+        // ovld may have put it back already.
         workload.exec_ok([&["ip"], &undo[..]].concat()).unwrap();
     }
     // The kernel deleted the default route with the IPv4 address.
     assert_refused(check(Some(&result)), 100, &["10.99.0.1"]);
-    workload.exec_ok(["ip", "route", "add", "default", "via", "10.99.0.1"]).unwrap();
+    workload.exec_ok(["ip", "route", "replace", "default", "via", "10.99.0.1"]).unwrap();
     check(Some(&result)).result().unwrap();
     workload.exec_ok(["ip", "link", "set", "eth0", "down"]).unwrap();
     assert_refused(check(Some(&result)), 100, &["eth0 is down"]);

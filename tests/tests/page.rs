@@ -9,13 +9,14 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use netns_lab::{Host, Lab, LabConfig, Netns, wait_until};
+use netns_lab::{Host, Lab, LabConfig, Netns, Signal, wait_until};
 use ovl_tests::browser::Browser;
+use ovl_tests::policy::ONLY_API;
 use ovl_tests::routed::attach_many;
 use ovl_tests::service::apply;
 use ovl_tests::{
-    SOON, assert_contains, attach, create_network, ctl_error, ping_all_pairs, rows, wait_no_problem,
-    wait_problem,
+    SOON, assert_contains, attach, create_network, ctl_error, ping_all_pairs, rows, wait_clean,
+    wait_no_problem, wait_problem,
 };
 use serde_json::{Value, json};
 
@@ -259,6 +260,200 @@ fn long_lists_are_shown_in_parts_and_without_those_that_make_most_traffic() {
     .unwrap();
 }
 
+/// Opens an event stream, and returns the beginning of the answer and the connection, of which nothing else is read.
+fn open_stream(host: &Host, token: &str, part: &str) -> (String, TcpStream) {
+    let stream = host.run(|| TcpStream::connect("127.0.0.1:9641")).unwrap().unwrap();
+    let head =
+        format!("GET /api/v1/{part} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {token}\r\n\r\n");
+    (&stream).write_all(head.as_bytes()).unwrap();
+    let mut line = [0; 12];
+    (&stream).read_exact(&mut line).unwrap();
+    (String::from_utf8_lossy(&line).into_owned(), stream)
+}
+
+/// How many watches of flows count on a host.
+fn watches(host: &Host) -> Result<usize> {
+    let tables = host.exec_ok(["nft", "list", "tables"])?;
+    Ok(tables.lines().filter(|line| line.contains("table inet ovl-trace-flows-")).count())
+}
+
+fn wait_watches(hosts: &[Host], expected: usize) {
+    wait_until(SOON, &format!("{expected} watches of flows"), || {
+        for host in hosts {
+            let found = watches(host)?;
+            anyhow::ensure!(found == expected, "{}: {found}", host.name());
+        }
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn flows_of_all_hosts_are_shown_live_while_a_browser_watches() {
+    let lab = lab_with_page(3);
+    let [h1, h2, h3] = lab.hosts() else { unreachable!() };
+    create_network(&lab, "blue", &["--subnet", "10.1.0.0/24", "--subnet", "fd01::/64"]).unwrap();
+    let web = attach(h2, "web", "blue", &["--label", "app=web"]).unwrap();
+    let api = attach(h3, "api", "blue", &["--label", "app=api"]).unwrap();
+    let other = attach(h3, "other", "blue", &[]).unwrap();
+    let _server = web.workload.tcp_echo(80).unwrap();
+    apply(&lab, h1, ONLY_API).unwrap();
+    wait_clean(lab.hosts(), SOON).unwrap();
+    let (url, token) = address(h1);
+    let browser = Browser::start(h1).unwrap();
+    browser.open(&url).unwrap();
+    browser.wait_text("#summary", &["3 of 3 hosts alive"]).unwrap();
+    wait_watches(lab.hosts(), 0);
+    browser.press("9").unwrap();
+    wait_watches(lab.hosts(), 1);
+    // Other clients of the page share what is counted.
+    let more = [0; 2].map(|_| open_stream(h1, &token, "flows"));
+    assert!(more.iter().all(|(status, _)| status == "HTTP/1.1 200"));
+    wait_watches(lab.hosts(), 1);
+    drop(more);
+
+    wait_until(SOON, "the flows in the table", || {
+        for address in web.addresses() {
+            api.workload.tcp_roundtrip(&address, 80, b"hello")?;
+            anyhow::ensure!(other.workload.tcp_roundtrip(&address, 80, b"hello").is_err());
+        }
+        let text = browser.value("document.getElementById('flow-table').innerText")?;
+        let text = text.as_str().unwrap_or_default();
+        let parts = [
+            "default/api (",
+            "default/web (",
+            "80/TCP\tpassed\th2, h3\t",
+            "ingress rule 1",
+            "default/other (",
+            "80/TCP\tdropped\th2\t",
+            "no ingress rule of default/only-api lets it pass",
+            "fd01::",
+        ];
+        for part in parts {
+            anyhow::ensure!(text.contains(part), "{part:?} is not in {text}");
+        }
+        Ok(())
+    })
+    .unwrap();
+    save(&browser, h1, "page-flows.png");
+    let choose = |id: &str, value: &str| {
+        format!(
+            "(c => {{ c.value = '{value}'; c.dispatchEvent(new Event('input')); }})(document.getElementById('{id}'))"
+        )
+    };
+    let shown = |browser: &Browser<'_>| {
+        let text = browser.value("document.getElementById('flow-table').innerText").unwrap();
+        text.as_str().unwrap_or_default().to_owned()
+    };
+    browser.value(&choose("verdict", "dropped")).unwrap();
+    let text = shown(&browser);
+    assert!(text.contains("default/other") && !text.contains("default/api ("), "{text}");
+    browser.value(&choose("verdict", "")).unwrap();
+    // Those of endpoints that make most of the traffic can be left out.
+    let hidden = format!(
+        "(() => {{ state.rates = new Map([['default/api blue', {{ packets: 99 }}]]); {}; \
+         return document.getElementById('flow-table').innerText; }})()",
+        choose("flow-chatty", "hide")
+    );
+    let text = browser.value(&hidden).unwrap();
+    let text = text.as_str().unwrap().to_owned();
+    assert!(text.contains("default/other") && !text.contains("default/api ("), "{text}");
+    browser.value(&choose("flow-chatty", "")).unwrap();
+
+    // A host that hangs is named.
+    h3.signal(Signal::SIGSTOP).unwrap();
+    browser.wait_text("#flow-notes", &["h3: ", "does not answer"]).unwrap();
+    h3.signal(Signal::SIGCONT).unwrap();
+
+    // What hosts say is text, and more than is kept is left out.
+    let markup = "<img src=x onerror=window.hit=1>";
+    let flow = format!(
+        "{{ from: '10.9.9.9', from_name: '{markup}', to: '10.9.9.8', protocol: '{markup}', port, verdict: 'dropped', \
+         opened: 0, closed: 0, dropped: 9000, why: '{markup}', policies: ['{markup}'] }}"
+    );
+    let many = format!(
+        "takeFlows({{ host: '{markup}', time_ms: 1, flows: [...Array(3000).keys()].map((port) => ({flow})), error: undefined }})"
+    );
+    browser.value(&many).unwrap();
+    browser.wait_text("#flow-table", &[markup]).unwrap();
+    browser.wait_text("#flow-notes", &[markup, "more than are shown", "200 of 2000 flows"]).unwrap();
+    assert_eq!(browser.value("document.querySelectorAll('img').length").unwrap(), json!(0));
+    assert_eq!(browser.value("typeof window.hit").unwrap(), json!("undefined"));
+    assert_eq!(
+        browser.value("document.querySelectorAll('#flow-table tbody tr').length").unwrap(),
+        json!(200)
+    );
+
+    // Nothing is counted any more once the view is left, nor while the page is closed.
+    browser.press("1").unwrap();
+    wait_watches(lab.hosts(), 0);
+    browser.press("9").unwrap();
+    wait_watches(lab.hosts(), 1);
+    drop(browser);
+    wait_watches(lab.hosts(), 0);
+}
+
+#[test]
+fn clients_that_take_nothing_are_disconnected_and_changes_reach_all_others() {
+    let lab = Lab::new(LabConfig::hosts(1)).unwrap();
+    let h1 = &lab["h1"];
+    h1.set_config(AT).unwrap();
+    // Little waits in the kernel for a client.
+    for buffer in ["net.ipv4.tcp_wmem=4096 8192 8192", "net.ipv4.tcp_rmem=4096 8192 8192"] {
+        h1.exec_ok(["sysctl", "-qw", buffer]).unwrap();
+    }
+    lab.start_all().unwrap();
+    create_network(&lab, "blue", &["--subnet", "10.1.0.0/24"]).unwrap();
+    attach_many(h1, "w-", 40, "blue").unwrap();
+    let (_, token) = address(h1);
+    let open = |part: &str| open_stream(h1, &token, part);
+    // All places are taken by clients that do not read on.
+    let silent: Vec<_> = (0..16).map(|n| open(if n % 2 == 0 { "stream" } else { "flows" })).collect();
+    assert!(silent.iter().all(|(status, _)| status == "HTTP/1.1 200"));
+    assert_eq!(open("stream").0, "HTTP/1.1 503");
+    // Those of the first kind fill what waits for them, and are disconnected ten seconds later.
+    let connections = || -> Result<usize> {
+        let all = h1.exec_ok(["ss", "-Htn", "state", "established", "sport = :9641"])?;
+        Ok(all.lines().count())
+    };
+    wait_until(Duration::from_secs(60), "the clients to be disconnected", || {
+        let left = connections()?;
+        anyhow::ensure!(left <= 8, "{left}");
+        Ok(())
+    })
+    .unwrap();
+    drop(silent);
+
+    // Each change reaches each client, whenever it comes.
+    let (_, own) = address(h1);
+    let header = format!("Authorization: Bearer {own}");
+    let url = "http://127.0.0.1:9641/api/v1/stream";
+    let readers: Vec<_> = (0..4)
+        .map(|n| {
+            // They look at different moments.
+            thread::sleep(Duration::from_millis(300 * n));
+            h1.spawn(["curl", "-sN", "-H", &header, url]).unwrap()
+        })
+        .collect();
+    for round in 0..6 {
+        let (mark, ready) = if round % 2 == 0 { ("unready", "false") } else { ("ready", "true") };
+        h1.ctl_ok(&["endpoint", mark, "w-1"]).unwrap();
+        wait_until(SOON, "all clients to see the readiness", || {
+            for reader in &readers {
+                let text = reader.stdout();
+                let last = text.rsplit("event: overview\ndata: ").next().unwrap_or_default();
+                let last = last.lines().next().unwrap_or_default();
+                let overview: Value = serde_json::from_str(last)?;
+                let all = overview["endpoints"].as_array().context("no endpoints")?;
+                let found = all.iter().find(|each| each["name"] == "w-1").context("no w-1")?;
+                anyhow::ensure!(found["ready"].to_string() == ready, "{found}");
+            }
+            Ok(())
+        })
+        .unwrap();
+    }
+}
+
 #[test]
 fn page_is_for_those_with_the_token_on_this_host_alone() {
     let lab = lab_with_page(2);
@@ -272,7 +467,7 @@ fn page_is_for_those_with_the_token_on_this_host_alone() {
         &page,
         &["content-security-policy: default-src 'none'; script-src 'self'", "nosniff", "no-store"],
     );
-    for part in ["overview", "reports", "events", "drops", "policy?from=a&to=b", "stream"] {
+    for part in ["overview", "reports", "events", "drops", "policy?from=a&to=b", "stream", "flows"] {
         let path = url(&format!("/api/v1/{part}"));
         assert_eq!(get(h1, &[&path]).unwrap().0, 401, "{part}");
         assert_eq!(get(h1, &["-H", &format!("{own}x"), &path]).unwrap().0, 401, "{part}");
@@ -294,14 +489,7 @@ fn page_is_for_those_with_the_token_on_this_host_alone() {
     assert!(!h1.log().contains(&token));
 
     // Streams have places of their own, and clients that do not read keep no others out.
-    let open = || {
-        let stream = h1.run(|| TcpStream::connect("127.0.0.1:9641")).unwrap().unwrap();
-        let head = format!("GET /api/v1/stream HTTP/1.1\r\nHost: localhost\r\n{own}\r\n\r\n");
-        (&stream).write_all(head.as_bytes()).unwrap();
-        let mut line = [0; 12];
-        (&stream).read_exact(&mut line).unwrap();
-        (String::from_utf8_lossy(&line).into_owned(), stream)
-    };
+    let open = || open_stream(h1, &token, "stream");
     let streams: Vec<_> = (0..16).map(|_| open()).collect();
     assert!(streams.iter().all(|(status, _)| status == "HTTP/1.1 200"), "{:?}", streams[15]);
     assert_eq!(open().0, "HTTP/1.1 503");

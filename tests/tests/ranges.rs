@@ -122,6 +122,8 @@ fn write_unchecked(lab: &Lab, writer: &Host, to: &[&Host], networks: Vec<Network
         zone: String::new(),
         mirrors: false,
         is_node: false,
+        relay_port: 0,
+        relays: false,
         unknown: Unknown::default(),
     })?;
     writer.run(|| -> Result<()> {

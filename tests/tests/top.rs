@@ -6,13 +6,16 @@ use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::num::NonZero;
 use std::process::Child;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
 use anyhow::{Result, ensure};
 use netns_lab::{Host, wait_until};
 use nix::pty::{Winsize, openpty};
-use ovl_tests::{SOON, assert_contains, attach, create_network, ping_all_pairs, start_lab};
+use ovl_tests::policy::ONLY_API;
+use ovl_tests::service::apply;
+use ovl_tests::{SOON, assert_contains, attach, create_network, ping_all_pairs, start_lab, wait_clean};
 use serde_json::Value;
 
 /// A program in a terminal of 80 columns and 24 lines.
@@ -63,6 +66,96 @@ impl Terminal {
         })
         .unwrap();
     }
+}
+
+#[test]
+fn top_shows_flows_of_all_hosts_while_they_are_listed() {
+    let lab = start_lab(2).unwrap();
+    let (h1, h2) = (&lab["h1"], &lab["h2"]);
+    create_network(&lab, "blue", &["--subnet", "10.1.0.0/24", "--subnet", "fd01::/64"]).unwrap();
+    let web = attach(h2, "web", "blue", &["--label", "app=web"]).unwrap();
+    let api = attach(h2, "api", "blue", &["--label", "app=api"]).unwrap();
+    let other = attach(h2, "other", "blue", &[]).unwrap();
+    let _server = web.workload.tcp_echo(80).unwrap();
+    apply(&lab, h1, ONLY_API).unwrap();
+    wait_clean(lab.hosts(), SOON).unwrap();
+    let connect = || {
+        for address in web.addresses() {
+            // They may be refused: one of them always is.
+            let _ = api.workload.tcp_roundtrip(&address, 80, b"hello");
+            let _ = other.workload.tcp_roundtrip(&address, 80, b"hello");
+        }
+    };
+    let is_counted =
+        |host: &Host| host.exec_ok(["nft", "list", "tables"]).unwrap().contains("ovl-trace-flows-");
+    assert!(!lab.hosts().iter().any(is_counted));
+
+    // Once, for scripts: what is seen within the interval, in which there are connections.
+    let stop = AtomicBool::new(false);
+    let flow = thread::scope(|scope| {
+        let connecting = scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                connect();
+            }
+        });
+        let found = wait_until(SOON, "a flow in JSON", || {
+            let rows: Value = h1.ctl_json(&["top", "flows"])?;
+            let flows = rows["flows"].as_array().unwrap().clone();
+            let is_meant = |flow: &Value| flow["from"] == "default/api" && flow["verdict"] == "passed";
+            anyhow::Ok(flows.into_iter().find(is_meant))
+        });
+        stop.store(true, Ordering::Relaxed);
+        connecting.join().unwrap();
+        found.unwrap()
+    });
+    assert_eq!((flow["to"].as_str(), flow["port"].as_str()), (Some("default/web"), Some("80/tcp")));
+    assert_eq!(flow["hosts"], serde_json::json!(["h2"]));
+
+    let mut top = Terminal::start(h1, &["top"]).unwrap();
+    top.wait("hosts", |text| text.contains("top: hosts"));
+    top.press("f");
+    top.wait("flows of the other host", |text| {
+        connect();
+        let has = |parts: &[&str]| text.lines().any(|line| parts.iter().all(|part| line.contains(part)));
+        text.contains("top: flows")
+            && has(&["default/api", "default/web", "80/tcp", "passed"])
+            && has(&["default/other", "default/web", "80/tcp", "dropped"])
+    });
+    assert!(lab.hosts().iter().all(is_counted));
+    // By a filter of what decides, and what is known of that flow.
+    top.press("/no ingress\r");
+    top.wait("the filter", |text| text.contains("default/other") && !text.contains("default/api"));
+    top.press("\r");
+    top.wait("the details", |text| {
+        text.contains("decided   no ingress rule of default/only-api") && text.contains("seen by   h2")
+    });
+    top.press("\u{7f}\u{7f}");
+    top.wait("all flows", |text| text.contains("default/api") && text.contains("default/other"));
+    // Nothing is counted for other views.
+    top.press("e");
+    top.wait("endpoints", |text| text.contains("top: endpoints") && text.contains("other"));
+    wait_until(SOON, "nothing to be counted", || {
+        ensure!(!lab.hosts().iter().any(is_counted));
+        Ok(())
+    })
+    .unwrap();
+    // Those of one endpoint: the first in the order of names is `api`.
+    top.press("\r");
+    top.wait("the flows of an endpoint", |text| {
+        connect();
+        text.contains("flows of default/api") && text.contains("passed") && !text.contains("default/other")
+    });
+    top.press("q");
+    wait_until(SOON, "the end", || {
+        ensure!(top.program.try_wait()?.is_some());
+        Ok(())
+    })
+    .unwrap();
+    wait_until(SOON, "nothing to be counted", || {
+        ensure!(!lab.hosts().iter().any(is_counted));
+        Ok(())
+    })
+    .unwrap();
 }
 
 #[test]

@@ -5,6 +5,8 @@
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -17,6 +19,8 @@ use serde_json::{Value, json};
 const PAIRS: usize = 60;
 /// Pairs between two draws of policies and Services.
 const PAIRS_A_ROUND: usize = 20;
+/// Pairs that are looked at at the same time. A host takes part in at most four traces.
+const AT_ONCE: usize = 3;
 /// How long a connection may take that is let through, and how long is waited for one that is not.
 const TIMEOUT: Duration = Duration::from_millis(700);
 /// Attempts at an address of a Service, of which one meets the backend that the trace met.
@@ -189,15 +193,19 @@ fn answers(to: SocketAddr) -> Result<bool> {
     Ok(socket.recv(&mut [0; 8]).is_ok())
 }
 
-#[derive(Debug, Default)]
-struct Tally {
-    pairs: usize,
-    arrived: usize,
-    wrong: Vec<String>,
+/// What is asked of `ovlctl trace`, and tried.
+#[derive(Clone, Copy)]
+struct Pair<'a> {
+    from: &'a Attached,
+    to: IpAddr,
+    kind: Kind,
+    is_service: bool,
+    /// The host on which `ovlctl` runs.
+    asked: &'a Host,
 }
 
-/// Draws a pair and compares.
-fn look(world: &World, random: &mut Random, tally: &mut Tally) -> Result<()> {
+/// Draws a pair.
+fn draw<'a>(world: &'a World, random: &mut Random) -> Result<Pair<'a>> {
     let (from, network) = random.pick(&world.pods);
     let kind = *random.pick(&[Kind::Echo, Kind::Tcp(80), Kind::Tcp(80), Kind::Tcp(81), Kind::Udp(53)]);
     let (to, is_service) = match random.below(3) {
@@ -218,7 +226,12 @@ fn look(world: &World, random: &mut Random, tally: &mut Tally) -> Result<()> {
             }
         },
     };
-    let asked = random.pick(world.lab.hosts());
+    Ok(Pair { from, to, kind, is_service, asked: random.pick(world.lab.hosts()) })
+}
+
+/// Traces a pair and tries it. Returns whether the trace says that it arrives, and what is wrong.
+fn look(pair: Pair<'_>) -> Result<(bool, Option<String>)> {
+    let Pair { from, to, kind, is_service, asked } = pair;
     let args = ["trace", "-o", "json", &from.name, &kind.to(to)];
     // On a machine that is busy with other tests, a trace may not end within its five seconds, and says to try again.
     let traced = wait_until(SOON, "a trace", || -> Result<Option<Value>> {
@@ -237,16 +250,45 @@ fn look(world: &World, random: &mut Random, tally: &mut Tally) -> Result<()> {
         }
     }
     let (model, agree) = (&traced["model"]["arrives"], traced["agree"] == true);
-    let wrong = !same || !agree || model.is_null();
-    tally.pairs += 1;
-    tally.arrived += usize::from(says);
-    if wrong {
-        let rules = world.lab.hosts()[0].ctl_ok(&["policy", "ls", "-o", "wide"])?;
-        tally.wrong.push(format!(
-            "{} to {}: same result: {same}\n{rules}\n{traced:#}",
-            from.name,
-            kind.to(to)
-        ));
+    if same && agree && !model.is_null() {
+        return Ok((says, None));
+    }
+    let rules = asked.ctl_ok(&["policy", "ls", "-o", "wide"])?;
+    let wrong = format!("{} to {}: same result: {same}\n{rules}\n{traced:#}", from.name, kind.to(to));
+    Ok((says, Some(wrong)))
+}
+
+#[derive(Debug, Default)]
+struct Tally {
+    pairs: usize,
+    arrived: usize,
+    wrong: Vec<String>,
+}
+
+/// Looks at pairs, several at a time, and counts what was found in their order.
+fn look_at_all(pairs: &[Pair<'_>], tally: &mut Tally) -> Result<()> {
+    let next = AtomicUsize::new(0);
+    let mut found = thread::scope(|scope| -> Result<Vec<_>> {
+        let worker = || -> Result<Vec<_>> {
+            let mut found = Vec::new();
+            loop {
+                let n = next.fetch_add(1, Ordering::Relaxed);
+                let Some(pair) = pairs.get(n) else { return Ok(found) };
+                found.push((n, look(*pair)?));
+            }
+        };
+        let workers: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(worker)).collect();
+        let mut all = Vec::new();
+        for worker in workers {
+            all.extend(worker.join().unwrap()?);
+        }
+        Ok(all)
+    })?;
+    found.sort_by_key(|(n, _)| *n);
+    for (_, (says, wrong)) in found {
+        tally.pairs += 1;
+        tally.arrived += usize::from(says);
+        tally.wrong.extend(wrong);
     }
     Ok(())
 }
@@ -263,9 +305,9 @@ fn traces_of_random_pairs_agree_with_packets() {
     let mut tally = Tally::default();
     while tally.pairs < pairs {
         redraw(&world, &mut random).unwrap();
-        for _ in 0..PAIRS_A_ROUND.min(pairs - tally.pairs) {
-            look(&world, &mut random, &mut tally).unwrap();
-        }
+        let count = PAIRS_A_ROUND.min(pairs - tally.pairs);
+        let drawn = (0..count).map(|_| draw(&world, &mut random)).collect::<Result<Vec<_>>>().unwrap();
+        look_at_all(&drawn, &mut tally).unwrap();
         let Tally { pairs, arrived, wrong } = &tally;
         eprintln!("{pairs} pairs, {arrived} arrived, {} disagreements", wrong.len());
     }

@@ -103,7 +103,8 @@ fn path(peer: &PeerInfo) -> String {
         let trip = path.rtt_us.map(|trip| format!(" {}", micros(trip))).unwrap_or_default();
         format!("{}{trip}", path.encapsulation)
     });
-    each.collect::<Vec<_>>().join(", ")
+    let via = peer.via.iter().map(|relay| format!("via {relay}"));
+    via.chain(each).collect::<Vec<_>>().join(", ")
 }
 
 /// Formats the loss of the paths, in each direction. The empty string if there is none.

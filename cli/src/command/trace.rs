@@ -53,8 +53,8 @@ pub(crate) fn run(context: &Context, args: Args) -> Result<ExitCode> {
 }
 
 fn render(trace: &Trace, output: Output) -> String {
-    let Trace { from, to, protocol, arrived, reason, advice, model, probe, agree, backend, hops, notes } =
-        trace;
+    let Trace { from, to, protocol, arrived, reason, advice, limited, .. } = trace;
+    let Trace { model, probe, agree, backend, hops, notes, .. } = trace;
     let mut text = format!("{}\n\n", printable(&format!("{from} to {to}, {protocol}")));
     text += &format!(
         "{:8} {:14} {:6} {:8} {}\n",
@@ -76,6 +76,9 @@ fn render(trace: &Trace, output: Output) -> String {
     }
     if let Some(advice) = advice {
         say("do", advice);
+    }
+    if let Some(limited) = limited {
+        say("but", limited);
     }
     if let Some(backend) = backend {
         say("backend", &backend.to_string());
@@ -191,6 +194,7 @@ mod tests {
             arrived: false,
             reason: Some("a \u{1b}[2J reason".to_owned()),
             advice: Some("do something ".repeat(12)),
+            limited: Some("large packets are lost".to_owned()),
             model: TraceVerdict { arrives: Some(false), why: "ends on h1".to_owned() },
             probe: Some(TraceVerdict { arrives: Some(true), why: "answered".to_owned() }),
             agree: false,

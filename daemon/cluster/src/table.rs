@@ -53,6 +53,8 @@ pub const MAX_BYTES: usize = wire::MAX_FRAME - (64 << 10);
 pub struct Table {
     head: Head,
     signature: Signature,
+    /// The time of the changes that the owner writes now, in milliseconds since 1970. It is not part of the table.
+    now_ms: Option<u64>,
     contents: TableContents,
 }
 
@@ -74,9 +76,14 @@ struct TableContents {
 impl Table {
     /// Creates an empty table, older than any signed one.
     pub fn new(owner: NodeId) -> Self {
-        let head =
-            Head { owner, revision: Revision::default(), digest: [0; 32], unknown: Unknown::default() };
-        Self { head, signature: Signature([0; 64]), contents: TableContents::default() }
+        let head = Head {
+            owner,
+            revision: Revision::default(),
+            digest: [0; 32],
+            written_ms: None,
+            unknown: Unknown::default(),
+        };
+        Self { head, signature: Signature([0; 64]), now_ms: None, contents: TableContents::default() }
     }
 
     /// Returns the revision.
@@ -280,6 +287,11 @@ impl Table {
         self.contents.entries.len() + entries <= MAX_ENTRIES && self.contents.bytes + bytes <= MAX_BYTES
     }
 
+    /// Sets the time of the changes that the owner writes from now on, in milliseconds since 1970.
+    pub fn set_time(&mut self, now_ms: u64) {
+        self.now_ms = Some(now_ms);
+    }
+
     /// Writes a change as the owner, and returns the update for the peers. The first update of an epoch is the whole
     /// table.
     pub fn write(
@@ -300,6 +312,7 @@ impl Table {
         let change = if begun { base.change + 1 } else { 1 };
         self.head.revision = Revision { epoch, change };
         self.head.digest = self.contents.digest.total();
+        self.head.written_ms = self.now_ms;
         self.signature = sign(&self.head);
         let (base, set, unset) = if begun {
             (Some(base), set, unset)
@@ -437,7 +450,12 @@ mod tests {
     fn updates_apply_and_gaps_are_detected() {
         let owner = NodeId([1; 10]);
         let (mut here, mut there) = (Table::new(owner), Table::new(owner));
+        here.set_time(5_000);
         let first = here.write(7, vec![lease(1)], vec![], sign);
+        // The signed head says when it was written, and stays as it is until the next change.
+        here.set_time(6_000);
+        assert_eq!(first.head.written_ms, Some(5_000));
+        assert_eq!(here.whole().unwrap().head.written_ms, Some(5_000));
         assert_eq!(first.base, None);
         there.apply(first.clone()).unwrap();
         let second = here.write(7, vec![lease(2), lease(3)], vec![lease(1).key()], sign);

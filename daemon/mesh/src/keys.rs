@@ -452,6 +452,8 @@ pub(crate) fn sample_record(identity: &Identity) -> NodeRecord {
         zone: String::new(),
         mirrors: false,
         is_node: false,
+        relay_port: 0,
+        relays: false,
         unknown: ovl_proto::wire::fields::Unknown::default(),
     }
 }

@@ -26,6 +26,8 @@ pub(crate) enum Topic {
     Diagnosis,
     /// A report.
     Report,
+    /// Who talks to whom.
+    Flows,
 }
 
 impl Topic {
@@ -33,6 +35,7 @@ impl Topic {
         match self {
             Self::Diagnosis => Message::DoctorReply { id, diagnosis: text },
             Self::Report => Message::ReportReply { id, report: text },
+            Self::Flows => Message::FlowsReply { id, flows: text },
         }
     }
 
@@ -40,6 +43,7 @@ impl Topic {
         match self {
             Self::Diagnosis => Message::DoctorRequest { id },
             Self::Report => Message::ReportRequest { id },
+            Self::Flows => Message::FlowsRequest { id },
         }
     }
 }
@@ -61,10 +65,28 @@ impl Questions {
 }
 
 impl Node {
-    /// Asks all members but this host. Returns the answers by name, which is that in the record of who gave it, and the names
-    /// of those that gave none. Those that are down do not answer.
+    /// Returns the members but this host, without those that have left.
+    pub(super) fn askable_members(&self) -> Vec<NodeId> {
+        let state = self.state.borrow();
+        let has_left =
+            |id: &NodeId| state.view.nodes.get(id).is_some_and(|node| node.state == PeerState::Left);
+        state.other_members().filter(|member| !has_left(member)).collect()
+    }
+
+    /// Asks all members but this host: [`Self::ask`].
     pub(super) async fn ask_members<T: DeserializeOwned>(
         &self,
+        topic: Topic,
+        within: Duration,
+    ) -> (Vec<(String, T)>, Vec<String>) {
+        self.ask(self.askable_members(), topic, within).await
+    }
+
+    /// Asks hosts. Returns the answers by name, which is that in the record of who gave it, and the names of those that gave
+    /// none. Those that are down do not answer.
+    pub(super) async fn ask<T: DeserializeOwned>(
+        &self,
+        hosts: Vec<NodeId>,
         topic: Topic,
         within: Duration,
     ) -> (Vec<(String, T)>, Vec<String>) {
@@ -72,10 +94,7 @@ impl Node {
         let mut ids = Vec::new();
         {
             let mut state = self.state.borrow_mut();
-            for member in state.other_members().collect::<Vec<_>>() {
-                if state.view.nodes.get(&member).is_some_and(|node| node.state == PeerState::Left) {
-                    continue;
-                }
+            for member in hosts {
                 let (id, answer) = state.questions.asked.ask(member);
                 if self.links().send(member, &topic.request(id)) {
                     ids.push(id);

@@ -166,6 +166,7 @@ async fn start_tasks(node: &Rc<Node>, inbox: Inbox, listener: Option<UnixListene
     tasks.spawn_local(Rc::clone(node).ranges_loop());
     tasks.spawn_local(Rc::clone(node).claim_loop());
     if node.environment.owns_host() {
+        tasks.spawn_local(Rc::clone(node).detour_loop());
         tasks.spawn_local(Rc::clone(node).web_loop());
         tasks.spawn_local(Rc::clone(node).page_loop());
         tasks.spawn_local(Rc::clone(node).limits_loop());
@@ -224,6 +225,7 @@ impl Node {
             count += 1;
             self.judge_all(&mut self.state.borrow_mut());
             self.probe_silent();
+            self.wake_detours();
             self.tick_alloc();
             self.ask_later_map();
             self.check_caught_up();
@@ -231,11 +233,6 @@ impl Node {
             note_step(&mut self.state.borrow_mut());
             self.tell_groups();
             self.ask_for_members();
-            // Often: a table that is not cached when the daemon is killed is unknown after a start without
-            // peers.
-            if let Err(error) = self.cache_tables() {
-                tracing::warn!("{error:#}");
-            }
             if count.is_multiple_of(5) {
                 self.judge_clocks();
                 self.look_for_recoveries(count.is_multiple_of(10));
@@ -247,6 +244,11 @@ impl Node {
                 self.end_clashes();
                 self.report_to_api(&self.state.borrow());
                 self.drop_forgotten(&mut self.state.borrow_mut());
+                // A table that is not cached when the daemon is killed is unknown after a start without peers. Each file has a
+                // whole table, of a host that may change it many times a second.
+                if let Err(error) = self.cache_tables() {
+                    tracing::warn!("{error:#}");
+                }
                 notify(&[sd_notify::NotifyState::Watchdog]);
             }
             if count.is_multiple_of(25) {

@@ -14,6 +14,7 @@ mod capture;
 mod clocks;
 mod cni;
 mod detach;
+mod detours;
 mod docker;
 mod doctor;
 mod firewall;
@@ -88,6 +89,7 @@ use crate::capture::Captures;
 use crate::clashes::Clashes;
 use crate::clocks::{LastWall, RefusedObjects};
 use crate::config::{Config, OWN_DOMAIN};
+use crate::detours::Detours;
 use crate::encryption::{self, Tunnel};
 use crate::endpoints::LocalEndpoints;
 use crate::engines::Engines;
@@ -96,7 +98,7 @@ use crate::events::Events;
 use crate::exchange::Exchanges;
 use crate::failed::Failed;
 use crate::firewall::Firewalls;
-use crate::flows::MOST_FOLLOWERS;
+use crate::flows::FlowFollowers;
 use crate::health::HealthAnswers;
 use crate::kubernetes::Kubernetes;
 use crate::metrics::Measured;
@@ -116,7 +118,6 @@ use crate::progress::Progress;
 use crate::publish::PublishedPorts;
 use crate::sandboxes::Sandboxes;
 use crate::saving::{Save, Uncached};
-use crate::slots::ClientSlots;
 use crate::store;
 use crate::trace::Traces;
 use crate::workloads::Workloads;
@@ -189,6 +190,8 @@ pub(crate) struct Node {
     firewalls: Firewalls,
     /// Signals that a tunnel key or a key epoch changed.
     tunnel_turn: Notify,
+    /// Wakes the loop of detours.
+    detour_turn: Notify,
     /// Signals that the allocation map changed, or that gossip has caught up.
     membership: Notify,
     /// Signals that the allocation map or the networks changed, so this host may need a block of a routed
@@ -302,6 +305,8 @@ impl Node {
             zone: config.zone.clone(),
             mirrors: false,
             is_node: config.join_nodes,
+            relay_port: if environment.owns_host() { config.relay_port } else { 0 },
+            relays: config.relay && config.relay_port != 0 && environment.owns_host(),
             unknown: Unknown::default().played(),
         };
         let signed = identity.sign_record(&record)?;
@@ -369,6 +374,7 @@ impl Node {
             applying: tokio::sync::Mutex::default(),
             firewalls: Firewalls::new(environment.owns_host()),
             tunnel_turn: Notify::new(),
+            detour_turn: Notify::new(),
             membership: Notify::new(),
             routed: Notify::new(),
             underlay: Notify::new(),
@@ -642,9 +648,10 @@ fn first_state(
         multicast: Multicast::default(),
         traces: Traces::new(first()),
         captures: Captures::new(first()),
-        flow_followers: ClientSlots::new(MOST_FOLLOWERS),
+        flow_followers: FlowFollowers::new(first()),
         reconcile: Progress::new(),
         phase: Phase::default(),
+        detours: Detours::default(),
         path_faults: PathFaults::default(),
         problems: Problems::default(),
         newer: newer::Newer::default(),

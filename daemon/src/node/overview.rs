@@ -35,8 +35,8 @@ impl Node {
         }
     }
 
-    /// Returns a number that changes with most changes of the overview, at little cost. Not with every one: readiness of
-    /// pods, for instance, is seen with the next change.
+    /// Returns a number that changes with the overview, at little cost: not with what changes all the time, such as round trips,
+    /// which reports have.
     pub(super) fn overview_version(&self) -> u64 {
         use std::hash::{DefaultHasher, Hash as _, Hasher as _};
         let state = self.state.borrow();
@@ -45,7 +45,8 @@ impl Node {
             (node.record.id, node.record.revision, node.table.revision()).hash(&mut hasher);
             (node.state as u8).hash(&mut hasher);
         }
-        (state.objects.digest(), state.view.alloc.version).hash(&mut hasher);
+        // A record that is replaced without a change for the kernel, and objects that no subsystem hears of, count too.
+        (state.objects.digest(), state.view.alloc.version, state.reconcile.changes()).hash(&mut hasher);
         hasher.finish()
     }
 

@@ -6,8 +6,9 @@ use std::time::Duration;
 use http_body_util::channel::{Channel, Sender};
 use hyper::StatusCode;
 use hyper::body::Bytes;
-use ovl_control::PageAddress;
+use ovl_control::{FlowsOf, PageAddress};
 use serde::Serialize;
+use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::{Instant, MissedTickBehavior};
 
@@ -25,6 +26,10 @@ const INTERVAL: Duration = Duration::from_secs(2);
 const FRESH: Duration = Duration::from_secs(1);
 /// How many events of a stream wait for its client.
 const WAITING: usize = 4;
+/// The maximum number of flows of a host in an event.
+const MOST_FLOWS: usize = 200;
+/// How many events with flows wait for a client. One that is further behind misses some.
+const WAITING_FLOWS: usize = 16;
 /// Time until the next attempt to listen.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -56,6 +61,7 @@ impl Node {
                         streams: ClientSlots::new(MAX_STREAMS),
                         overview: Kept::default(),
                         reports: Kept::default(),
+                        flows: tokio::sync::Mutex::default(),
                     };
                     web::serve(Rc::new(server), &listen, opened).await
                 }
@@ -81,8 +87,8 @@ impl Node {
     }
 }
 
-/// A document in JSON, with the time when it was made.
-type Kept = tokio::sync::Mutex<Option<(Instant, Bytes)>>;
+/// A document in JSON, with the time when it was made, and the version of what it shows.
+type Kept = tokio::sync::Mutex<Option<(Instant, u64, Bytes)>>;
 
 /// The server of the page.
 struct Server {
@@ -95,19 +101,23 @@ struct Server {
     overview: Kept,
     /// The last reports.
     reports: Kept,
+    /// The flows of all hosts, once for all clients that watch them. `None`: no client did yet.
+    flows: tokio::sync::Mutex<Option<broadcast::WeakSender<Bytes>>>,
 }
 
 impl Server {
-    async fn overview(&self) -> Result<Bytes, Failed> {
-        fresh(&self.overview, async || self.node.overview().await).await
+    /// Returns an overview, and the version that it shows at least.
+    async fn overview(&self) -> Result<(u64, Bytes), Failed> {
+        // What changes while it is made has another version, so it is not taken for shown.
+        fresh(&self.overview, self.node.overview_version(), async || self.node.overview().await).await
     }
 
     async fn reports(&self) -> Result<Bytes, Failed> {
-        fresh(&self.reports, async || self.node.reports().await).await
+        fresh(&self.reports, 0, async || self.node.reports().await).await.map(|(_, reports)| reports)
     }
 
-    /// Opens an event stream.
-    fn stream(self: &Rc<Self>) -> Answer {
+    /// Opens an event stream. `feed` writes to it, until its client is gone.
+    fn stream(self: &Rc<Self>, feed: impl AsyncFnOnce(Rc<Self>, Sender<Bytes>) + 'static) -> Answer {
         let Some(slot) = self.streams.take() else {
             let sentence = "too many pages are open: close one, or wait";
             return Answer::other(StatusCode::SERVICE_UNAVAILABLE, sentence);
@@ -115,14 +125,45 @@ impl Server {
         let (sender, channel) = Channel::new(WAITING);
         let server = Rc::clone(self);
         tokio::task::spawn_local(async move {
-            server.feed(sender).await;
+            feed(server, sender).await;
             drop(slot);
         });
         Answer::events(channel)
     }
 
+    /// Opens an event stream of the flows of all hosts.
+    async fn flows_stream(self: &Rc<Self>) -> Answer {
+        match self.follow_flows().await {
+            Ok(flows) => self.stream(async move |_, sender| feed_flows(flows, sender).await),
+            Err(Failed(failure)) => Answer::other(StatusCode::SERVICE_UNAVAILABLE, &failure.message),
+        }
+    }
+
+    /// Returns where the flows of all hosts are told. They are followed as long as a client is there.
+    async fn follow_flows(&self) -> Result<broadcast::Receiver<Bytes>, Failed> {
+        let mut kept = self.flows.lock().await;
+        // The sender ends with the task that feeds it, and that with the last receiver.
+        if let Some(tell) = kept.as_ref().and_then(broadcast::WeakSender::upgrade)
+            && tell.receiver_count() > 0
+        {
+            return Ok(tell.subscribe());
+        }
+        let mut seen = self.node.follow_flows(FlowsOf::All, MOST_FLOWS).await?;
+        let (tell, told) = broadcast::channel(WAITING_FLOWS);
+        *kept = Some(tell.downgrade());
+        tokio::task::spawn_local(async move {
+            while let Some(flows) = seen.recv().await {
+                // An error says that no client is left.
+                if json(&flows).is_ok_and(|flows| tell.send(flows).is_err()) {
+                    return;
+                }
+            }
+        });
+        Ok(told)
+    }
+
     /// Writes what happens to an event stream, until its client is gone.
-    async fn feed(&self, mut sender: Sender<Bytes>) {
+    async fn feed(self: Rc<Self>, mut sender: Sender<Bytes>) {
         let (_, mut live) = self.node.events.follow();
         let mut ticks = tokio::time::interval(INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -148,9 +189,9 @@ impl Server {
 
     /// Sends the overview if it has changed, and the reports. `told` is the version of the overview that was sent last.
     async fn tick(&self, told: &mut Option<u64>, sender: &mut Sender<Bytes>) -> Result<(), Gone> {
-        let version = self.node.overview_version();
-        if *told != Some(version)
-            && let Ok(overview) = self.overview().await
+        if *told != Some(self.node.overview_version())
+            && let Ok((version, overview)) = self.overview().await
+            && *told != Some(version)
         {
             *told = Some(version);
             send(sender, "overview", &overview).await?;
@@ -170,15 +211,34 @@ async fn send(sender: &mut Sender<Bytes>, kind: &str, json: &Bytes) -> Result<()
     sender.send_data(Bytes::from(event)).await.map_err(|_| Gone)
 }
 
-/// Returns a document that is not old, or makes it.
-async fn fresh<T: Serialize>(kept: &Kept, make: impl AsyncFnOnce() -> T) -> Result<Bytes, Failed> {
+/// Writes flows to an event stream, until its client is gone. An event of this host comes each second, so that is noticed.
+async fn feed_flows(mut flows: broadcast::Receiver<Bytes>, mut sender: Sender<Bytes>) {
+    loop {
+        let sent = match flows.recv().await {
+            Ok(flows) => send(&mut sender, "flows", &flows).await,
+            // A client that reads too slowly misses some.
+            Err(RecvError::Lagged(_)) => Ok(()),
+            Err(RecvError::Closed) => return,
+        };
+        if sent.is_err() {
+            return;
+        }
+    }
+}
+
+/// Returns a document that is not old with its version, or makes it with this version.
+async fn fresh<T: Serialize>(
+    kept: &Kept,
+    version: u64,
+    make: impl AsyncFnOnce() -> T,
+) -> Result<(u64, Bytes), Failed> {
     let mut kept = kept.lock().await;
     match &*kept {
-        Some((at, document)) if at.elapsed() < FRESH => Ok(document.clone()),
+        Some((at, version, document)) if at.elapsed() < FRESH => Ok((*version, document.clone())),
         _ => {
             let document = json(&make().await)?;
-            *kept = Some((Instant::now(), document.clone()));
-            Ok(document)
+            *kept = Some((Instant::now(), version, document.clone()));
+            Ok((version, document))
         }
     }
 }
@@ -202,7 +262,9 @@ impl Pages for Server {
         let unavailable = StatusCode::SERVICE_UNAVAILABLE;
         match wanted(asked, self.token.as_deref()) {
             Ok(Wanted::File { content_type, content }) => Answer::document(content_type, content),
-            Ok(Wanted::Overview) => document(self.overview().await, unavailable),
+            Ok(Wanted::Overview) => {
+                document(self.overview().await.map(|(_, overview)| overview), unavailable)
+            }
             Ok(Wanted::Reports) => document(self.reports().await, unavailable),
             Ok(Wanted::Events(period)) => document(json(&self.node.events.of(period).await), unavailable),
             Ok(Wanted::Drops) => {
@@ -212,7 +274,8 @@ impl Pages for Server {
                 let verdicts = self.node.policy_explain(&from, &to, port);
                 document(verdicts.and_then(|verdicts| json(&verdicts)), StatusCode::BAD_REQUEST)
             }
-            Ok(Wanted::Stream) => self.stream(),
+            Ok(Wanted::Stream) => self.stream(Self::feed),
+            Ok(Wanted::Flows) => self.flows_stream().await,
             Err((status, sentence)) => Answer::other(status, &sentence),
         }
     }

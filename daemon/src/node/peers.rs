@@ -164,6 +164,13 @@ impl Node {
                 self.state.borrow().captures.taken(from, id, batches);
             }
             Message::CaptureStop { id } => self.state.borrow_mut().captures.stop(from, id),
+            Message::FlowsRequest { id } => {
+                self.answer_member((from, id), Topic::Flows, async |node| node.flows_or_error().await);
+            }
+            Message::FlowsFollow { id, most } => self.take_flows_follow(from, id, most),
+            Message::FlowsSecond { id, flows } => self.take_flows_second(from, id, &flows),
+            Message::FlowsTaken { id } => self.state.borrow().flow_followers.taken(from, id),
+            Message::FlowsStop { id } => self.state.borrow_mut().flow_followers.stop(from, id),
             // A host that is not a member cannot know which key a majority has chosen.
             Message::ClusterKey(secret) => {
                 if self.state.borrow().is_member() {
@@ -176,7 +183,9 @@ impl Node {
             Message::ReportRequest { id } => {
                 self.answer_member((from, id), Topic::Report, async |node| node.report().await);
             }
-            Message::DoctorReply { id, diagnosis: answer } | Message::ReportReply { id, report: answer } => {
+            Message::DoctorReply { id, diagnosis: answer }
+            | Message::ReportReply { id, report: answer }
+            | Message::FlowsReply { id, flows: answer } => {
                 self.take_answer(from, id, answer);
             }
             Message::LeaseReply { id, result } => {
@@ -239,6 +248,12 @@ impl Node {
             | Message::DoctorReply { .. }
             | Message::ReportRequest { .. }
             | Message::ReportReply { .. }
+            | Message::FlowsRequest { .. }
+            | Message::FlowsReply { .. }
+            | Message::FlowsFollow { .. }
+            | Message::FlowsSecond { .. }
+            | Message::FlowsTaken { .. }
+            | Message::FlowsStop { .. }
             | Message::TraceAsk { .. }
             | Message::TraceReply { .. }
             | Message::TimeRequest { .. }

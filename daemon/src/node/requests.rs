@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use ovl_cluster::addresses as ipam;
 use ovl_control::{
-    ApiReport, CaptureRequest, CapturedFrom, DaemonState, Document, Failure, FdbRow, Flows, MAX_NAMES,
-    MirrorOffer, PeerInfo, PeerState, Problem, ReconcileStatus, Reply, Request, RouteRow, Status, SubnetUse,
+    ApiReport, CaptureRequest, CapturedFrom, DaemonState, Document, Failure, FdbRow, Flows, FlowsOf,
+    MAX_NAMES, MirrorOffer, PeerInfo, PeerState, Problem, ReconcileStatus, Reply, Request, RouteRow, Status,
+    SubnetUse,
 };
 use ovl_dataplane::device::Device;
 use ovl_dataplane::state::{Dataplane, Hop};
@@ -26,6 +27,7 @@ use crate::addresses::block_of;
 use crate::control::Answers;
 use crate::encryption;
 use crate::events::{Events, Period};
+use crate::flows::MOST_FLOWS;
 use crate::problems::Code;
 use ovl_metrics::Format;
 
@@ -60,8 +62,8 @@ impl Answers for Node {
         Node::capture(self, request).await.map_err(|failed| failed.0)
     }
 
-    async fn follow_flows(self: &Rc<Self>) -> Result<mpsc::Receiver<Flows>, Failure> {
-        Node::follow_flows(self).await.map_err(|failed| failed.0)
+    async fn follow_flows(self: &Rc<Self>, of: FlowsOf) -> Result<mpsc::Receiver<Flows>, Failure> {
+        Node::follow_flows(self, of, MOST_FLOWS).await.map_err(|failed| failed.0)
     }
 }
 
@@ -161,7 +163,7 @@ impl Node {
             }
             Request::PolicyDrops => Reply::PolicyDrops(self.policy_drops().await?),
             Request::CapturePlan { target } => Reply::CapturePlan(Box::new(self.capture_plan(target)?)),
-            Request::Flows { .. } => Reply::Flows(Box::new(self.flows().await?)),
+            Request::Flows { of, .. } => self.flows_of(of).await?,
             Request::NamesOf { addresses } => {
                 let some = addresses.get(..addresses.len().min(MAX_NAMES)).unwrap_or_default();
                 Reply::Names(crate::capture::names(&self.state.borrow().view, some))
@@ -308,6 +310,8 @@ impl Node {
                     member: state.view.alloc.members.contains(&record.id),
                     reachable: own
                         || contact.is_some_and(|contact| contact.last_heard.elapsed() < UNREACHABLE),
+                    via: state.detours.relay(record.id).map(|relay| state.view.name_of(relay)),
+                    via_s: state.detours.since(record.id).map(|since| since.elapsed().as_secs()),
                     paths: self.peer_paths(&state, &direct_hops, record.id),
                     path_mtu: if own { Some(record.link_mtu) } else { paths.get(&record.id).copied() },
                 }

@@ -25,10 +25,12 @@ use crate::asked::Asked;
 use crate::capture::Captures;
 use crate::clashes::Clashes;
 use crate::clocks::{LastWall, RefusedObjects};
+use crate::detours::Detours;
 use crate::endpoints::{FullName, LocalEndpoints};
 use crate::engines::Engines;
 use crate::environment::Environment;
 use crate::exchange::Exchanges;
+use crate::flows::FlowFollowers;
 use crate::kubernetes::Kubernetes;
 use crate::multicast::Multicast;
 use crate::networks::Bridges;
@@ -40,7 +42,6 @@ use crate::picture::Picture;
 use crate::problems::{Code, Problems};
 use crate::progress::Progress;
 use crate::saving::{Save, Uncached};
-use crate::slots::ClientSlots;
 use crate::trace::Traces;
 use crate::workloads::Workloads;
 use ovl_subsystems::{Change, Cluster, SubsystemList, Subsystems};
@@ -97,12 +98,14 @@ pub(crate) struct State {
     pub traces: Traces,
     /// Captures that are in flight.
     pub captures: Captures,
-    /// Slots for clients that follow flows.
-    pub flow_followers: ClientSlots,
+    /// Who follows flows, and what other hosts were asked for.
+    pub flow_followers: FlowFollowers,
     /// Pending work of the reconcile loop, and the results so far.
     pub reconcile: Progress,
     /// How far this daemon is on its way from its start to its stop.
     pub phase: Phase,
+    /// Peers that are not reached directly.
+    pub detours: Detours,
     /// Faults of paths that are worked around.
     pub path_faults: PathFaults,
     /// Problems that last until they are cleared.
@@ -255,6 +258,9 @@ impl State {
     pub(crate) fn changed(&mut self, change: Change<'_>) {
         if let Change::Host(_) | Change::ThisHost | Change::Network(_) | Change::Built(_) = change {
             self.reconcile.mark_ranges();
+        }
+        if !matches!(change, Change::Attaching(_) | Change::Groups(_) | Change::Uplink | Change::Tunnel) {
+            self.reconcile.count_change();
         }
         match change {
             Change::Entry { host, entry } => match entry {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use ovl_cluster::table::{Rejected, Table};
@@ -58,6 +59,7 @@ impl Node {
         let (dropped, unset): (Vec<Key>, Vec<Key>) = unset.into_iter().partition(|key| table.is_kept(key));
         let silent = set.is_empty() && unset.is_empty() && !(kept.is_empty() && dropped.is_empty());
         table.keep(kept, &dropped);
+        table.set_time(self.wall_ms());
         let update = (!silent || table.revision().epoch != epoch)
             .then(|| table.write(epoch, set, unset, |head| self.sign_head(head)));
         let built: Vec<NetworkId> = table.networks().collect();
@@ -167,7 +169,13 @@ impl Node {
             None => differences(table, &update.set),
             Some(_) => (entries_of(table, &update.set, &update.unset), update.set.clone()),
         };
+        let known = table.revision();
+        let written = update.head.written_ms.filter(|_| known.epoch == update.head.revision.epoch);
         table.apply(update).map_err(Some)?;
+        // A host that joins learns of changes that are old. Of a run of the owner that was known, each change was waited for.
+        if let Some(took) = written.and_then(|written| self.since(owner, written)) {
+            self.measured.borrow_mut().convergence(took);
+        }
         tracing::debug!(%owner, revision = %table.revision(), "table");
         let moved = !table.networks().eq(networks);
         state.problems.set(Code::TableRefused, owner.to_string(), None);
@@ -176,6 +184,15 @@ impl Node {
         state.uncached.note(owner);
         state.peers.end_pull(owner);
         Ok((returned_leases(state, owner), moved))
+    }
+
+    /// Returns how long ago a moment of a host's clock is. Its answers to pings say what that clock shows, so the time for which the
+    /// last answer was under way is missing. `None`: the clock is not known, or was set back.
+    fn since(&self, host: NodeId, then_ms: u64) -> Option<Duration> {
+        /// What an estimate of a clock may be behind, in milliseconds.
+        const BEHIND: u64 = 1_000;
+        let now = self.gossip().clock(host)?;
+        (now + BEHIND >= then_ms).then(|| Duration::from_millis(now.saturating_sub(then_ms)))
     }
 
     /// Requests the whole table of a host from the host itself or from another one.

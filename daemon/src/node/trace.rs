@@ -23,6 +23,7 @@ use ovl_proto::table::Endpoint;
 
 use super::{Failed, Node};
 use crate::failed::blocking;
+use crate::problems::Code;
 use crate::slots::ClientSlot;
 use crate::trace::arrive::{arrive, inner, receiver};
 use crate::trace::compare::{End, Known, Others, compare};
@@ -61,6 +62,8 @@ struct Facts {
     own: Vec<IpAddr>,
     services: Vec<IpNet>,
     broken: BTreeMap<NodeId, String>,
+    /// The hosts to or from which large packets are lost, with the sentence that says so.
+    narrow: BTreeMap<String, String>,
 }
 
 impl Node {
@@ -209,6 +212,9 @@ impl Node {
             known.answer =
                 self.answer_step(from.as_ref(), way).filter(|_| !matches!(kind, ProbeKind::Udp(_)));
             known.backend = (way.to.0 != to).then_some(way.to.0);
+            let other = way.host.map(|host| self.state.borrow().view.name_of(host));
+            let narrow = other.and_then(|other| facts.narrow.get(&other));
+            known.limited = narrow.map(|why| format!("host {}: {why}", self.config.node));
             if let Some((end, is_workload)) = ends.remove(&n) {
                 known.to_workload = is_workload;
                 known.to = format!("{} on {}", known.to, end.host);
@@ -352,6 +358,11 @@ impl Node {
             own: own.map(|(_, address)| address).collect(),
             services: self.config.ranges.of_services(&state.view),
             broken: broken.collect(),
+            narrow: state
+                .problems
+                .of(Code::PathNarrow)
+                .map(|(host, why)| (host.to_owned(), why.to_owned()))
+                .collect(),
         })
     }
 

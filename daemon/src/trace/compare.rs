@@ -49,6 +49,8 @@ pub(crate) struct Known {
     pub is_probed: bool,
     /// Why an answer may not come back, though the packet arrives.
     pub answer: Option<Step>,
+    /// Which packets are lost on the way that are larger than the probe.
+    pub limited: Option<String>,
     /// What could not be looked at.
     pub notes: Vec<String>,
 }
@@ -105,6 +107,8 @@ pub(crate) fn compare(known: Known, kind: ProbeKind) -> Trace {
         arrived,
         reason,
         advice: advice.filter(|advice| !advice.is_empty()),
+        // What keeps the packet itself from arriving comes first.
+        limited: known.limited.clone().filter(|_| arrived),
         model,
         probe: judged.map(|judged| TraceVerdict { arrives: judged.arrives, why: judged.why }),
         agree,
@@ -279,13 +283,15 @@ impl Judge<'_> {
             Some((PacketKind::Error(error), from)) => return self.error(error, from),
             Some((PacketKind::Probe, _)) | None => {}
         }
-        if let Some(judged) = self.dropped(false) {
-            return judged;
-        }
         let received = known
             .destination_seen()
             .iter()
             .any(|seen| seen.kind == PacketKind::Probe && !seen.outgoing && seen.inside == known.to_workload);
+        // A Service may have sent one probe to a backend where it was dropped, and the next one to this workload.
+        let is_elsewhere = received && known.to_workload && known.others.all > 1;
+        if let Some(judged) = self.dropped(false).filter(|_| !is_elsewhere) {
+            return judged;
+        }
         match self.kind {
             // Most programs do not answer a datagram that they do not understand.
             ProbeKind::Udp(_) if received => {
@@ -674,6 +680,26 @@ mod tests {
         refused.source.passage.as_mut().unwrap().sightings.push(seen(90, true, "eth0", false, error));
         assert!(!compare(refused, ProbeKind::Udp(53)).arrived);
         assert!(!compare(unanswered(known()), ProbeKind::Echo).arrived);
+    }
+
+    #[test]
+    fn datagram_that_another_backend_received_arrived() {
+        let mut dropped = unanswered(known());
+        let end = dropped.destination.as_mut().unwrap();
+        end.passage.as_mut().unwrap().drops.push(drop_by("ovl-policy", Some("drop")));
+        assert!(!compare(dropped.clone(), ProbeKind::Udp(53)).arrived);
+        dropped.others = Others { all: 2, ending: 1 };
+        let trace = compare(dropped, ProbeKind::Udp(53));
+        assert!(trace.arrived && trace.agree, "{trace:?}");
+    }
+
+    #[test]
+    fn path_that_loses_large_packets_is_named_of_a_packet_that_arrives() {
+        let limited = Some("large packets are lost".to_owned());
+        let trace = compare(Known { limited: limited.clone(), ..known() }, ProbeKind::Echo);
+        assert!(trace.arrived && trace.limited == limited);
+        let trace = compare(Known { limited, ..unanswered(known()) }, ProbeKind::Echo);
+        assert!(!trace.arrived && trace.limited.is_none());
     }
 
     #[test]

@@ -164,7 +164,8 @@ fn named<'a>(view: &'a View, text: &str) -> Vec<Placed<'a>> {
     all
 }
 
-fn host<'a>(view: &'a View, text: &str) -> Option<&'a Node> {
+/// Returns the host with a name.
+pub(crate) fn host<'a>(view: &'a View, text: &str) -> Option<&'a Node> {
     let mut named = view.nodes.values().filter(|node| node.record.name == text);
     // A host that came back with a new identity has the name of its dead predecessor.
     let first = named.next()?;

@@ -26,7 +26,7 @@ pub struct Encryption {
 impl Encryption {
     fn part(cluster: &Cluster<'_>) -> Dataplane {
         let mut part = Dataplane::default();
-        tunnel::part(&mut part, cluster.view, &cluster.local.key_epochs);
+        tunnel::part(&mut part, cluster.view, &cluster.local.key_epochs, &cluster.local.detours);
         part
     }
 }

@@ -2,9 +2,10 @@
 //!
 //! The daemon keeps one [`Local`] and subsystems read it, through [`crate::Cluster`]. Each part is a type of its own,
 //! whose file is the only one that writes its fields: [`Attaches`], [`Isolation`], [`Underlay`],
-//! [`ranges::RefusedNetworks`] and [`epochs::KeyEpochs`]. Begin to read at [`Attaches`].
+//! [`ranges::RefusedNetworks`], [`epochs::KeyEpochs`] and [`Detours`]. Begin to read at [`Attaches`].
 
 mod attaches;
+mod detours;
 pub mod epochs;
 mod isolation;
 pub mod ranges;
@@ -19,6 +20,7 @@ use self::epochs::KeyEpochs;
 use self::ranges::RefusedNetworks;
 
 pub use self::attaches::Attaches;
+pub use self::detours::Detours;
 pub use self::isolation::Isolation;
 pub use self::underlay::Underlay;
 
@@ -35,6 +37,8 @@ pub struct Local {
     pub underlay: Underlay,
     /// Keys and sessions of the tunnel.
     pub key_epochs: KeyEpochs,
+    /// Sockets that stand in for hosts which are not reached directly.
+    pub detours: Detours,
 }
 
 impl Local {

@@ -12,9 +12,9 @@ use crate::api::{
 };
 use crate::backend::{Backend, DeviceKind};
 use crate::interface::{Interface, Paths, run_tap};
-use crate::stop::ThreadGroup;
 use crate::switch::{ForwardingTable, Tap};
 use crate::sys::Linux;
+use ovl_udp::threads::ThreadGroup;
 
 /// Threads per direction of an interface, on a machine that has as many cores.
 const MAX_THREADS: usize = 4;

@@ -22,9 +22,9 @@ use crate::join::Joiner;
 use crate::packet::{Ip, VXLAN_HEADERS, VnetHeader, VxlanFrame, put_vxlan};
 use crate::peers::{PeerTable, Session, WireguardPeer};
 use crate::segments::{self, PAIR};
-use crate::stop::StopSignal;
 use crate::switch::{Counters, DeviceOutput, Switch, Tap, TapOutput, reading, writing};
 use crate::sys::VNET_HEADER;
+use ovl_udp::threads::StopSignal;
 
 /// What WireGuard adds to a packet, in bytes: a header of 16 and a tag of 16.
 const OVERHEAD: usize = 32;

@@ -24,7 +24,7 @@ mod peers;
 #[cfg(test)]
 mod roundtrip;
 mod segments;
-mod stop;
+
 mod switch;
 mod sys;
 #[cfg(test)]

@@ -10,7 +10,7 @@ use crate::api::{Drops, FrameSource, Mac};
 use crate::backend::{Backend, Device};
 use crate::join::Output;
 use crate::packet::{Claim, claim, macs};
-use crate::stop::StopSignal;
+use ovl_udp::threads::StopSignal;
 
 /// The state that all threads of an engine share. A path is an interface that leads to an address.
 pub(crate) struct Switch<B: Backend, P> {

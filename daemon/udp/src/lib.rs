@@ -5,6 +5,7 @@
 //!
 //! [`trial`] judges whether such an offload damages packets.
 
+pub mod threads;
 pub mod trial;
 
 use std::io;

@@ -1,8 +1,21 @@
-//! The reply of `ovlctl flows`.
+//! The request and replies of `ovlctl flows`.
 
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
+
+/// Whose flows are meant.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FlowsOf {
+    /// Those of the host that is asked.
+    #[default]
+    Here,
+    /// Those of a host with this name.
+    Host(String),
+    /// Those of all members.
+    All,
+}
 
 /// Who talks to whom on a host.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,6 +29,9 @@ pub struct Flows {
     /// Whether there were more than can be told.
     #[serde(default)]
     pub incomplete: bool,
+    /// Why there are none of this host. `None`: there are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
 }
 
 /// Connections between the same ends, at the same port.

@@ -384,6 +384,13 @@ pub struct PeerInfo {
     pub reachable: bool,
     /// The path MTU to it in bytes, including the outer IP header.
     pub path_mtu: Option<u16>,
+    /// The member through which datagrams of encrypted networks to it go, because it does not answer directly. `None`: they
+    /// go directly.
+    #[serde(default)]
+    pub via: Option<String>,
+    /// For how long, in seconds.
+    #[serde(default)]
+    pub via_s: Option<u64>,
     /// The paths to it that are probed.
     #[serde(default)]
     pub paths: Vec<PeerPath>,

@@ -88,8 +88,10 @@ pub enum Reply {
     CapturePlan(Box<CapturePlan>),
     /// What a host captured.
     Captured(Box<CapturedFrom>),
-    /// Who talks to whom.
+    /// Who talks to whom on a host.
     Flows(Box<Flows>),
+    /// Who talks to whom on all hosts, the local host first.
+    HostFlows(Vec<Flows>),
     /// The names of what has addresses, by address. What is not known is not listed.
     Names(BTreeMap<IpAddr, String>),
     /// The answer to a DNS query.

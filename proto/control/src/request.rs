@@ -8,6 +8,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::capture::{CaptureRequest, CaptureTarget};
+use crate::flows::FlowsOf;
 use crate::kubernetes::{Join, Mirror, MirrorOffer, NodePods, Nodes, OwnNode};
 use crate::resources::{Apply, Document, ResourceQuery};
 use crate::trace::TraceRequest;
@@ -193,12 +194,16 @@ pub enum Request {
     /// Captures packets until the client closes the connection: [`crate::Reply::Captured`], whenever there is something and
     /// at least every few tenths of a second from each host, until each has ended.
     Capture(CaptureRequest),
-    /// Says who talks to whom on this host: [`crate::Reply::Flows`].
+    /// Says who talks to whom: [`crate::Reply::Flows`] of one host, and [`crate::Reply::HostFlows`] of all. With `follow`
+    /// [`crate::Reply::Flows`], one from each host about once a second.
     Flows {
         /// Whether to go on each second, until the client closes the connection, with what was seen in it. Otherwise:
         /// connections that are tracked now, and those that were refused recently.
         #[serde(default)]
         follow: bool,
+        /// On which hosts.
+        #[serde(default)]
+        of: FlowsOf,
     },
     /// Says what has addresses: [`crate::Reply::Names`].
     NamesOf {

@@ -43,6 +43,9 @@ pub struct Trace {
     /// What to do next, if it did not arrive.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub advice: Option<String>,
+    /// Which other packets do not arrive, though this one did: large ones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limited: Option<String>,
     /// What the model says.
     pub model: TraceVerdict,
     /// What the probe showed. `None` if there was none.

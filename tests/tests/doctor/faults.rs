@@ -8,8 +8,8 @@ use anyhow::Result;
 use netns_lab::Netns;
 
 use self::injected::{
-    ambiguous, ambiguous_alias, clock, few_files, foreign_vxlan, freeze, full_table, full_table_v6,
-    kill_daemon, misspelt, no_backends, no_resolver, node_port, node_port_udp, other_mac, other_release,
+    ambiguous, ambiguous_alias, few_files, foreign_vxlan, freeze, full_table, full_table_v6, kill_daemon,
+    misspelt, no_backends, no_resolver, node_port, node_port_udp, other_mac, other_release,
     other_wire_version, own_clock, peer_clock, second_owner, silent_resolver, slow_resolver, take_vxlan_port,
     take_vxlan_port_v6, too_few_files, unplug, unready, without_nft, wrong_port,
 };

@@ -133,6 +133,35 @@ fn injected_faults_are_named_first_within_five_seconds() {
     assert!(named * 100 >= faults.len() * SHARE, "{missed:#?}");
 }
 
+/// The probe of `ovlctl trace` is small and arrives, and so does a ping: what is lost is said all the same.
+#[test]
+fn trace_names_a_path_that_loses_large_packets() {
+    let world = World::build().unwrap();
+    let host = &world.lab["h1"];
+    wait_healthy(host).unwrap();
+    let trace = || -> Result<Value> {
+        let output = host.ctl(&["trace", "-o", "json", "a", "b"])?;
+        ensure_status(&output, &["trace"], 0)?;
+        Ok(serde_json::from_str(&output.stdout)?)
+    };
+    let before = trace().unwrap();
+    assert!(before["arrived"] == true && before["limited"].is_null(), "{before:#}");
+    let fault = FAULTS.iter().find(|fault| fault.what == "the network loses large VXLAN packets").unwrap();
+    let undo = fault.inject(&world).unwrap();
+    let named = wait_until(fault.within, "the limit to be named", || {
+        let traced = trace()?;
+        let limited = text(&traced["limited"]);
+        ensure!(limited.contains("are lost in VXLAN from this host to host h2"), "{traced:#}");
+        ensure!(traced["arrived"] == true && traced["agree"] == true, "{traced:#}");
+        let shown = host.ctl(&["trace", "a", "b"])?.stdout;
+        ensure!(shown.contains("\nbut        host h1: packets of "), "{shown}");
+        Ok(())
+    });
+    undo().unwrap();
+    named.unwrap();
+    wait_healthy(host).unwrap();
+}
+
 #[test]
 fn healthy_hosts_have_no_findings_with_and_without_traffic() {
     let world = World::build().unwrap();

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use ovl_control::{EndpointCounters, EndpointState, HostReport, Overview, Pair, PeerState, Reports};
 use serde::Serialize;
 
+use super::flows::FlowRow;
+
 /// The cluster at one moment.
 #[derive(Debug, Clone)]
 pub(crate) struct Sample {
@@ -123,6 +125,8 @@ pub(crate) struct Rows {
     pub(crate) endpoints: Vec<EndpointRow>,
     /// The networks.
     pub(crate) networks: Vec<NetworkRow>,
+    /// The flows, if they are watched.
+    pub(crate) flows: Vec<FlowRow>,
     /// The members that did not answer.
     pub(crate) unanswered: Vec<String>,
 }
@@ -201,6 +205,7 @@ impl Rows {
             hosts: hosts.collect(),
             networks: networks.collect(),
             unanswered: now.reports.unanswered.clone(),
+            flows: Vec::new(),
             endpoints,
         }
     }

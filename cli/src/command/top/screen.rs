@@ -2,13 +2,15 @@
 
 use std::cmp::Ordering;
 
+use ovl_control::FlowVerdict;
 use ratatui::Frame;
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 use ratatui::layout::{Alignment, Constraint, Layout};
 use ratatui::style::{Modifier, Style};
 use ratatui::text::Text;
-use ratatui::widgets::{Cell, Paragraph, Row, Table, TableState};
+use ratatui::widgets::{Cell, Paragraph, Row, Table, TableState, Wrap};
 
+use super::flows::FlowRow;
 use super::rows::{Rates, Rows};
 use crate::text::printable;
 use crate::time::micros;
@@ -23,16 +25,19 @@ pub(crate) enum View {
     Endpoints,
     /// Networks.
     Networks,
+    /// Flows: who talks to whom.
+    Flows,
 }
 
 impl View {
-    const ALL: [Self; 3] = [Self::Hosts, Self::Endpoints, Self::Networks];
+    const ALL: [Self; 4] = [Self::Hosts, Self::Endpoints, Self::Networks, Self::Flows];
 
     const fn name(self) -> &'static str {
         match self {
             Self::Hosts => "hosts",
             Self::Endpoints => "endpoints",
             Self::Networks => "networks",
+            Self::Flows => "flows",
         }
     }
 }
@@ -86,15 +91,21 @@ fn short(number: f64) -> String {
 /// A row as it is listed: its values, and what it stands for.
 struct Line {
     values: Vec<Value>,
-    /// The host or the network whose endpoints `Enter` lists.
+    /// What `Enter` lists.
     inside: Option<Inside>,
+    /// What a filter finds besides the values.
+    hidden: String,
 }
 
-/// What the list of endpoints is limited to.
+/// What a list is limited to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Inside {
+    /// The endpoints of a host.
     Host(String),
+    /// The endpoints of a network.
     Network(String),
+    /// The flows of an endpoint.
+    Endpoint(String),
 }
 
 /// The columns of a view: title and width. The first one has the rest of the line.
@@ -131,6 +142,16 @@ const NETWORKS: &[(&str, u16)] = &[
     ("PKT/S", 5),
     ("DROP/S", 6),
 ];
+const FLOWS: &[(&str, u16)] = &[
+    ("FROM", 0),
+    ("TO", 0),
+    ("PORT", 9),
+    ("VERDICT", 8),
+    ("CONN/S", 6),
+    ("SENT/S", 6),
+    ("BACK/S", 6),
+    ("DROP/S", 6),
+];
 
 /// What a key asks of the program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -147,18 +168,25 @@ pub(crate) struct Screen {
     view: View,
     inside: Option<Inside>,
     /// The column by which each view is sorted.
-    sort: [usize; 3],
+    sort: [usize; 4],
     reversed: bool,
     filter: String,
     /// Whether keys are for the filter.
     is_typing: bool,
     selected: usize,
+    /// The flow whose details are shown: ends, port and verdict.
+    detail: Option<[String; 4]>,
 }
 
 impl Screen {
     /// Shows a view.
     pub(crate) fn new(view: View) -> Self {
         Self { view, ..Self::default() }
+    }
+
+    /// Whether flows are shown, so that hosts are to count them.
+    pub(crate) fn shows_flows(&self) -> bool {
+        self.view == View::Flows
     }
 
     /// Takes a key.
@@ -180,6 +208,7 @@ impl Screen {
             KeyCode::Char('1' | 'h') => self.open(View::Hosts),
             KeyCode::Char('2' | 'e') => self.open(View::Endpoints),
             KeyCode::Char('3' | 'n') => self.open(View::Networks),
+            KeyCode::Char('4' | 'f') => self.open(View::Flows),
             KeyCode::Tab => {
                 let next = (self.view as usize + 1) % View::ALL.len();
                 self.open(View::ALL[next]);
@@ -214,14 +243,20 @@ impl Screen {
     }
 
     fn open(&mut self, view: View) {
-        (self.view, self.inside, self.selected) = (view, None, 0);
+        (self.view, self.inside, self.selected, self.detail) = (view, None, 0, None);
     }
 
-    /// Lists the endpoints of the selected host or network.
+    /// Lists the endpoints of the selected host or network, or the flows of the selected endpoint, or shows the selected flow.
     fn enter(&mut self, rows: &Rows) {
-        let selected = self.lines(rows).into_iter().nth(self.selected);
-        if let Some(inside) = selected.and_then(|line| line.inside) {
-            self.open(View::Endpoints);
+        let Some(line) = self.lines(rows).into_iter().nth(self.selected) else { return };
+        if self.view == View::Flows {
+            let mut parts = line.values.iter().map(|value| value.text().to_owned());
+            self.detail = Some(std::array::from_fn(|_| parts.next().unwrap_or_default()));
+        } else if let Some(inside) = line.inside {
+            self.open(match inside {
+                Inside::Host(_) | Inside::Network(_) => View::Endpoints,
+                Inside::Endpoint(_) => View::Flows,
+            });
             self.inside = Some(inside);
             self.filter.clear();
         }
@@ -229,12 +264,16 @@ impl Screen {
 
     /// Takes the last step back.
     fn back(&mut self) {
+        if self.detail.take().is_some() {
+            return;
+        }
         if !self.filter.is_empty() {
             self.filter.clear();
         } else if let Some(inside) = self.inside.take() {
             self.open(match inside {
                 Inside::Host(_) => View::Hosts,
                 Inside::Network(_) => View::Networks,
+                Inside::Endpoint(_) => View::Endpoints,
             });
         }
     }
@@ -244,6 +283,7 @@ impl Screen {
             View::Hosts => HOSTS,
             View::Endpoints => ENDPOINTS,
             View::Networks => NETWORKS,
+            View::Flows => FLOWS,
         }
     }
 
@@ -253,8 +293,13 @@ impl Screen {
             View::Hosts => hosts(rows),
             View::Endpoints => endpoints(rows, self.inside.as_ref()),
             View::Networks => networks(rows),
+            View::Flows => flows(rows, self.inside.as_ref()),
         };
-        lines.retain(|line| line.values.iter().any(|value| value.text().contains(&self.filter)));
+        let is_meant = |line: &Line| {
+            line.values.iter().any(|value| value.text().contains(&self.filter))
+                || line.hidden.contains(&self.filter)
+        };
+        lines.retain(is_meant);
         let column = self.sort[self.view as usize];
         lines.sort_by(|a, b| match (a.values.get(column), b.values.get(column)) {
             (Some(a), Some(b)) => a.order(b),
@@ -282,12 +327,18 @@ impl Screen {
             Layout::vertical([Constraint::Length(1), Constraint::Min(1), Constraint::Length(1)])
                 .areas(frame.area());
         frame.render_widget(Paragraph::new(self.headline(rows, note)), head);
+        frame.render_widget(Paragraph::new(self.footline()), foot);
+        if let Some(detail) = &self.detail {
+            let text = self.detail_of(detail, rows);
+            frame.render_widget(Paragraph::new(text).wrap(Wrap { trim: false }), body);
+            return;
+        }
         let lines = self.lines(rows);
         let columns = self.columns();
         let sort = self.sort[self.view as usize];
         let titles = columns.iter().enumerate().map(|(n, (title, width))| {
             let style = if n == sort { Modifier::REVERSED } else { Modifier::BOLD };
-            cell(title, n > 0 && *width < 8).style(Style::new().add_modifier(style))
+            cell(title, n > 0 && (1..8).contains(width)).style(Style::new().add_modifier(style))
         });
         let listed = lines.iter().map(|line| {
             Row::new(line.values.iter().map(|value| cell(value.text(), matches!(value, Value::Number(..)))))
@@ -303,7 +354,30 @@ impl Screen {
         let selected = self.selected.min(lines.len().saturating_sub(1));
         let mut state = TableState::default().with_selected((!lines.is_empty()).then_some(selected));
         frame.render_stateful_widget(table, body, &mut state);
-        frame.render_widget(Paragraph::new(self.footline()), foot);
+    }
+
+    /// Says all that is known of a flow.
+    fn detail_of(&self, detail: &[String; 4], rows: &Rows) -> String {
+        let is_meant = |row: &&FlowRow| flow_values(row).iter().zip(detail).all(|(a, b)| a.text() == b);
+        let Some(row) = rows.flows.iter().find(is_meant) else {
+            return "It is not seen any more.".to_owned();
+        };
+        let FlowRow { from, to, port, backend, verdict, hosts, why, per_second, total } = row;
+        let mut lines = vec![
+            format!("from      {from}"),
+            format!("to        {to}"),
+            format!("port      {port}"),
+            format!("verdict   {}", verdict_text(*verdict)),
+            format!("decided   {}", if why.is_empty() { "by no policy" } else { why }),
+            format!("seen by   {}", hosts.join(", ")),
+            format!("count     {total}, {} a second", short(per_second.opened + per_second.drops)),
+            format!("sent      {} bytes a second", short(per_second.sent_bytes)),
+            format!("back      {} bytes a second", short(per_second.received_bytes)),
+        ];
+        if !backend.is_empty() {
+            lines.insert(3, format!("backend   {backend}"));
+        }
+        lines.iter().map(|line| printable(line)).collect::<Vec<_>>().join("\n")
     }
 
     fn headline(&self, rows: &Rows, note: &str) -> String {
@@ -311,7 +385,9 @@ impl Screen {
             return format!("ovl top: {}", printable(note));
         }
         let inside = match &self.inside {
-            Some(Inside::Host(name) | Inside::Network(name)) => format!(" of {}", printable(name)),
+            Some(Inside::Host(name) | Inside::Network(name) | Inside::Endpoint(name)) => {
+                format!(" of {}", printable(name))
+            }
             None => String::new(),
         };
         let alive = rows.hosts.iter().filter(|row| row.answered).count();
@@ -331,7 +407,7 @@ impl Screen {
             let cursor = if self.is_typing { "_" } else { "" };
             return format!("filter: {}{cursor}   Enter keep  Esc clear", printable(&self.filter));
         }
-        "1 hosts 2 endpoints 3 networks  <-> sort  r reverse  / filter  Enter in  q quit".to_owned()
+        "1 hosts 2 endpoints 3 networks 4 flows <-> sort r reverse / filter Enter q quit".to_owned()
     }
 }
 
@@ -359,7 +435,7 @@ fn hosts(rows: &Rows) -> Vec<Line> {
         ];
         values.extend(rates(&row.per_second));
         values.push(Value::count(row.problems as f64));
-        Line { values, inside: Some(Inside::Host(row.host.clone())) }
+        Line { values, inside: Some(Inside::Host(row.host.clone())), hidden: String::new() }
     };
     rows.hosts.iter().map(line).collect()
 }
@@ -368,7 +444,7 @@ fn endpoints(rows: &Rows, inside: Option<&Inside>) -> Vec<Line> {
     let is_inside = |row: &&super::rows::EndpointRow| match inside {
         Some(Inside::Host(host)) => row.host == *host,
         Some(Inside::Network(network)) => row.network == *network,
-        None => true,
+        Some(Inside::Endpoint(_)) | None => true,
     };
     let line = |row: &super::rows::EndpointRow| {
         let name = match row.namespace.as_str() {
@@ -383,7 +459,8 @@ fn endpoints(rows: &Rows, inside: Option<&Inside>) -> Vec<Line> {
         ];
         values.extend(rates(&row.per_second));
         values.push(Value::rate(row.dropped.map(|count| count as f64)));
-        Line { values, inside: None }
+        let full = format!("{}/{}", row.namespace, row.name);
+        Line { values, inside: Some(Inside::Endpoint(full)), hidden: String::new() }
     };
     rows.endpoints.iter().filter(is_inside).map(line).collect()
 }
@@ -397,16 +474,58 @@ fn networks(rows: &Rows) -> Vec<Line> {
             Value::count(row.hosts as f64),
         ];
         values.extend(rates(&row.per_second));
-        Line { values, inside: Some(Inside::Network(row.network.clone())) }
+        Line { values, inside: Some(Inside::Network(row.network.clone())), hidden: String::new() }
     };
     rows.networks.iter().map(line).collect()
 }
 
+fn verdict_text(verdict: FlowVerdict) -> &'static str {
+    match verdict {
+        FlowVerdict::Passed => "passed",
+        FlowVerdict::Dropped => "dropped",
+    }
+}
+
+fn flow_values(row: &FlowRow) -> Vec<Value> {
+    let rates = &row.per_second;
+    let numbers = [rates.opened, rates.sent_bytes, rates.received_bytes, rates.drops];
+    let mut values = vec![
+        Value::Text(printable(&row.from)),
+        Value::Text(printable(&row.to)),
+        Value::Text(printable(&row.port)),
+        Value::Text(verdict_text(row.verdict).to_owned()),
+    ];
+    values.extend(numbers.map(|rate| Value::rate(Some(rate))));
+    values
+}
+
+fn flows(rows: &Rows, inside: Option<&Inside>) -> Vec<Line> {
+    let is_inside = |row: &&FlowRow| match inside {
+        // A backend is named with its port.
+        Some(Inside::Endpoint(name)) => {
+            row.from == *name
+                || row.to == *name
+                || row.backend.rsplit_once(':').is_some_and(|(of, _)| of == name)
+        }
+        _ => true,
+    };
+    let line = |row: &FlowRow| Line {
+        values: flow_values(row),
+        inside: None,
+        hidden: format!("{} {} {}", row.hosts.join(" "), row.backend, row.why),
+    };
+    rows.flows.iter().filter(is_inside).map(line).collect()
+}
+
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use ratatui::Terminal;
     use ratatui::backend::TestBackend;
 
+    use super::super::flows::FlowTable;
+    use super::super::flows::tests::seen;
     use super::super::rows::tests::sample;
     use super::*;
 
@@ -468,17 +587,57 @@ mod tests {
         let lines = drawn(&screen, &rows, 80);
         assert!(lines[2].starts_with("a ") && lines[3].is_empty(), "{lines:?}");
         assert!(lines[7].starts_with("filter: h1_"), "{lines:?}");
-        press(&mut screen, &rows, &[KeyCode::Char('q'), KeyCode::Esc, KeyCode::Tab, KeyCode::Tab]);
+        press(
+            &mut screen,
+            &rows,
+            &[KeyCode::Char('q'), KeyCode::Esc, KeyCode::Tab, KeyCode::Tab, KeyCode::Tab],
+        );
         assert_eq!(screen.view, View::Hosts);
         assert_eq!(screen.key(KeyEvent::from(KeyCode::Char('q')), &rows), Wish::Quit);
         let control = KeyEvent::new(KeyCode::Char('c'), KeyModifiers::CONTROL);
         assert_eq!(screen.key(control, &rows), Wish::Quit);
     }
 
+    fn rows_with_flows() -> Rows {
+        let mut table = FlowTable::default();
+        table.take(seen("h1", 1_000), Instant::now());
+        Rows { flows: table.rows().0, ..rows() }
+    }
+
+    #[test]
+    fn flows_fit_in_eighty_columns_and_have_details() {
+        let rows = rows_with_flows();
+        let mut screen = Screen::new(View::Endpoints);
+        press(&mut screen, &rows, &[KeyCode::Enter]);
+        let lines = drawn(&screen, &rows, 80);
+        assert!(lines[0].contains("flows of default/a"), "{lines:?}");
+        let words = |n: usize| lines[n].split_whitespace().collect::<Vec<_>>();
+        assert_eq!(words(1), ["FROM", "TO", "PORT", "VERDICT", "CONN/S", "SENT/S", "BACK/S", "DROP/S"]);
+        assert_eq!(words(2), ["default/a", "default/b", "80/tcp", "passed", "4", "2k", "500k", "0"]);
+        assert_eq!(words(3), ["default/a", "default/b", "81/tcp", "dropped", "0", "0", "0", "6"]);
+        // By drops, and what decides of the first one.
+        press(&mut screen, &rows, &[KeyCode::Left, KeyCode::Enter]);
+        let lines = drawn(&screen, &rows, 80).join("\n");
+        assert!(
+            lines.contains("verdict   dropped") && lines.contains("decided   no ingress rule"),
+            "{lines}"
+        );
+        press(&mut screen, &rows, &[KeyCode::Esc, KeyCode::Esc]);
+        assert_eq!(screen.view, View::Endpoints);
+        // A filter finds what decides, and a flow that is gone has no details.
+        press(&mut screen, &rows, &[KeyCode::Char('f'), KeyCode::Char('/')]);
+        press(&mut screen, &rows, &"only-api".chars().map(KeyCode::Char).collect::<Vec<_>>());
+        let lines = drawn(&screen, &rows, 80);
+        assert!(lines[2].contains("dropped") && lines[3].is_empty(), "{lines:?}");
+        press(&mut screen, &rows, &[KeyCode::Enter, KeyCode::Enter]);
+        let empty = Rows { flows: Vec::new(), ..rows };
+        assert!(drawn(&screen, &empty, 80)[1].contains("not seen any more"));
+    }
+
     #[test]
     fn small_and_empty_screens_are_drawn() {
         let empty = Rows::default();
-        for rows in [&empty, &rows()] {
+        for rows in [&empty, &rows_with_flows()] {
             for view in View::ALL {
                 let mut screen = Screen::new(view);
                 press(&mut screen, rows, &[KeyCode::Down, KeyCode::End, KeyCode::PageUp, KeyCode::Enter]);
@@ -509,6 +668,11 @@ mod tests {
         let mut rows = rows();
         rows.endpoints[0].name = "a\u{1b}[2J".to_owned();
         rows.node = "\u{1b}]0;x\u{7}".to_owned();
+        rows.flows = rows_with_flows().flows;
+        rows.flows.iter_mut().for_each(|row| row.why = "\u{1b}[31m".to_owned());
+        let mut flows = Screen::new(View::Flows);
+        press(&mut flows, &rows, &[KeyCode::Enter]);
+        assert!(!drawn(&flows, &rows, 80).join("").contains('\u{1b}'));
         let lines = drawn(&Screen::new(View::Endpoints), &rows, 120).join("");
         assert!(!lines.contains('\u{1b}') && lines.contains("a\\u{1b}[2J"), "{lines}");
     }

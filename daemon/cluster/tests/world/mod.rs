@@ -55,6 +55,8 @@ pub(crate) fn node(n: u8) -> Node {
             zone: String::new(),
             mirrors: false,
             is_node: false,
+            relay_port: 0,
+            relays: false,
             unknown: Unknown::default(),
         },
         state: PeerState::Alive,

@@ -315,6 +315,28 @@ fn refused_change_is_reported_and_affects_no_other_table() {
     });
 }
 
+/// Several tables are one run of `nft`, which takes all or none of them.
+#[test]
+fn refused_table_affects_no_other_one_of_its_batch() {
+    in_namespace(async || {
+        let lab = Lab::start();
+        let batch = |rule: &str| {
+            let skeleton = Skeleton { chains: vec![chain("x", &[rule])], ..Skeleton::default() };
+            let set = |table| Op::Nft(NftOp::SetTable(table, Arc::new(skeleton.clone())));
+            [Table::Divert, Table::Publish].map(set)
+        };
+        let [divert, publish] = batch("return");
+        let [_, refused] = batch("nonsense");
+        let results = |outcomes: Vec<crate::Outcome>| -> Vec<bool> {
+            outcomes.into_iter().map(|outcome| outcome.result.is_ok()).collect()
+        };
+        assert_eq!(results(lab.kernel.apply(vec![divert.clone(), refused]).await), [true, false]);
+        assert_eq!(results(lab.kernel.apply(vec![divert, publish]).await), [true, true]);
+        let tables = lab.dump().await.tables;
+        assert!(tables.keys().eq([Table::Divert, Table::Publish].iter()), "{tables:?}");
+    });
+}
+
 #[test]
 fn many_elements_are_changed_at_once() {
     in_namespace(async || {

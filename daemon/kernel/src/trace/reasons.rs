@@ -14,7 +14,8 @@ use crate::sys;
 
 /// Where tracefs is, on present and on older systems.
 const PLACES: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
-/// The prefix of the names of the instances of tracefs. Another number follows for each trace.
+/// The prefix of the names of the instances of tracefs. The process follows, and the number of the trace: daemons of a lab share
+/// a kernel, and the hosts of a trace its number.
 const INSTANCE: &str = "ovl-trace-";
 /// The length of the log that is read, in bytes.
 const LONGEST: u64 = 1 << 20;
@@ -47,9 +48,11 @@ impl DropLog {
     pub(super) fn begin(cookie: u32, now_us: u64) -> Option<Self> {
         let place =
             PLACES.iter().map(|place| Path::new(place).join("instances")).find(|place| place.is_dir())?;
-        let dir = place.join(format!("{INSTANCE}{cookie:08x}"));
+        // Both clocks are read at once: to create an instance takes some milliseconds.
+        let offset_us = now_us.saturating_sub(sys::monotonic_us()?);
+        let dir = place.join(format!("{INSTANCE}{}-{cookie:08x}", std::process::id()));
         fs::create_dir(&dir).ok()?;
-        let log = Self { dir, offset_us: now_us.saturating_sub(sys::monotonic_us()?) };
+        let log = Self { dir, offset_us };
         fs::write(log.dir.join("trace_clock"), "mono").ok()?;
         fs::write(log.dir.join("events/skb/kfree_skb/enable"), "1").ok()?;
         Some(log)
@@ -80,10 +83,18 @@ impl Drop for DropLog {
 pub(super) fn remove_left() {
     for place in PLACES {
         let entries = fs::read_dir(Path::new(place).join("instances")).into_iter().flatten().flatten();
-        for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(INSTANCE)) {
+        for entry in entries.filter(|entry| is_left(&entry.file_name().to_string_lossy())) {
             let _ = fs::remove_dir(entry.path());
         }
     }
+}
+
+/// Whether an instance is of a process that is gone, or had the number of this one.
+fn is_left(name: &str) -> bool {
+    let Some((process, _)) = name.strip_prefix(INSTANCE).and_then(|rest| rest.split_once('-')) else {
+        return false;
+    };
+    process == std::process::id().to_string() || !Path::new("/proc").join(process).exists()
 }
 
 /// Reads a line such as `ping-7 [001] b.s.. 12.345678: kfree_skb: skbaddr=... location=f+0x1/0x2 reason: NETFILTER_DROP`.
@@ -120,6 +131,15 @@ mod tests {
 
     const LINE: &str = "          <idle>-0       [001] b.s..    12.345678: kfree_skb: skbaddr=00000000c0ffee rx_sk=0000000000000000 \
                         protocol=2048 location=ip_rcv_finish_core+0x1a2/0x3b0 reason: IP_RPFILTER";
+
+    #[test]
+    fn instances_of_other_daemons_are_left_alone() {
+        let own = std::process::id();
+        assert!(is_left(&format!("{INSTANCE}{own}-0badcafe")) && is_left("ovl-trace-4194305-0badcafe"));
+        for name in ["ovl-trace-1-0badcafe", "ovl-trace-", "ovl-trace-0badcafe", "foreign-4194305-1"] {
+            assert!(!is_left(name), "{name}");
+        }
+    }
 
     #[test]
     fn line_of_the_log_is_read() {

@@ -84,6 +84,8 @@ pub(super) struct Peer {
     next_ping: Instant,
     /// The nonce of the pending ping through other peers.
     relayed: Option<u64>,
+    /// The peer that last passed on its answer, and when.
+    through: Option<(NodeId, Instant)>,
     next_relay: Instant,
     next_dial: Instant,
     mtu: Option<PathMtu>,
@@ -108,6 +110,8 @@ pub(super) struct PeerBook {
     early_pings: Budget,
     relayed_pings: Budget,
     random: SystemRandom,
+    /// When a peer last passed on an answer of another one.
+    last_relayed: Option<Instant>,
     /// The live peer that was last found at an address.
     last_at: HashMap<SocketAddr, NodeId>,
     /// The peer that is asked next to ping another one.
@@ -153,6 +157,7 @@ impl PeerBook {
             early_pings: Budget::new(EARLY_PINGS, now),
             relayed_pings: Budget::new(RELAYED_PINGS, now),
             random: SystemRandom::new(),
+            last_relayed: None,
             last_at: HashMap::new(),
             next_relay: 0,
             turn: 0,
@@ -260,9 +265,40 @@ impl PeerBook {
         (peer.last_heard, peer.proved) = (Some(now), Some(now));
     }
 
+    /// The nonce of a ping to a live peer that is sent with the answer to its ping, in place of the next one. `None` if that is
+    /// not due soon.
+    pub(super) fn ping_along(&mut self, node: NodeId, now: Instant) -> Option<u64> {
+        let (soon, nonce) = (now + self.ping_every / 2, self.nonce()?);
+        let peer = self.peers.get_mut(&node)?;
+        if !peer.alive || !peer.pings.is_empty() || peer.next_ping > soon {
+            return None;
+        }
+        peer.next_ping = now + peer.again();
+        peer.pinged(nonce, now);
+        Some(nonce)
+    }
+
     /// The time of a peer's last answer to a ping of the local host.
     pub(super) fn last_heard(&self, node: NodeId) -> Option<Instant> {
         self.peers.get(&node)?.last_heard
+    }
+
+    /// Notes that another peer passed on a valid answer.
+    pub(super) fn reached_through(&mut self, node: NodeId, by: NodeId, now: Instant) {
+        if let Some(peer) = self.peers.get_mut(&node) {
+            peer.through = Some((by, now));
+            self.last_relayed = Some(now);
+        }
+    }
+
+    /// When a peer last passed on an answer of another one. `None` if none did.
+    pub(super) fn last_relayed(&self) -> Option<Instant> {
+        self.last_relayed
+    }
+
+    /// The peer that last passed on an answer of a peer, and when. `None` if none did.
+    pub(super) fn through(&self, node: NodeId) -> Option<(NodeId, Instant)> {
+        self.peers.get(&node)?.through
     }
 
     /// The keys of the local host and a peer.
@@ -325,12 +361,14 @@ impl PeerBook {
 
     /// What the wall clock of each peer says now, in milliseconds since 1970, as far as its last answer tells.
     pub(super) fn clocks(&self, now: Instant) -> BTreeMap<NodeId, u64> {
-        let clock = |(node, peer): (&NodeId, &Peer)| {
-            let (wall_ms, at) = peer.clock?;
-            let passed = u64::try_from(now.saturating_duration_since(at).as_millis()).unwrap_or(u64::MAX);
-            Some((*node, wall_ms.saturating_add(passed)))
-        };
-        self.peers.iter().filter_map(clock).collect()
+        self.peers.keys().filter_map(|node| Some((*node, self.clock(*node, now)?))).collect()
+    }
+
+    /// The same of one peer.
+    pub(super) fn clock(&self, node: NodeId, now: Instant) -> Option<u64> {
+        let (wall_ms, at) = self.peers.get(&node)?.clock?;
+        let passed = u64::try_from(now.saturating_duration_since(at).as_millis()).unwrap_or(u64::MAX);
+        Some(wall_ms.saturating_add(passed))
     }
 
     /// The latest hints of a peer.
@@ -432,8 +470,7 @@ impl PeerBook {
                 let last = peer.pings.back().map(|(_, sent)| *sent);
                 let early = last.is_some_and(|sent| now < sent + self.ping_every);
                 if !early || self.early_pings.take(now) {
-                    let again = PING_AGAIN.max(peer.rtt.unwrap_or_default() * 2);
-                    peer.next_ping = now + if peer.alive { again } else { PING_EVERY };
+                    peer.next_ping = now + if peer.alive { peer.again() } else { PING_EVERY };
                     due.push(peer.pinged(nonce, now));
                 }
             }
@@ -444,7 +481,11 @@ impl PeerBook {
                 peer.relayed = Some(nonce);
                 let first = self.next_relay;
                 self.next_relay = first.wrapping_add(RELAYS) % live.len().max(1);
+                // First the one that reached it last time.
+                let last = peer.through.map(|(last, _)| last);
+                let last = live.iter().find(|(other, _)| Some(*other) == last);
                 let others = live.iter().cycle().skip(first).take(live.len());
+                let others = last.into_iter().chain(others.filter(|other| Some(*other) != last));
                 let others = others.filter(|(other, _)| *other != node).take(RELAYS);
                 let others = others.filter(|_| self.relayed_pings.take(now));
                 due.extend(others.map(|(_, to)| Due::PingFor { to: *to, node, nonce }));
@@ -545,6 +586,7 @@ impl PeerBook {
             pings: VecDeque::new(),
             next_ping: now + spread,
             relayed: None,
+            through: None,
             next_relay: now + PING_EVERY + RELAY_AFTER,
             next_dial: now,
             mtu: None,
@@ -586,6 +628,11 @@ impl Peer {
         Due::Ping { to: self.addr, nonce, pair, introduce }
     }
 
+    /// The interval after which an unanswered ping is repeated.
+    fn again(&self) -> Duration {
+        PING_AGAIN.max(self.rtt.unwrap_or_default() * 2)
+    }
+
     fn is_alive(&self, now: Instant, alive_for: Duration) -> bool {
         self.proved.is_some_and(|at| now.saturating_duration_since(at) < alive_for)
     }
@@ -622,6 +669,34 @@ mod tests {
         // Ten seconds of ticks later it is punctual again.
         (0..50).for_each(|_| book.note_lateness(Duration::ZERO));
         assert!(!book.is_alive(peer, silent + Duration::from_millis(500)));
+    }
+
+    #[test]
+    fn ping_that_is_due_soon_is_sent_with_an_answer_and_no_other_one() {
+        let start = Instant::now();
+        let mut book = PeerBook::new(1500, start);
+        let (peer, addr) = (NodeId([1; 10]), SocketAddr::from(([192, 0, 2, 1], 7940)));
+        assert_eq!(book.ping_along(peer, start), None, "unknown");
+        book.list(peer, addr, 1500, (true, true), start);
+        let is_due = |book: &mut PeerBook, now: Instant| {
+            book.due(now).iter().any(|due| matches!(due, Due::Ping { .. }))
+        };
+        assert!(is_due(&mut book, start));
+        assert_eq!(book.ping_along(peer, start), None, "one is pending");
+        book.answered(peer, start, start);
+        assert_eq!(book.ping_along(peer, start + PING_EVERY / 3), None, "early");
+        let sent = start + PING_EVERY * 2 / 3;
+        let nonce = book.ping_along(peer, sent).unwrap();
+        assert_eq!(book.take_ping(peer, nonce), Some(sent));
+        book.answered(peer, sent, sent);
+        assert!(!is_due(&mut book, start + PING_EVERY), "in place of this one");
+        assert!(!is_due(&mut book, sent + PING_EVERY - Duration::from_millis(1)));
+        assert!(is_due(&mut book, sent + PING_EVERY));
+        // It is repeated if it is lost.
+        let again = sent + PING_EVERY + Duration::from_millis(1);
+        book.answered(peer, sent + PING_EVERY, again);
+        assert!(book.ping_along(peer, again + PING_EVERY).is_some());
+        assert!(is_due(&mut book, again + PING_EVERY + PING_AGAIN));
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use ovl_proto::id::NodeId;
+use ring::rand::{SecureRandom as _, SystemRandom};
 use tokio::time::Instant;
 
 use super::admission::Admission;
@@ -75,7 +76,10 @@ fn exchange(bytes: &[u8], now: Instant) {
 pub fn datagram(bytes: &[u8]) {
     static SEALED: OnceLock<(Arc<Keyring>, Vec<u8>)> = OnceLock::new();
     let (keyring, sealed) = SEALED.get_or_init(|| {
-        let key = ClusterKey::new([1; 32]);
+        // Another one in each run, because what an earlier run sealed may be in the corpus.
+        let mut secret = [0; 32];
+        SystemRandom::new().fill(&mut secret).unwrap();
+        let key = ClusterKey::new(secret);
         let mut sealed = Vec::new();
         if let Ok(mut sealer) = Sealer::new(&key) {
             let _ = sealer.seal(b"text", Some(NODE), &mut sealed);
@@ -83,7 +87,7 @@ pub fn datagram(bytes: &[u8]) {
         (Arc::new(Keyring::new(key, Vec::new())), sealed)
     });
     let mut opener = Opener::new(NODE, Arc::clone(keyring));
-    // Only this target seals with the key. An input may be what it sealed in an earlier run.
+    // Only this target seals with the key.
     let mut input = bytes.to_vec();
     if let Ok((_, text)) = opener.open(&mut input) {
         assert_eq!(text, b"text");

@@ -222,7 +222,7 @@ impl Hub {
     /// What the local host says of itself now.
     fn statement(&self, state: &State, answer: Option<Answer>, agreement: Option<AgreementKey>) -> Statement {
         let wall_ms = (self.wall_clock)();
-        Statement { answer, sequence: state.sequence, hints: state.hints, wall_ms, agreement }
+        Statement { answer, sequence: state.sequence, hints: state.hints, wall_ms, agreement, ping: None }
     }
 
     /// Signs a statement. It cannot fail, because statements have a fixed size.
@@ -341,18 +341,21 @@ impl Hub {
             return;
         };
         state.counters.received += 1;
-        match &packet {
-            Packet::Pong(signed) => self.pong(state, run, signed, from, now),
+        let pinged = match &packet {
+            Packet::Pong(signed) => {
+                self.pong(state, run, signed, from, now);
+                None
+            }
             Packet::PairPong(made) => self.pair_pong(state, run, made, from, now),
-            _ => {}
-        }
+            _ => None,
+        };
         let sender = state.opener.sender(&run);
         let challenge = match sender {
             Sender::Proved(_) => None,
             Sender::Asked(at) if now.saturating_duration_since(at) < CHALLENGE_EVERY => None,
             Sender::Asked(_) | Sender::New => state.challenge(&run, now),
         };
-        let answer = self.answer(state, run, sender, packet, from, now);
+        let answer = pinged.or_else(|| self.answer(state, run, sender, packet, from, now));
         for packet in [answer, challenge].into_iter().flatten() {
             if let Err(error) = state.send(&*self.socket, from, &packet) {
                 debug!(%from, %error, "cannot send a reply");
@@ -423,14 +426,15 @@ impl Hub {
             }
             Packet::PairPing { nonce, pair } => {
                 let run_id = state.sealing.run_to(from)?;
-                let shared =
-                    proved.and_then(|node| state.book.pair(node)).filter(|shared| shared.id() == pair);
-                let Some(shared) = shared else {
+                let known = |node: &NodeId| state.book.pair(*node).is_some_and(|shared| shared.id() == pair);
+                let Some(node) = proved.filter(known) else {
                     // A run with another key, or none: it learns the key from a signed answer.
                     return self.answer(state, run, sender, Packet::Ping { nonce }, from, now);
                 };
+                let ping = state.book.ping_along(node, now);
                 let statement = self.statement(state, Some(Answer { nonce, run: run_id }), None);
-                PairStatement::new(shared, &statement).ok().map(Packet::PairPong)
+                let statement = Statement { ping, ..statement };
+                PairStatement::new(state.book.pair(node)?, &statement).ok().map(Packet::PairPong)
             }
             Packet::Pong(_) | Packet::PairPong(_) => None,
             Packet::Hints(signed) => {
@@ -457,6 +461,9 @@ impl Hub {
                 let (node, statement) = signed.claim()?;
                 let nonce = statement.answer?.nonce;
                 if state.book.take_relayed(node, nonce) && signed.is_valid() {
+                    if let Some(by) = proved {
+                        state.book.reached_through(node, by, now);
+                    }
                     let news = state.book.proved(node, now);
                     state.book.take_clock(node, statement.wall_ms, now);
                     if state.book.take_hints(node, statement.sequence, statement.hints, now) || news {
@@ -514,19 +521,30 @@ impl Hub {
         self.believe(state, (run, node), &statement, pinged, from, now);
     }
 
-    /// Handles the answer to a ping of the local host that is authenticated with the key of the two.
-    fn pair_pong(&self, state: &mut State, run: RunId, made: &PairStatement, from: SocketAddr, now: Instant) {
-        let Sender::Proved(node) = state.opener.sender(&run) else { return };
-        let Some(pair) = state.book.pair(node) else { return };
+    /// Handles the answer to a ping of the local host that is authenticated with the key of the two. Returns the answer to the
+    /// ping that came along.
+    fn pair_pong(
+        &self,
+        state: &mut State,
+        run: RunId,
+        made: &PairStatement,
+        from: SocketAddr,
+        now: Instant,
+    ) -> Option<Packet> {
+        let Sender::Proved(node) = state.opener.sender(&run) else { return None };
+        let pair = state.book.pair(node)?;
         let Some((statement, answer)) = made.open(pair).and_then(|made| Some((made, made.answer?))) else {
             state.counters.dropped_malformed += 1;
-            return;
+            return None;
         };
-        if answer.run == run
-            && let Some(sent) = state.book.take_ping(node, answer.nonce)
-        {
-            self.believe(state, (run, node), &statement, Some(sent), from, now);
+        if answer.run != run {
+            return None;
         }
+        let sent = state.book.take_ping(node, answer.nonce)?;
+        self.believe(state, (run, node), &statement, Some(sent), from, now);
+        let answer = Answer { nonce: statement.ping?, run: state.sealing.run_to(from)? };
+        let answer = self.statement(state, Some(answer), None);
+        PairStatement::new(state.book.pair(node)?, &answer).ok().map(Packet::PairPong)
     }
 
     /// Takes what a host says of itself in an authenticated answer to a ping, which was sent at `pinged`, or to a challenge.

@@ -289,6 +289,16 @@ impl Gossip {
         self.hub.lock().book.last_heard(node)
     }
 
+    /// When a peer last passed on an answer of another one, because that did not answer directly. `None` if none did.
+    pub fn last_relayed(&self) -> Option<Instant> {
+        self.hub.lock().book.last_relayed()
+    }
+
+    /// The peer that last passed on an answer of a peer, because that did not answer directly, and when. `None` if none did.
+    pub fn last_through(&self, node: NodeId) -> Option<(NodeId, Instant)> {
+        self.hub.lock().book.through(node)
+    }
+
     /// The interval between pings to each live peer.
     pub fn ping_every(&self) -> Duration {
         self.hub.lock().book.ping_every()
@@ -302,6 +312,11 @@ impl Gossip {
     /// What the wall clock of each peer says now, in milliseconds since 1970, as far as its last answer tells.
     pub fn clocks(&self) -> BTreeMap<NodeId, u64> {
         self.hub.lock().book.clocks(Instant::now())
+    }
+
+    /// The same of one peer.
+    pub fn clock(&self, peer: NodeId) -> Option<u64> {
+        self.hub.lock().book.clock(peer, Instant::now())
     }
 
     /// The known path MTUs, in bytes.

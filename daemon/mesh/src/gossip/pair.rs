@@ -128,7 +128,14 @@ mod tests {
 
     fn statement(nonce: u64) -> Statement {
         let answer = Some(Answer { nonce, run: [1; 16] });
-        Statement { answer, sequence: (1, 2), hints: Hints::default(), wall_ms: 7, agreement: None }
+        Statement {
+            answer,
+            sequence: (1, 2),
+            hints: Hints::default(),
+            wall_ms: 7,
+            agreement: None,
+            ping: None,
+        }
     }
 
     #[test]

@@ -50,10 +50,13 @@ pub(super) struct Statement {
     /// The key with which the other host computes the key of the two, see the module `pair`. Only in signed answers; `None` in
     /// releases that have none.
     pub(super) agreement: Option<AgreementKey>,
+    /// The nonce of a ping of its own, which saves a datagram. Only in answers that are authenticated with the key of two hosts.
+    /// `None` if it is not due, and in releases that send each ping by itself.
+    pub(super) ping: Option<u64>,
 }
 
 ovl_proto::fields! {
-    Statement { 1 answer optional, 2 sequence, 3 hints, 4 wall_ms optional, 5 agreement optional }
+    Statement { 1 answer optional, 2 sequence, 3 hints, 4 wall_ms optional, 5 agreement optional, 6 ping optional }
 }
 
 /// The answer to a ping.
@@ -142,6 +145,7 @@ mod tests {
             hints: Hints::default(),
             wall_ms: 7,
             agreement: Some([3; 32]),
+            ping: None,
         };
         let signed = SignedStatement::sign(&identity, &statement).unwrap();
         assert_eq!(signed.claim(), Some((identity.id(), statement)));
@@ -173,6 +177,7 @@ mod tests {
             hints: Hints::default(),
             wall_ms: 7,
             agreement: Some([3; 32]),
+            ping: None,
         };
         let start = std::time::Instant::now();
         let signed: Vec<_> =

@@ -47,6 +47,8 @@ fn record_at(identity: &Identity, address: SocketAddr, generation: u64) -> NodeR
         zone: String::new(),
         mirrors: false,
         is_node: false,
+        relay_port: 0,
+        relays: false,
         unknown: Unknown::default(),
     }
 }
@@ -385,6 +387,7 @@ impl KeyHolder {
                     hints: Hints::default(),
                     wall_ms: 0,
                     agreement: Some(self.agreement.public()),
+                    ping: None,
                 };
                 let signed = statement::SignedStatement::sign(&self.identity, &statement).unwrap();
                 self.send(from, &Packet::Pong(signed)).await;
@@ -423,6 +426,7 @@ async fn holder_of_the_key_cannot_keep_a_host_alive_or_set_its_hints() {
                 hints: Hints { alloc: 99, ..Hints::default() },
                 wall_ms: 0,
                 agreement: None,
+                ping: None,
             };
             let signed = statement::SignedStatement::sign(&holder.identity, &statement).unwrap();
             let forged = signed.with_key(*c_key(&a, idc));

@@ -27,6 +27,8 @@ pub struct KeyFile {
     copy: PathBuf,
     /// The key in the key file when it was last known to be current.
     held: ClusterKeyId,
+    /// Whether there may be a copy. Asked once a second, so the disk is not.
+    copied: bool,
 }
 
 struct KeyringCopy {
@@ -45,8 +47,11 @@ impl KeyFile {
     /// The key file is absent or invalid, or the copy is [`Damaged`].
     pub fn load(path: PathBuf, copy: PathBuf) -> Result<(Self, Keyring)> {
         let key = ClusterKey::read(&path)?;
-        let file = Self { held: key.id(), path, copy };
-        let Some(saved) = file.read_copy()? else { return Ok((file, Keyring::new(key, Vec::new()))) };
+        let mut file = Self { held: key.id(), path, copy, copied: true };
+        let Some(saved) = file.read_copy()? else {
+            file.copied = false;
+            return Ok((file, Keyring::new(key, Vec::new())));
+        };
         let mut keys = saved.keys.into_iter().map(|bytes| ClusterKey::new(bytes.0));
         let kept_keys = keys.next().map(|first| Keyring::new(first, keys.collect()));
         match kept_keys {
@@ -67,7 +72,8 @@ impl KeyFile {
     /// # Errors
     ///
     /// The copy cannot be written.
-    pub fn save(&self, ring: &Keyring) -> Result<()> {
+    pub fn save(&mut self, ring: &Keyring) -> Result<()> {
+        self.copied = true;
         let copy = KeyringCopy { held: self.held, keys: ring.all().map(ClusterKey::secret).collect() };
         let body = wire::encode_stored(&copy)?;
         replace_shared(&self.copy, &[MAGIC, &sha256(&body), &body].concat())
@@ -105,11 +111,13 @@ impl KeyFile {
 
     /// Whether there is a copy, so that [`Self::settle`] must be called.
     pub fn has_copy(&self) -> bool {
-        self.copy.exists()
+        self.copied
     }
 
-    fn remove_copy(&self) -> Result<()> {
-        remove_if_present(&self.copy).with_context(|| format!("cannot delete {}", self.copy.display()))
+    fn remove_copy(&mut self) -> Result<()> {
+        remove_if_present(&self.copy).with_context(|| format!("cannot delete {}", self.copy.display()))?;
+        self.copied = false;
+        Ok(())
     }
 
     fn read_copy(&self) -> Result<Option<KeyringCopy>> {
@@ -226,7 +234,7 @@ mod tests {
         dir.put(3);
         assert!(file.settle(&ring).unwrap_err().to_string().contains("not the cluster's"));
         assert_eq!(dir.ring(), [id(3)]);
-        assert!(!file.has_copy());
+        assert!(!dir.0.join("cluster-keys").exists());
     }
 
     #[test]

@@ -13,6 +13,7 @@ use ovl_proto::id::NodeId;
 use ovl_proto::object::Mode;
 use ovl_proto::record;
 
+use crate::local::Detours;
 use crate::local::epochs::{self, KeyEpochs, PeerRoute};
 use crate::mtu::{self, MIN_MTU_V6, wireguard_overhead};
 use ovl_cluster::view::{Node, View};
@@ -89,7 +90,7 @@ pub fn peer_routes(view: &View, epochs: &KeyEpochs) -> BTreeMap<NodeId, PeerRout
 }
 
 /// Adds the local WireGuard interface (two while keys are rotated), its peers, and the routes to them.
-pub(crate) fn part(dataplane: &mut Dataplane, view: &View, epochs: &KeyEpochs) {
+pub(crate) fn part(dataplane: &mut Dataplane, view: &View, epochs: &KeyEpochs, detours: &Detours) {
     let Some((own, tunnel)) = own(view).filter(|_| is_wanted(view)) else { return };
     let mtu = mtu(own);
     let (kind, listen) = match tunnel.kernel {
@@ -125,7 +126,7 @@ pub(crate) fn part(dataplane: &mut Dataplane, view: &View, epochs: &KeyEpochs) {
         let mut allowed = allowed.remove(&id).unwrap_or_default();
         allowed.insert(to);
         for (device, key, port) in route.interfaces().iter().copied() {
-            let endpoint = SocketAddr::new(peer.record.vtep, port);
+            let endpoint = detours.get(id, port).unwrap_or(SocketAddr::new(peer.record.vtep, port));
             let allowed = allowed.clone();
             dataplane.tunnel_peers.insert((device, key), TunnelPeer { endpoint, allowed });
         }

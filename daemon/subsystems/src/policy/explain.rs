@@ -34,10 +34,10 @@ impl<'a> ConnectionEnd<'a> {
     fn is_at_home(&self, view: &View, other: &Self) -> bool {
         let Some(Placed { node, endpoint }) = self.endpoint else { return false };
         let network = view.networks.get(&endpoint.network).map(|state| &state.network);
-        let gateway = network.is_some_and(|network| {
-            network.subnets.iter().any(|subnet| subnet.gateway == other.address)
-                || (network.mode == Mode::L3
-                    && view.gateways(network.id, node.record.id).any(|at| at == other.address))
+        let gateway = network.is_some_and(|network| match network.mode {
+            // Each host has gateways of its own: the address of the first block, too, is that of another host elsewhere.
+            Mode::L3 => view.gateways(network.id, node.record.id).any(|at| at == other.address),
+            Mode::L2 => network.subnets.iter().any(|subnet| subnet.gateway == other.address),
         });
         other.endpoint.is_none() && (gateway || node.record.vtep == other.address)
     }

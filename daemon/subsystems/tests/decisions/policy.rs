@@ -194,6 +194,12 @@ fn the_explanation_names_the_policy_and_the_rule() {
     let host = ConnectionEnd::of(&view, "10.9.0.1".parse().unwrap());
     let judged = explain(&view, &policies, &host, &ConnectionEnd::of(&view, address(9)), None);
     assert_eq!((judged.egress, judged.ingress), (Side::Outside, Side::AtHome));
+    // On a routed network the first address of the subnet is a gateway of the host alone that holds the first block.
+    let mut routed = example();
+    routed.networks.get_mut(&NET).unwrap().network.mode = Mode::L3;
+    let [host, own] = ["10.9.0.1".parse().unwrap(), address(9)].map(|at| ConnectionEnd::of(&routed, at));
+    let judged = explain(&routed, &Policies::new(&routed.resources), &host, &own, None);
+    assert!(matches!(judged.ingress, Side::Refused(_)), "{judged:?}");
 }
 
 /// Without a v1 Pod, a pod is isolated by the policies that select some pods, and the rules of those that select all

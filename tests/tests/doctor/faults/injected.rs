@@ -213,7 +213,7 @@ pub(super) fn freeze(world: &World) -> Result<Undo<'_>> {
 }
 
 /// Sets the clock of a host wrong by this many days.
-pub(super) fn clock<'a>(world: &'a World, host: &'static str, days: i64) -> Result<Undo<'a>> {
+fn clock<'a>(world: &'a World, host: &'static str, days: i64) -> Result<Undo<'a>> {
     let file = world.lab[host].dir().join("clock");
     fs::write(&file, (days * 24 * 3600 * 1000).to_string())?;
     Ok(Box::new(move || Ok(fs::write(file, "0")?)))

@@ -16,43 +16,49 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 /// A busy thread looks at a flag. A waiting thread polls an eventfd beside its own descriptor, so the signal
 /// costs no system call where packets follow each other.
 #[derive(Debug)]
-pub(crate) struct StopSignal {
+pub struct StopSignal {
     is_set: AtomicBool,
     event: EventFd,
 }
 
 impl StopSignal {
-    pub(crate) fn new() -> io::Result<Self> {
+    /// A signal that is not set.
+    ///
+    /// # Errors
+    ///
+    /// What `eventfd(2)` reports.
+    pub fn new() -> io::Result<Self> {
         let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         Ok(Self { is_set: AtomicBool::new(false), event })
     }
 
     /// Tells all threads to end. Nothing reads the eventfd, so it stays readable and wakes all of them.
-    pub(crate) fn set(&self) {
+    pub fn set(&self) {
         self.is_set.store(true, Ordering::Relaxed);
         if let Err(error) = self.event.write(1) {
             // The counter is at its maximum only after 2^64 - 2 calls.
-            tracing::error!(%error, "cannot wake the threads of a tunnel");
+            tracing::error!(%error, "cannot wake the threads of a data path");
         }
     }
 
+    /// Whether the threads must end.
     #[inline]
-    pub(crate) fn is_set(&self) -> bool {
+    pub fn is_set(&self) -> bool {
         self.is_set.load(Ordering::Relaxed)
     }
 
     /// Waits until the source is readable. Returns false if the thread must end.
-    pub(crate) fn wait_readable(&self, source: &impl AsFd) -> bool {
+    pub fn wait_readable(&self, source: &impl AsFd) -> bool {
         self.wait(Some((source.as_fd(), PollFlags::POLLIN)), PollTimeout::NONE)
     }
 
     /// Waits until the socket is writable. Returns false if the thread must end.
-    pub(crate) fn wait_writable(&self, socket: &impl AsFd) -> bool {
+    pub fn wait_writable(&self, socket: &impl AsFd) -> bool {
         self.wait(Some((socket.as_fd(), PollFlags::POLLOUT)), PollTimeout::NONE)
     }
 
     /// Sleeps. Returns false if the thread must end.
-    pub(crate) fn sleep(&self, duration: Duration) -> bool {
+    pub fn sleep(&self, duration: Duration) -> bool {
         self.wait(None, PollTimeout::try_from(duration).unwrap_or(PollTimeout::MAX))
     }
 
@@ -65,7 +71,7 @@ impl StopSignal {
         match polled {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => {
-                tracing::error!(%error, "cannot wait for packets of a tunnel");
+                tracing::error!(%error, "cannot wait for packets of a data path");
                 self.set();
             }
         }
@@ -74,38 +80,44 @@ impl StopSignal {
 }
 
 /// Threads that end together: dropping the group ends and joins them.
-pub(crate) struct ThreadGroup {
+pub struct ThreadGroup {
     stop: Arc<StopSignal>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl ThreadGroup {
-    pub(crate) fn new() -> io::Result<Self> {
+    /// A group without threads.
+    ///
+    /// # Errors
+    ///
+    /// What `eventfd(2)` reports.
+    pub fn new() -> io::Result<Self> {
         Ok(Self { stop: Arc::new(StopSignal::new()?), threads: Vec::new() })
     }
 
-    pub(crate) fn stop_signal(&self) -> &Arc<StopSignal> {
+    /// The signal that ends the threads.
+    pub fn stop_signal(&self) -> &Arc<StopSignal> {
         &self.stop
     }
 
     /// Starts a thread, which must return soon after the signal is set.
-    pub(crate) fn spawn(
-        &mut self,
-        name: String,
-        work: impl FnOnce(&StopSignal) + Send + 'static,
-    ) -> io::Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// The thread cannot be created.
+    pub fn spawn(&mut self, name: String, work: impl FnOnce(&StopSignal) + Send + 'static) -> io::Result<()> {
         let stop = Arc::clone(&self.stop);
         self.threads.push(Builder::new().name(name).spawn(move || work(&stop))?);
         Ok(())
     }
 
     /// Ends all threads and waits for them.
-    pub(crate) fn end(&mut self) {
+    pub fn end(&mut self) {
         self.stop.set();
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 // The panic hook has reported why.
-                tracing::error!("a thread of a tunnel panicked");
+                tracing::error!("a thread of a data path panicked");
             }
         }
     }

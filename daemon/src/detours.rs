@@ -1,0 +1,220 @@
+//! Detours to hosts that are not reached directly: which member relays for which host, and when the direct path is used again.
+//!
+//! A peer that answers no ping directly, while a member passes its answers on, is reached through that member. The member that
+//! reached it first is the nearest one. [`Detours`] decides from what gossip knows; `node::detours` opens the sockets.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use ovl_proto::id::NodeId;
+use tokio::time::Instant;
+
+/// Time beyond the interval of pings after which a peer that does not answer is not reached directly.
+const SILENT: Duration = Duration::from_millis(400);
+/// How long the answer that a member passed on shows that it reaches the peer.
+const FRESH: Duration = Duration::from_secs(3);
+/// How long a peer answers directly before the detour ends.
+const STEADY: Duration = Duration::from_secs(3);
+/// The maximum of that time: it doubles when a peer falls silent again within [`LATELY`].
+const MAX_STEADY: Duration = Duration::from_secs(60);
+const LATELY: Duration = Duration::from_secs(120);
+/// How long what a peer sends through a member is taken after the detour has ended: it may end it later.
+const LINGER: Duration = Duration::from_secs(15);
+
+/// What gossip knows of the way to a live peer.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Evidence {
+    /// The time since its last direct answer to a ping. `None` if it never gave one.
+    pub heard: Option<Duration>,
+    /// The member that last passed on an answer, and how long ago.
+    pub through: Option<(NodeId, Duration)>,
+}
+
+/// A change of the way to a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Turn {
+    /// It is now reached through this member.
+    Through(NodeId),
+    /// It is reached directly again.
+    Direct,
+}
+
+/// The detours of this host.
+#[derive(Debug, Default)]
+pub(crate) struct Detours {
+    open: BTreeMap<NodeId, Detour>,
+    /// Peers whose detour has ended: when, and for how long they had to answer directly before.
+    ended: BTreeMap<NodeId, (Instant, Duration)>,
+}
+
+#[derive(Debug)]
+struct Detour {
+    relay: NodeId,
+    since: Instant,
+    /// Since when the peer answers directly.
+    direct: Option<Instant>,
+    /// How long it must do so.
+    steady: Duration,
+}
+
+impl Detours {
+    /// The member through which a peer is reached. `None` if it is reached directly.
+    pub(crate) fn relay(&self, peer: NodeId) -> Option<NodeId> {
+        self.open.get(&peer).map(|detour| detour.relay)
+    }
+
+    /// For how long a peer has been reached through that member.
+    pub(crate) fn since(&self, peer: NodeId) -> Option<Instant> {
+        self.open.get(&peer).map(|detour| detour.since)
+    }
+
+    /// All peers that are reached through a member, with that member.
+    pub(crate) fn all(&self) -> impl Iterator<Item = (NodeId, NodeId)> + '_ {
+        self.open.iter().map(|(peer, detour)| (*peer, detour.relay))
+    }
+
+    /// The peers whose detour has just ended, from which datagrams may still come through a member.
+    pub(crate) fn lingering(&self, now: Instant) -> impl Iterator<Item = NodeId> + '_ {
+        let recent = move |at: Instant| now.saturating_duration_since(at) < LINGER;
+        self.ended.iter().filter(move |(_, (at, _))| recent(*at)).map(|(peer, _)| *peer)
+    }
+
+    /// Whether all peers are reached directly.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.open.is_empty()
+    }
+
+    /// Takes that a peer sends through a member: its answers to this host go the same way.
+    pub(crate) fn asked(&mut self, peer: NodeId, relay: NodeId, now: Instant) -> Option<Turn> {
+        (!self.open.contains_key(&peer)).then(|| self.begin(peer, relay, now))
+    }
+
+    /// Decides for all live peers. `relays` are the members that this host reaches directly and that relay; `ping_every` is
+    /// the interval of pings.
+    pub(crate) fn decide(
+        &mut self,
+        peers: &BTreeMap<NodeId, Evidence>,
+        relays: &BTreeSet<NodeId>,
+        ping_every: Duration,
+        now: Instant,
+    ) -> Vec<(NodeId, Turn)> {
+        let mut turns = Vec::new();
+        self.open.retain(|peer, _| peers.contains_key(peer));
+        self.ended.retain(|_, (at, _)| now.saturating_duration_since(*at) < LATELY);
+        for (&peer, evidence) in peers {
+            let is_silent = evidence.heard.is_none_or(|heard| heard > ping_every + SILENT);
+            let through = evidence.through.filter(|(relay, ago)| *ago < FRESH && relays.contains(relay));
+            let Some(detour) = self.open.get_mut(&peer) else {
+                if let Some((relay, _)) = through.filter(|_| is_silent) {
+                    turns.push((peer, self.begin(peer, relay, now)));
+                }
+                continue;
+            };
+            if is_silent {
+                detour.direct = None;
+                // Members that reach the peer take turns in passing on its answers. One is as good as the other.
+                if !relays.contains(&detour.relay)
+                    && let Some((relay, _)) = through
+                {
+                    (detour.relay, detour.since) = (relay, now);
+                    turns.push((peer, Turn::Through(relay)));
+                }
+            } else {
+                let since = *detour.direct.get_or_insert(now);
+                if now.saturating_duration_since(since) >= detour.steady {
+                    self.ended.insert(peer, (now, detour.steady));
+                    self.open.remove(&peer);
+                    turns.push((peer, Turn::Direct));
+                }
+            }
+        }
+        turns
+    }
+
+    fn begin(&mut self, peer: NodeId, relay: NodeId, now: Instant) -> Turn {
+        let last = self.ended.remove(&peer).map(|(_, steady)| (steady * 2).min(MAX_STEADY));
+        let steady = last.unwrap_or(STEADY);
+        self.open.insert(peer, Detour { relay, since: now, direct: None, steady });
+        Turn::Through(relay)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PING: Duration = Duration::from_millis(600);
+    const PEER: NodeId = NodeId([1; 10]);
+    const RELAY: NodeId = NodeId([2; 10]);
+    const OTHER: NodeId = NodeId([3; 10]);
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    struct World {
+        detours: Detours,
+        now: Instant,
+        relays: BTreeSet<NodeId>,
+    }
+
+    impl World {
+        fn new() -> Self {
+            Self { detours: Detours::default(), now: Instant::now(), relays: [RELAY, OTHER].into() }
+        }
+
+        /// Decides after `ms` milliseconds.
+        fn after(&mut self, wait: u64, heard: u64, through: Option<(NodeId, u64)>) -> Vec<(NodeId, Turn)> {
+            self.now += ms(wait);
+            let evidence =
+                Evidence { heard: Some(ms(heard)), through: through.map(|(relay, ago)| (relay, ms(ago))) };
+            self.detours.decide(&[(PEER, evidence)].into(), &self.relays, PING, self.now)
+        }
+    }
+
+    #[test]
+    fn silent_peer_is_reached_through_a_member_that_reaches_it() {
+        let mut world = World::new();
+        assert_eq!(world.after(0, 900, Some((RELAY, 100))), [], "not silent yet");
+        assert_eq!(world.after(200, 1100, None), [], "dead, or nothing reaches it");
+        assert_eq!(world.after(200, 1300, Some((RELAY, 3100))), [], "long ago");
+        assert_eq!(world.after(200, 1500, Some((PEER, 10))), [], "no relay");
+        assert_eq!(world.after(200, 1700, Some((RELAY, 10))), [(PEER, Turn::Through(RELAY))]);
+        assert_eq!(world.after(200, 1900, Some((OTHER, 10))), [], "as good as the first");
+        world.relays.remove(&RELAY);
+        assert_eq!(world.after(200, 2100, None), []);
+        assert_eq!(world.after(200, 2300, Some((OTHER, 10))), [(PEER, Turn::Through(OTHER))]);
+        assert_eq!(world.detours.relay(PEER), Some(OTHER));
+        assert_eq!(world.detours.decide(&BTreeMap::new(), &world.relays, PING, world.now), []);
+        assert!(world.detours.is_empty(), "it is gone");
+    }
+
+    #[test]
+    fn direct_path_is_used_again_when_it_is_steady_and_later_if_it_was_not() {
+        let mut world = World::new();
+        let mut steady = STEADY;
+        for _ in 0..7 {
+            assert_eq!(world.after(200, 1100, Some((RELAY, 10))), [(PEER, Turn::Through(RELAY))]);
+            assert_eq!(world.after(200, 100, None), []);
+            assert_eq!(world.after(1000, 1100, Some((RELAY, 10))), [], "it was an accident");
+            assert_eq!(world.after(200, 100, None), []);
+            let wait = u64::try_from(steady.as_millis()).unwrap();
+            assert_eq!(world.after(wait - 1, 100, None), []);
+            assert_eq!(world.after(1, 100, None), [(PEER, Turn::Direct)]);
+            steady = (steady * 2).min(MAX_STEADY);
+        }
+        assert_eq!(steady, MAX_STEADY);
+        world.after(120_000, 100, None);
+        world.after(200, 1100, Some((RELAY, 10)));
+        world.after(200, 100, None);
+        assert_eq!(world.after(3000, 100, None), [(PEER, Turn::Direct)], "forgotten");
+    }
+
+    #[test]
+    fn peer_that_sends_through_a_member_is_answered_through_it() {
+        let mut world = World::new();
+        assert_eq!(world.detours.asked(PEER, OTHER, world.now), Some(Turn::Through(OTHER)));
+        assert_eq!(world.detours.asked(PEER, RELAY, world.now), None);
+        assert_eq!(world.detours.all().collect::<Vec<_>>(), [(PEER, OTHER)]);
+    }
+}

@@ -1,0 +1,241 @@
+//! Opens detours to hosts that are not reached directly, as [`crate::detours`] decides, and relays for others.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use ovl_control::PeerState;
+use ovl_mesh::transport::SOCKET_MARK;
+use ovl_proto::id::{ClusterKeyId, NodeId};
+use ovl_relay::{Channel, HostId, Relay, RelayConfig, RelayKey};
+use ovl_subsystems::Change;
+use ovl_subsystems::encryption::tunnel;
+use ovl_subsystems::local::epochs;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::Node;
+use super::state::State;
+use crate::detours::{Evidence, Turn};
+use crate::problems::Code;
+
+/// Interval of the decisions while a peer may need a detour, or has one.
+const EVERY: Duration = Duration::from_millis(200);
+/// Interval at which the next hops are looked at otherwise: for which hosts this one relays.
+const SELDOM: Duration = Duration::from_secs(2);
+/// Time since an answer was last passed on to this host, after which no peer needs a detour.
+const CALM: Duration = Duration::from_secs(10);
+/// Number of hosts that may wait for an answer through a relay.
+const INBOX: usize = 64;
+/// Interval of the attempts to open the port.
+const AGAIN: Duration = Duration::from_secs(5);
+
+impl Node {
+    /// Relays, and opens detours, forever.
+    pub(super) async fn detour_loop(self: Rc<Self>) {
+        if self.config.relay_port == 0 {
+            return std::future::pending().await;
+        }
+        let (tell, mut asked) = mpsc::channel(INBOX);
+        let relay = loop {
+            let listen = SocketAddr::new(self.config.advertise.ip(), self.config.relay_port);
+            let config = RelayConfig { listen, mark: SOCKET_MARK, me: self.state.borrow().view.me.0 };
+            let tell = tell.clone();
+            let heard = move |from, channel: Channel, sender| {
+                // One that is not told of now is named again.
+                let _ = tell.try_send((from, channel, sender));
+            };
+            match Relay::start(&config, heard) {
+                Ok(relay) => break relay,
+                Err(error) => {
+                    let sentence = format!(
+                        "UDP port {} cannot be opened: {error}. No host is reached through this one, nor this one through \
+                         others. Stop the program that has the port, or set relay_port",
+                        config.listen.port()
+                    );
+                    self.state.borrow_mut().problems.set(Code::RelayPort, "", Some(sentence));
+                    tokio::time::sleep(AGAIN).await;
+                }
+            }
+        };
+        self.state.borrow_mut().problems.set(Code::RelayPort, "", None);
+        let mut known = Known::default();
+        loop {
+            self.turn_ways(&relay, &mut known).await;
+            let pause = if self.is_calm() { SELDOM } else { EVERY };
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = self.detour_turn.notified() => {}
+                Some((from, _, sender)) = asked.recv() => self.answer_through(NodeId(from), sender),
+            }
+        }
+    }
+
+    /// Whether all peers were reached directly lately.
+    fn is_calm(&self) -> bool {
+        let state = self.state.borrow();
+        state.detours.is_empty()
+            && state.detours.lingering(Instant::now()).next().is_none()
+            && self.gossip().last_relayed().is_none_or(|at| at.elapsed() > CALM)
+    }
+
+    /// Wakes the loop if a member has just passed on the answer of a peer. Called several times a second.
+    pub(super) fn wake_detours(&self) {
+        if self.gossip().last_relayed().is_some_and(|at| at.elapsed() < EVERY * 2) {
+            self.detour_turn.notify_one();
+        }
+    }
+
+    /// Notes that a peer sends through the host at this address.
+    fn answer_through(&self, peer: NodeId, sender: SocketAddr) {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        if !state.view.alloc.members.contains(&peer) {
+            return;
+        }
+        let is_at = |node: &&ovl_cluster::view::Node| relay_at(node) == Some(sender);
+        let Some(relay) = state.view.nodes.values().find(is_at).map(|node| node.record.id) else { return };
+        if let Some(turn) = state.detours.asked(peer, relay, Instant::now()) {
+            self.tell_turn(state, peer, turn);
+        }
+    }
+
+    /// Decides about all peers, and carries it out.
+    async fn turn_ways(&self, relay: &Relay, known: &mut Known) {
+        let wanted = {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            let (now, ping_every) = (Instant::now(), self.gossip().ping_every());
+            let evidence = self.evidence(state, now);
+            let is_direct = |id: &NodeId| {
+                let heard = evidence.get(id).and_then(|evidence| evidence.heard);
+                heard.is_some_and(|heard| heard <= ping_every + Duration::from_secs(1))
+            };
+            let relays: BTreeSet<NodeId> = evidence
+                .keys()
+                .filter(|id| is_direct(id))
+                .filter(|id| {
+                    let node = state.view.nodes.get(id);
+                    node.is_some_and(|node| node.record.relays && relay_at(node).is_some())
+                })
+                .copied()
+                .collect();
+            for (peer, turn) in state.detours.decide(&evidence, &relays, ping_every, now) {
+                self.tell_turn(state, peer, turn);
+            }
+            let next = next_hops(state);
+            if known.next != next {
+                relay.set_next(next.clone());
+                relay.set_forwards(self.config.relay);
+                known.next = next;
+            }
+            let ring = state.keys.ring();
+            let ids: Vec<ClusterKeyId> = ring.all().map(|key| key.id()).collect();
+            if known.keys != ids {
+                let key = |key: &ovl_mesh::keys::ClusterKey| {
+                    RelayKey::new(key.id().0, &key.derive(b"", b"ovl relay v1"))
+                };
+                relay.set_keys(ring.all().map(key).collect());
+                known.keys = ids;
+            }
+            wanted_sockets(state, now)
+        };
+        let before = std::mem::take(&mut known.open);
+        for (&(peer, channel), &wireguard) in &wanted {
+            match relay.open_detour(peer.0, channel, wireguard) {
+                Ok(local) => {
+                    known.open.insert((peer, channel), local);
+                }
+                Err(error) => tracing::warn!(%peer, %error, "cannot open the detour to a host"),
+            }
+        }
+        {
+            let mut state = self.state.borrow_mut();
+            let open = known.open.iter().filter(|((peer, _), _)| state.detours.relay(*peer).is_some());
+            let open = open.map(|((peer, channel), at)| ((*peer, *channel == 1), *at)).collect();
+            if !state.local.detours.replace(open).is_empty() {
+                state.changed(Change::Tunnel);
+                self.work.notify_one();
+            }
+        }
+        // WireGuard does not send to them any more: they ended a while ago.
+        for (peer, channel) in before.into_keys().filter(|key| !known.open.contains_key(key)) {
+            relay.close_detour(peer.0, channel);
+        }
+    }
+
+    /// What gossip knows of the way to each live peer.
+    fn evidence(&self, state: &State, now: Instant) -> BTreeMap<NodeId, Evidence> {
+        let gossip = self.gossip();
+        let since = |at: Instant| now.saturating_duration_since(at);
+        let peers = state.view.nodes.values().filter(|node| {
+            node.record.id != state.view.me
+                && node.state == PeerState::Alive
+                && state.view.alloc.members.contains(&node.record.id)
+        });
+        peers
+            .map(|node| {
+                let id = node.record.id;
+                let heard = gossip.last_heard(id).map(since);
+                let through = gossip.last_through(id).map(|(by, at)| (by, since(at)));
+                (id, Evidence { heard, through })
+            })
+            .collect()
+    }
+
+    fn tell_turn(&self, state: &State, peer: NodeId, turn: Turn) {
+        let name = state.view.name_of(peer);
+        let message = match turn {
+            Turn::Through(relay) => {
+                format!("it does not answer directly, so it is reached through {}", state.view.name_of(relay))
+            }
+            Turn::Direct => "it is reached directly again".to_owned(),
+        };
+        self.event("peer", &name, &message);
+    }
+}
+
+/// What the relay was last told.
+#[derive(Default)]
+struct Known {
+    next: HashMap<HostId, SocketAddr>,
+    keys: Vec<ClusterKeyId>,
+    open: BTreeMap<(NodeId, Channel), SocketAddr>,
+}
+
+/// The socket of relayed datagrams of a host. `None` if it has none.
+fn relay_at(node: &ovl_cluster::view::Node) -> Option<SocketAddr> {
+    (node.record.relay_port != 0).then(|| SocketAddr::new(node.record.vtep, node.record.relay_port))
+}
+
+/// The next hop to each member: the member that relays, or the host itself.
+fn next_hops(state: &State) -> HashMap<HostId, SocketAddr> {
+    let nodes = &state.view.nodes;
+    let members = state.view.alloc.members.iter().filter(|id| **id != state.view.me);
+    members
+        .filter_map(|id| {
+            let hop = state.detours.relay(*id).unwrap_or(*id);
+            Some((id.0, relay_at(nodes.get(&hop)?)?))
+        })
+        .collect()
+}
+
+/// The detours that are to be open, each with the local WireGuard interface that uses it: also those that have just ended.
+fn wanted_sockets(state: &State, now: Instant) -> BTreeMap<(NodeId, Channel), SocketAddr> {
+    let Some((own, ours)) = tunnel::own(&state.view).filter(|_| tunnel::is_wanted(&state.view)) else {
+        return BTreeMap::new();
+    };
+    let routes = tunnel::peer_routes(&state.view, &state.local.key_epochs);
+    let mut wanted = BTreeMap::new();
+    let in_use = state.detours.all().map(|(peer, _)| peer);
+    for peer in in_use.chain(state.detours.lingering(now)) {
+        for (_, _, port) in routes.get(&peer).into_iter().flat_map(|route| route.interfaces()) {
+            let odd = port & 1;
+            let local = if ours.port & 1 == odd { ours.port } else { epochs::other_port(ours.port) };
+            let channel = Channel::from(odd == 1);
+            wanted.insert((peer, channel), SocketAddr::new(own.record.vtep, local));
+        }
+    }
+    wanted
+}

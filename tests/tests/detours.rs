@@ -1,0 +1,126 @@
+//! Hosts that do not reach each other directly, and the members through which they do.
+
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use netns_lab::{EchoServer, Host, Lab, LabConfig, Underlay, wait_until};
+use ovl_tests::routed::create_routed_network;
+use ovl_tests::{
+    Attached, Flow, FlowReport, SOON, attach, create_network, peer, ping_all_pairs, start_lab_with,
+    wait_clean,
+};
+
+/// Time in which traffic flows another way after a direct path is cut.
+const TURNED: Duration = Duration::from_secs(2);
+
+/// Three hosts with an encrypted switched and an encrypted routed network.
+struct World {
+    lab: Lab,
+    blue: Vec<Attached>,
+    pods: Vec<Attached>,
+}
+
+fn world(underlay: Underlay) -> World {
+    let lab = start_lab_with(LabConfig::hosts(3).underlay(underlay)).unwrap();
+    create_network(&lab, "blue", &["--encrypted", "--subnet", "10.99.0.0/24", "--subnet", "fd99::/64"])
+        .unwrap();
+    let options = ["--encrypted", "--subnet", "10.60.0.0/16", "--subnet", "fd60::/48"];
+    create_routed_network(&lab, "pods", &options).unwrap();
+    let on = |network: &str, stem: &str| -> Vec<Attached> {
+        let hosts = lab.hosts().iter();
+        hosts.map(|host| attach(host, &format!("{stem}{}", host.name()), network, &[]).unwrap()).collect()
+    };
+    let (blue, pods) = (on("blue", "b"), on("pods", "p"));
+    for all in [&blue, &pods] {
+        ping_all_pairs(all, SOON).unwrap();
+    }
+    wait_clean(lab.hosts(), SOON).unwrap();
+    World { lab, blue, pods }
+}
+
+fn wait_via(host: &Host, other: &str, relay: Option<&str>) {
+    wait_until(SOON, &format!("{other} to be reached via {relay:?} on {}", host.name()), || -> Result<()> {
+        let row = peer(host, other)?;
+        ensure!(row["via"].as_str() == relay && row["state"] == "alive", "{row}");
+        Ok(())
+    })
+    .unwrap();
+}
+
+/// A connection of a workload to an echo server of another one.
+struct Connection {
+    stream: TcpStream,
+    _echo: EchoServer,
+}
+
+impl Connection {
+    fn open(from: &Attached, to: &Attached) -> Self {
+        let address: IpAddr = to.address().parse().unwrap();
+        let echo = to.workload.tcp_echo_on(SocketAddr::new(address, 0)).unwrap();
+        let to = SocketAddr::new(address, echo.port());
+        let stream = from.workload.run(|| TcpStream::connect_timeout(&to, SOON)).unwrap().unwrap();
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        Self { stream, _echo: echo }
+    }
+
+    /// Sends 100 KiB and reads them back.
+    fn echo(&mut self) {
+        let sent: Vec<u8> = (0..100 * 1024).map(|n: u32| n.to_le_bytes()[0]).collect();
+        let mut back = vec![0; sent.len()];
+        let mut writer = self.stream.try_clone().unwrap();
+        thread::scope(|scope| {
+            scope.spawn(|| writer.write_all(&sent).unwrap());
+            self.stream.read_exact(&mut back).unwrap();
+        });
+        assert!(sent == back);
+    }
+}
+
+/// The longest time for which a flow got no replies.
+fn longest_gap(report: &FlowReport) -> Duration {
+    let (mut longest, mut length, mut last) = (0, 0, None);
+    for &number in &report.lost {
+        length = if last == Some(number.wrapping_sub(1)) { length + 1 } else { 1 };
+        longest = longest.max(length);
+        last = Some(number);
+    }
+    Duration::from_millis(5) * longest
+}
+
+fn detour_carries_traffic_and_ends(underlay: Underlay) {
+    let World { lab, blue, pods } = world(underlay);
+    let (h1, h2) = (&lab["h1"], &lab["h2"]);
+    let flows: Vec<Flow> = [&blue, &pods].map(|all| Flow::start(&all[0], &all[1]).unwrap()).into();
+    let mut connections = [&blue, &pods].map(|all| Connection::open(&all[0], &all[1]));
+    connections.iter_mut().for_each(Connection::echo);
+
+    lab.partition(&[&["h1"], &["h2"]]).unwrap();
+    wait_via(h1, "h2", Some("h3"));
+    wait_via(h2, "h1", Some("h3"));
+    connections.iter_mut().for_each(Connection::echo);
+    for all in [&blue, &pods] {
+        ping_all_pairs(all, SOON).unwrap();
+    }
+    let gaps: Vec<Duration> = flows.into_iter().map(|flow| longest_gap(&flow.finish().unwrap())).collect();
+    println!("no replies for {gaps:?} after the cut");
+    assert!(gaps.iter().all(|gap| *gap < TURNED), "{gaps:?}");
+
+    let flows: Vec<Flow> = [&blue, &pods].map(|all| Flow::start(&all[0], &all[1]).unwrap()).into();
+    lab.heal().unwrap();
+    wait_via(h1, "h2", None);
+    wait_via(h2, "h1", None);
+    connections.iter_mut().for_each(Connection::echo);
+    for flow in flows {
+        let report = flow.finish().unwrap();
+        assert!(report.lost.is_empty(), "nothing is lost on the way back: {:?}", report.lost);
+    }
+    wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+#[test]
+fn encrypted_traffic_of_two_hosts_that_do_not_reach_each_other_goes_through_a_third_one() {
+    detour_carries_traffic_and_ends(Underlay::V4);
+}
