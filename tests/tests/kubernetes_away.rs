@@ -324,6 +324,10 @@ fn a_node_reaches_the_api_server_through_the_service_that_ovl_provides() {
             .count()
     };
 
+    // As real hosts: a program's packet needs a route before it is translated.
+    for route in ["default", "::/0"] {
+        h2.exec_ok(["ip", "route", "replace", route, "dev", "eth0"]).unwrap();
+    }
     // Its only address of the API server is the one that ovl provides, once another node has said what is behind it.
     let mut second = Kube::start_at("http://10.96.0.1:443", h2).unwrap();
     let mut first = Kube::start(&mut api, h1).unwrap();

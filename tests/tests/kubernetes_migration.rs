@@ -92,6 +92,10 @@ fn kube_proxy(host: &Host, backends: &[&str]) {
             .to_owned(),
         "add chain ip kube-proxy nat-prerouting { type nat hook prerouting priority dstnat; policy accept; }"
             .to_owned(),
+        // As `--masquerade-all`, so that a pod reaches itself through the Service.
+        "add chain ip kube-proxy nat-postrouting { type nat hook postrouting priority srcnat - 1; policy accept; }"
+            .to_owned(),
+        "add rule ip kube-proxy nat-postrouting ct status dnat masquerade".to_owned(),
         format!(
             "add rule ip kube-proxy nat-prerouting ip daddr {SERVICE} tcp dport 80 dnat to {chosen} : 8080"
         ),
@@ -171,7 +175,7 @@ fn nodes_go_from_flannel_and_kube_proxy_to_ovl_one_by_one() {
     let _o1 = NamedServer::start(&o1.workload, "o1", 8080).unwrap();
     kube_proxy(h1, &[]);
     api.put(&slice(&[("h1", &at_o1), ("h2", &at_o2)]));
-    let all = [("o1", &at_o1), ("o2", &at_o2)];
+    let all = [("o1", &*at_o1), ("o2", &*at_o2)];
     all_reach(&[("o1", &o1.workload), ("o2", &o2.workload)], &all);
     // What flannel left is deleted, and nothing of ovl depends on it.
     for host in lab.hosts() {
