@@ -30,7 +30,7 @@ const CHECKS: &[(&str, &str, &[Code])] = &[
     ("host", "disk", &[Code::StateFile, Code::DamagedFile, Code::DiskSpace]),
     ("host", "open files", &[Code::Descriptors]),
     ("host", "features", &[Code::KernelFeature, Code::KernelDump]),
-    ("host", "ports", &[Code::PortTaken, Code::WebAddress, Code::PageAddress]),
+    ("host", "ports", &[Code::PortTaken, Code::RelayPort, Code::WebAddress, Code::PageAddress]),
     ("host", "forwarding", &[Code::Forwarding]),
     ("host", "source validation", &[Code::SourceValidation]),
     ("host", "neighbour table", &[Code::NeighbourTable]),

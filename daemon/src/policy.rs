@@ -212,7 +212,14 @@ pub(crate) fn add_refused(page: &mut Page, view: &View, refused: &Refused) {
             ("address", &*address.to_string()),
             ("direction", direction.name()),
             ("network", network.map_or("", |found| &*found.network.name)),
-            ("policies", &*deciding(view, &policies, placed, *direction).iter().map(Name::to_string).collect::<Vec<_>>().join(", ")),
+            (
+                "policies",
+                &*deciding(view, &policies, placed, *direction)
+                    .iter()
+                    .map(Name::to_string)
+                    .collect::<Vec<_>>()
+                    .join(", "),
+            ),
         ];
         family.with(&labels, *packets);
     }

@@ -5,8 +5,6 @@
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -19,8 +17,6 @@ use serde_json::{Value, json};
 const PAIRS: usize = 60;
 /// Pairs between two draws of policies and Services.
 const PAIRS_A_ROUND: usize = 20;
-/// Pairs that are looked at at the same time. A host takes part in at most four traces.
-const AT_ONCE: usize = 3;
 /// How long a connection may take that is let through, and how long is waited for one that is not.
 const TIMEOUT: Duration = Duration::from_millis(700);
 /// Attempts at an address of a Service, of which one meets the backend that the trace met.
@@ -265,36 +261,15 @@ struct Tally {
     wrong: Vec<String>,
 }
 
-/// Looks at pairs, several at a time, and counts what was found in their order.
+/// Looks at pairs, one after the other.
 fn look_at_all(pairs: &[Pair<'_>], tally: &mut Tally) -> Result<()> {
-    let next = AtomicUsize::new(0);
-    let mut found = thread::scope(|scope| -> Result<Vec<_>> {
-        let worker = || -> Result<Vec<_>> {
-            let mut found = Vec::new();
-            loop {
-                let n = next.fetch_add(1, Ordering::Relaxed);
-                let Some(pair) = pairs.get(n) else { return Ok(found) };
-                found.push((n, look(*pair)?));
-            }
-        };
-        let workers: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(worker)).collect();
-        let mut all = Vec::new();
-        for worker in workers {
-            all.extend(worker.join().unwrap()?);
-        }
-        Ok(all)
-    })?;
-    found.sort_by_key(|(n, _)| *n);
-    for (_, (says, wrong)) in found {
+    for pair in pairs {
+        let (says, wrong) = look(*pair)?;
         tally.pairs += 1;
         tally.arrived += usize::from(says);
         tally.wrong.extend(wrong);
     }
     Ok(())
-}
-
-fn number(variable: &str, default: usize) -> usize {
-    std::env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
 #[test]

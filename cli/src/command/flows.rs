@@ -221,7 +221,7 @@ mod tests {
         let text = table(&two) + &line(&flows, &flow);
         assert!(!text.contains('\u{1b}'));
         for part in [
-            "h1          default",
+            "h1        default",
             "10.1.0.2:8080  passed   3      10/20",
             "Service default/shop  80/tcp at 10.1.0.2:8080  passed  3 opened, 2 closed  10/20 bytes  ingress rule 1",
         ] {

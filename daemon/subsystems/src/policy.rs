@@ -15,6 +15,7 @@ mod merged;
 pub mod refused;
 pub mod resolver;
 mod rules;
+mod slots;
 mod tiers;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -9,6 +9,9 @@ use serde_json::Value;
 use super::{PORTS, Pod, Probe, Proto, Reached, port_name};
 use crate::text;
 
+/// The peers of ClusterNetworkPolicies that ovl acts on.
+const KNOWN_PEERS: [&str; 3] = ["namespaces", "networks", "pods"];
+
 /// The policies and namespaces that were applied and not deleted.
 #[derive(Debug, Clone, Default)]
 pub struct Reference {
@@ -116,7 +119,12 @@ impl Reference {
         let mut all = about.flat_map(|spec| list(&spec[rules]));
         let fitting = all.find(|rule| {
             let protocols = list(&rule["protocols"]);
-            list(&rule[peers]).iter().any(|peer| self.is_of(peer, other, attempt.v4))
+            // A peer that ovl does not act on fits, unless the rule accepts.
+            let fits = |peer: &Value| match KNOWN_PEERS.iter().any(|kind| peer.get(kind).is_some()) {
+                true => self.is_of(peer, other, attempt.v4),
+                false => rule["action"] != "Accept",
+            };
+            list(&rule[peers]).iter().any(fits)
                 && (protocols.is_empty() || protocols.iter().any(|protocol| attempt.is_of(protocol)))
         });
         fitting.map(|rule| text(&rule["action"]))

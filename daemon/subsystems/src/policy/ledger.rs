@@ -14,6 +14,7 @@ use ovl_proto::resource::Labels;
 use ovl_proto::table::Endpoint;
 
 use super::members::{self, Membership};
+use super::slots::{Slots, slots_of};
 use super::{Direction, Policies, frames, rules};
 use crate::local::Local;
 use ovl_cluster::view::{Placed, View};
@@ -210,35 +211,6 @@ fn is_tighter(policies: &Policies, was: &[Membership], is: &[Membership]) -> boo
 fn is_new(local: &Local, (network, address): Address) -> bool {
     local.attaches.endpoints().any(|endpoint| {
         endpoint.network == network && endpoint.addresses.iter().any(|net| net.addr() == address)
-    })
-}
-
-/// How many policies can select one endpoint in one direction: those of the tier Admin, and what is asked after them.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Slots {
-    /// Those of the tier Admin.
-    pub(super) admin: usize,
-    /// The others.
-    pub(super) others: usize,
-}
-
-impl Slots {
-    /// Whether there are at least these slots.
-    fn have(self, needed: Self) -> bool {
-        needed.admin <= self.admin && needed.others <= self.others
-    }
-
-    /// Returns the larger number of each.
-    fn max(self, other: Self) -> Self {
-        Self { admin: self.admin.max(other.admin), others: self.others.max(other.others) }
-    }
-}
-
-fn slots_of(members: &[Membership]) -> Slots {
-    members.iter().fold(Slots::default(), |slots, member| match member {
-        Membership::Slot(_, slot, _) => slots.max(Slots { others: *slot, admin: 0 }),
-        Membership::Admin(_, slot, _) => slots.max(Slots { admin: *slot, others: 0 }),
-        _ => slots,
     })
 }
 

@@ -14,9 +14,9 @@
 
 use ovl_proto::resource::{Protocol, RuleAction, Tier};
 
-use super::ledger::Slots;
 use super::members::{self, GENERATION, MARK, MARK_MASK, family, short};
 use super::merged::{Peers, Ports, merge};
+use super::slots::Slots;
 use super::{ClusterPolicy, DEFAULT, Direction, PASSED, Policies, Policy, protocol_name};
 use ovl_dataplane::nft::{Chain, Object, Set, Skeleton};
 
