@@ -272,6 +272,10 @@ fn look_at_all(pairs: &[Pair<'_>], tally: &mut Tally) -> Result<()> {
     Ok(())
 }
 
+fn number(variable: &str, default: usize) -> usize {
+    std::env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
 #[test]
 fn traces_of_random_pairs_agree_with_packets() {
     let world = world().unwrap();
