@@ -1,5 +1,7 @@
 //! Hosts that do not reach each other directly, and the members through which they do.
 
+#![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
+
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::thread;
@@ -123,4 +125,9 @@ fn detour_carries_traffic_and_ends(underlay: Underlay) {
 #[test]
 fn encrypted_traffic_of_two_hosts_that_do_not_reach_each_other_goes_through_a_third_one() {
     detour_carries_traffic_and_ends(Underlay::V4);
+}
+
+#[test]
+fn the_same_over_an_ipv6_underlay() {
+    detour_carries_traffic_and_ends(Underlay::V6);
 }

@@ -436,7 +436,7 @@ fn clients_that_take_nothing_are_disconnected_and_changes_reach_all_others() {
         })
         .collect();
     for round in 0..6 {
-        let (mark, ready) = if round % 2 == 0 { ("unready", "false") } else { ("ready", "true") };
+        let (mark, ready) = if round % 2 == 0 { ("unready", false) } else { ("ready", true) };
         h1.ctl_ok(&["endpoint", mark, "w-1"]).unwrap();
         wait_until(SOON, "all clients to see the readiness", || {
             for reader in &readers {
@@ -446,7 +446,7 @@ fn clients_that_take_nothing_are_disconnected_and_changes_reach_all_others() {
                 let overview: Value = serde_json::from_str(last)?;
                 let all = overview["endpoints"].as_array().context("no endpoints")?;
                 let found = all.iter().find(|each| each["name"] == "w-1").context("no w-1")?;
-                anyhow::ensure!(found["ready"].to_string() == ready, "{found}");
+                anyhow::ensure!(found["ready"] == ready, "{found}");
             }
             Ok(())
         })

@@ -165,7 +165,7 @@ mod tests {
         let header = Header::parse(&bytes).unwrap();
         assert!(!header.is_made_with(&[key(8)], &bytes) && !header.is_made_with(&[], &bytes));
         let same_id = RelayKey::new([7; 4], &[8; 32]);
-        assert!(!header.is_made_with(&[same_id.clone()], &bytes));
+        assert!(!header.is_made_with(std::slice::from_ref(&same_id), &bytes));
         assert!(header.is_made_with(&[same_id, key(7)], &bytes), "one of two keys with an id");
         for at in CHANNEL_AT..HEADER + COVERED {
             let mut changed = bytes.clone();

@@ -29,7 +29,7 @@ impl Run {
         if self.length == 0 {
             return length <= self.bytes.len();
         }
-        let whole = self.length % self.segment == 0;
+        let whole = self.length.is_multiple_of(self.segment);
         self.kind == Some(kind) && whole && length <= self.segment && self.length + length <= self.bytes.len()
     }
 
