@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::socket::{setsockopt, sockopt};
 use ovl_udp::threads::{StopSignal, ThreadGroup};
-use ovl_udp::{MAX_COALESCED, ReceiveBatch};
+use ovl_udp::{MAX_COALESCED, ReceiveBatch, Sharing};
 
 use crate::frame::{self, Channel, HEADER, Header, HostId, RelayKey};
 use crate::run::{Kind, Run};
@@ -20,8 +20,6 @@ const SLOTS: usize = 8;
 const MOST_SENT: usize = 65_000;
 /// The kernel divides at most so many datagrams (`UDP_MAX_SEGMENTS`).
 const MOST_SEGMENTS: usize = 64;
-/// The size of a socket's buffers in bytes.
-const BUFFER: usize = 4 << 20;
 /// The interval at which a host without a detour is named again.
 const NAME_EVERY: Duration = Duration::from_millis(100);
 /// The maximum number of hosts that were named lately.
@@ -129,7 +127,7 @@ impl Relay {
         config: &RelayConfig,
         heard: impl Fn(HostId, Channel, SocketAddr) + Send + Sync + 'static,
     ) -> io::Result<Self> {
-        let socket = open(config.listen)?;
+        let socket = ovl_udp::open(config.listen, Sharing::Alone)?;
         // Without CAP_NET_ADMIN, which ovld has, it stays unmarked.
         let _ = setsockopt(&socket, sockopt::Mark, &config.mark);
         let shared = Arc::new(Shared {
@@ -174,7 +172,7 @@ impl Relay {
         {
             return detour.local_addr();
         }
-        let socket = open(SocketAddr::new(wireguard.ip(), 0))?;
+        let socket = ovl_udp::open(SocketAddr::new(wireguard.ip(), 0), Sharing::Alone)?;
         // Datagrams of other senders do not arrive.
         socket.connect(wireguard)?;
         let detour = Arc::new(Detour { to, channel, socket, wireguard });
@@ -372,26 +370,6 @@ impl Shared {
             (self.heard)(from, channel, sender);
         }
     }
-}
-
-/// Opens a socket that receives coalesced datagrams.
-fn open(listen: SocketAddr) -> io::Result<UdpSocket> {
-    let socket = UdpSocket::bind(listen)?;
-    socket.set_nonblocking(true)?;
-    setsockopt(&socket, sockopt::UdpGroSegment, &true)?;
-    for (forced, size) in [(true, BUFFER), (false, BUFFER)] {
-        // Beyond the limit of the system with CAP_NET_ADMIN, otherwise up to it.
-        let set = match forced {
-            true => setsockopt(&socket, sockopt::RcvBufForce, &size)
-                .and_then(|()| setsockopt(&socket, sockopt::SndBufForce, &size)),
-            false => setsockopt(&socket, sockopt::RcvBuf, &size)
-                .and_then(|()| setsockopt(&socket, sockopt::SndBuf, &size)),
-        };
-        if set.is_ok() {
-            break;
-        }
-    }
-    Ok(socket)
 }
 
 #[cfg(test)]

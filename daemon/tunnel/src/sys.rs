@@ -8,10 +8,7 @@ use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 
 use nix::libc;
-use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, setsockopt, socket, sockopt,
-};
-use ovl_udp::{MAX_COALESCED, ReceiveBatch, Received};
+use ovl_udp::{MAX_COALESCED, ReceiveBatch, Received, Sharing};
 
 use crate::backend::{Backend, Device, DeviceKind, Socket};
 
@@ -20,9 +17,6 @@ pub(crate) const VNET_HEADER: usize = 10;
 
 /// Datagrams that are received at once, each of which may be coalesced from several.
 const RECEIVE_SLOTS: usize = 64;
-
-/// A socket buffer in bytes: a burst that the cipher needs a few milliseconds for.
-const SOCKET_BUFFER: usize = 4 << 20;
 
 /// TCP segmentation and checksums that the engine does in place of the kernel.
 const OFFLOAD_TCP: libc::c_uint = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6;
@@ -55,7 +49,8 @@ impl Backend for Linux {
     }
 
     fn open_sockets(&self, listen: SocketAddr, count: usize) -> io::Result<Vec<UdpGroSocket>> {
-        (0..count).map(|_| open_socket(listen)).collect()
+        let open = || ovl_udp::open(listen, Sharing::Port).map(UdpGroSocket);
+        (0..count).map(|_| open()).collect()
     }
 }
 
@@ -106,41 +101,6 @@ impl Device for TunQueue {
     fn write(&self, pieces: &[IoSlice<'_>]) -> io::Result<()> {
         (&self.0).write_vectored(pieces).map(drop)
     }
-}
-
-fn open_socket(listen: SocketAddr) -> io::Result<UdpGroSocket> {
-    let family = if listen.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket = socket(family, SockType::Datagram, flags, None)?;
-    // The routes know the path's MTU, and a forged ICMP message must not lower it. Datagrams may be fragmented: where IPv6
-    // needs more than the path carries with its encapsulation (RFC 8200, section 5), nothing else helps.
-    match listen {
-        SocketAddr::V4(_) => {
-            set_option(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_OMIT)?;
-        }
-        SocketAddr::V6(_) => {
-            setsockopt(&socket, sockopt::Ipv6V6Only, &true)?;
-            set_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_OMIT)?;
-        }
-    }
-    setsockopt(&socket, sockopt::UdpGroSegment, &true)?;
-    setsockopt(&socket, sockopt::ReusePort, &true)?;
-    // More than `rmem_max` takes CAP_NET_ADMIN; a smaller buffer works too.
-    setsockopt(&socket, sockopt::RcvBufForce, &SOCKET_BUFFER)
-        .or_else(|_| setsockopt(&socket, sockopt::RcvBuf, &SOCKET_BUFFER))?;
-    setsockopt(&socket, sockopt::SndBufForce, &SOCKET_BUFFER)
-        .or_else(|_| setsockopt(&socket, sockopt::SndBuf, &SOCKET_BUFFER))?;
-    bind(socket.as_raw_fd(), &SockaddrStorage::from(listen))?;
-    Ok(UdpGroSocket(socket.into()))
-}
-
-/// Sets a socket option that is an `int`, for options that nix does not have.
-fn set_option(socket: &impl AsFd, level: i32, name: i32, value: i32) -> io::Result<()> {
-    let length = mem::size_of::<i32>() as libc::socklen_t;
-    let fd = socket.as_fd().as_raw_fd();
-    // SAFETY: the value is an int and outlives the call.
-    let result = unsafe { libc::setsockopt(fd, level, name, (&raw const value).cast(), length) };
-    nix::errno::Errno::result(result).map(drop).map_err(io::Error::from)
 }
 
 impl AsFd for UdpGroSocket {

@@ -5,6 +5,7 @@
 //!
 //! [`trial`] judges whether such an offload damages packets.
 
+mod open;
 pub mod threads;
 pub mod trial;
 
@@ -15,6 +16,8 @@ use std::os::fd::{AsFd, AsRawFd as _};
 
 use nix::libc;
 use nix::sys::socket::{SockaddrLike as _, SockaddrStorage};
+
+pub use open::{Sharing, open};
 
 /// The largest datagram that the kernel delivers, coalesced or not, in bytes.
 pub const MAX_COALESCED: usize = 65_536;
