@@ -11,6 +11,8 @@ use tokio::time::Instant;
 
 /// Time beyond the interval of pings after which a peer that does not answer is not reached directly.
 const SILENT: Duration = Duration::from_millis(400);
+/// Time beyond the interval of pings after which a member that does not answer relays no more.
+const RELAY_SILENT: Duration = Duration::from_secs(1);
 /// How long the answer that a member passed on shows that it reaches the peer.
 const FRESH: Duration = Duration::from_secs(3);
 /// How long a peer answers directly before the detour ends.
@@ -89,8 +91,7 @@ impl Detours {
         (!self.open.contains_key(&peer)).then(|| self.begin(peer, relay, now))
     }
 
-    /// Decides for all live peers. `relays` are the members that this host reaches directly and that relay; `ping_every` is
-    /// the interval of pings.
+    /// Decides for all live peers, of which `relays` offer to relay. `ping_every` is the interval of pings.
     pub(crate) fn decide(
         &mut self,
         peers: &BTreeMap<NodeId, Evidence>,
@@ -98,12 +99,16 @@ impl Detours {
         ping_every: Duration,
         now: Instant,
     ) -> Vec<(NodeId, Turn)> {
+        let is_reached = |relay: &NodeId| {
+            let heard = peers.get(relay).and_then(|evidence| evidence.heard);
+            relays.contains(relay) && heard.is_some_and(|heard| heard <= ping_every + RELAY_SILENT)
+        };
         let mut turns = Vec::new();
         self.open.retain(|peer, _| peers.contains_key(peer));
         self.ended.retain(|_, (at, _)| now.saturating_duration_since(*at) < LATELY);
         for (&peer, evidence) in peers {
             let is_silent = evidence.heard.is_none_or(|heard| heard > ping_every + SILENT);
-            let through = evidence.through.filter(|(relay, ago)| *ago < FRESH && relays.contains(relay));
+            let through = evidence.through.filter(|(relay, ago)| *ago < FRESH && is_reached(relay));
             let Some(detour) = self.open.get_mut(&peer) else {
                 if let Some((relay, _)) = through.filter(|_| is_silent) {
                     turns.push((peer, self.begin(peer, relay, now)));
@@ -113,7 +118,7 @@ impl Detours {
             if is_silent {
                 detour.direct = None;
                 // Members that reach the peer take turns in passing on its answers. One is as good as the other.
-                if !relays.contains(&detour.relay)
+                if !is_reached(&detour.relay)
                     && let Some((relay, _)) = through
                 {
                     (detour.relay, detour.since) = (relay, now);
@@ -156,11 +161,18 @@ mod tests {
         detours: Detours,
         now: Instant,
         relays: BTreeSet<NodeId>,
+        /// How long ago the relays answered.
+        relays_heard: Duration,
     }
 
     impl World {
         fn new() -> Self {
-            Self { detours: Detours::default(), now: Instant::now(), relays: [RELAY, OTHER].into() }
+            Self {
+                detours: Detours::default(),
+                now: Instant::now(),
+                relays: [RELAY, OTHER].into(),
+                relays_heard: ms(100),
+            }
         }
 
         /// Decides after `ms` milliseconds.
@@ -168,7 +180,9 @@ mod tests {
             self.now += ms(wait);
             let evidence =
                 Evidence { heard: Some(ms(heard)), through: through.map(|(relay, ago)| (relay, ms(ago))) };
-            self.detours.decide(&[(PEER, evidence)].into(), &self.relays, PING, self.now)
+            let relay = Evidence { heard: Some(self.relays_heard), through: None };
+            let all = [(PEER, evidence), (RELAY, relay), (OTHER, relay)].into();
+            self.detours.decide(&all, &self.relays, PING, self.now)
         }
     }
 
@@ -179,6 +193,9 @@ mod tests {
         assert_eq!(world.after(200, 1100, None), [], "dead, or nothing reaches it");
         assert_eq!(world.after(200, 1300, Some((RELAY, 3100))), [], "long ago");
         assert_eq!(world.after(200, 1500, Some((PEER, 10))), [], "no relay");
+        world.relays_heard = ms(1601);
+        assert_eq!(world.after(0, 1500, Some((RELAY, 10))), [], "not reached itself");
+        world.relays_heard = ms(1600);
         assert_eq!(world.after(200, 1700, Some((RELAY, 10))), [(PEER, Turn::Through(RELAY))]);
         assert_eq!(world.after(200, 1900, Some((OTHER, 10))), [], "as good as the first");
         world.relays.remove(&RELAY);

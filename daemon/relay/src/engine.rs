@@ -34,6 +34,8 @@ pub struct RelayConfig {
     pub mark: u32,
     /// The id of this host.
     pub me: HostId,
+    /// Whether datagrams between other hosts are passed on.
+    pub forwards: bool,
 }
 
 /// The numbers of datagrams.
@@ -93,19 +95,18 @@ struct Table {
     /// The first one is used for what this host sends.
     keys: Vec<RelayKey>,
     next: HashMap<HostId, SocketAddr>,
-    /// Whether datagrams between other hosts are passed on.
-    forwards: bool,
     detours: HashMap<(HostId, Channel), Arc<Detour>>,
 }
 
 struct Shared {
     me: HostId,
+    forwards: bool,
     socket: UdpSocket,
     table: RwLock<Table>,
     counted: Counted,
     /// Hosts from which datagrams come and to which there is no detour, with the relay that sent them.
-    named: Mutex<HashMap<(HostId, Channel), (SocketAddr, Instant)>>,
-    heard: Box<dyn Fn(HostId, Channel, SocketAddr) + Send + Sync>,
+    named: Mutex<HashMap<HostId, (SocketAddr, Instant)>>,
+    heard: Box<dyn Fn(HostId, SocketAddr) + Send + Sync>,
 }
 
 /// A running relay. Dropping it ends its threads and closes its sockets.
@@ -125,13 +126,14 @@ impl Relay {
     /// [`io::ErrorKind::AddrInUse`] if another program has the port, and what the kernel reports.
     pub fn start(
         config: &RelayConfig,
-        heard: impl Fn(HostId, Channel, SocketAddr) + Send + Sync + 'static,
+        heard: impl Fn(HostId, SocketAddr) + Send + Sync + 'static,
     ) -> io::Result<Self> {
         let socket = ovl_udp::open(config.listen, Sharing::Alone)?;
         // Without CAP_NET_ADMIN, which ovld has, it stays unmarked.
         let _ = setsockopt(&socket, sockopt::Mark, &config.mark);
         let shared = Arc::new(Shared {
             me: config.me,
+            forwards: config.forwards,
             socket,
             table: RwLock::default(),
             counted: Counted::default(),
@@ -152,11 +154,6 @@ impl Relay {
     /// Replaces the next hops: the address and port of the relay, or of the host itself, to which datagrams to each host are sent.
     pub fn set_next(&self, next: HashMap<HostId, SocketAddr>) {
         self.shared.table_mut().next = next;
-    }
-
-    /// Sets whether datagrams between other hosts are passed on.
-    pub fn set_forwards(&self, forwards: bool) {
-        self.shared.table_mut().forwards = forwards;
     }
 
     /// Opens the detour to a host, which stands in for it at this host's WireGuard interface with the address and port
@@ -261,10 +258,10 @@ impl Shared {
         let kind = Kind { channel, from, to };
         let is_here = to == self.me;
         if is_here && !table.detours.contains_key(&(from, channel)) {
-            self.name(from, channel, sender);
+            self.name(from, sender);
             return count(&self.counted.no_path, 1);
         }
-        let passes = table.forwards && hop_limit > 1 && from != self.me && table.next.contains_key(&to);
+        let passes = self.forwards && hop_limit > 1 && from != self.me && table.next.contains_key(&to);
         if !is_here && !passes {
             return count(&self.counted.no_path, 1);
         }
@@ -353,21 +350,21 @@ impl Shared {
     }
 
     /// Tells of a host to which there is no detour.
-    fn name(&self, from: HostId, channel: Channel, sender: SocketAddr) {
+    fn name(&self, from: HostId, sender: SocketAddr) {
         let now = Instant::now();
         let mut named = self.named.lock().unwrap_or_else(PoisonError::into_inner);
         let is_recent =
             |(at, when): &(SocketAddr, Instant)| *at == sender && now.duration_since(*when) < NAME_EVERY;
-        if named.get(&(from, channel)).is_some_and(is_recent) {
+        if named.get(&from).is_some_and(is_recent) {
             return;
         }
         if named.len() >= MOST_NAMED {
             named.retain(|_, named| is_recent(named));
         }
         if named.len() < MOST_NAMED {
-            named.insert((from, channel), (sender, now));
+            named.insert(from, (sender, now));
             drop(named);
-            (self.heard)(from, channel, sender);
+            (self.heard)(from, sender);
         }
     }
 }
@@ -391,15 +388,15 @@ mod tests {
         relay: Relay,
         at: SocketAddr,
         wireguard: UdpSocket,
-        heard: mpsc::Receiver<(HostId, Channel, SocketAddr)>,
+        heard: mpsc::Receiver<(HostId, SocketAddr)>,
     }
 
     fn host(me: HostId) -> Host {
         let (tell, heard) = mpsc::channel();
-        let heard_from = move |from, channel, sender| tell.send((from, channel, sender)).unwrap();
-        let relay = Relay::start(&RelayConfig { listen: local(), mark: 0, me }, heard_from).unwrap();
+        let heard_from = move |from, sender| tell.send((from, sender)).unwrap();
+        let relay =
+            Relay::start(&RelayConfig { listen: local(), mark: 0, me, forwards: true }, heard_from).unwrap();
         relay.set_keys(vec![RelayKey::new([7; 4], &[7; 32])]);
-        relay.set_forwards(true);
         let at = relay.shared.socket.local_addr().unwrap();
         let wireguard = UdpSocket::bind(local()).unwrap();
         wireguard.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
@@ -426,7 +423,7 @@ mod tests {
         c.relay.set_next([(A, a.at), (B, b.at)].into());
         let to_b = a.detour(B);
         a.wireguard.send_to(b"lost", to_b).unwrap();
-        assert_eq!(b.heard.recv_timeout(Duration::from_secs(5)).unwrap(), (A, 0, c.at));
+        assert_eq!(b.heard.recv_timeout(Duration::from_secs(5)).unwrap(), (A, c.at));
         let to_a = b.detour(A);
         a.wireguard.send_to(b"hello", to_b).unwrap();
         assert_eq!(b.receive(), (b"hello".to_vec(), to_a));

@@ -24,7 +24,7 @@ const RECLAIM_RETRY: Duration = Duration::from_secs(2);
 /// Time between two attempts to become a member.
 const ADMISSION_RETRY: Duration = Duration::from_millis(200);
 /// How long a host looks for a cluster before it reports that there is none.
-const NOBODY_AFTER: Duration = Duration::from_secs(3);
+const NONE_AFTER: Duration = Duration::from_secs(3);
 /// How many peers a host without a map asks for it at a time.
 const FIRST_ASKED: usize = 3;
 /// How long a new host waits for the records of all members before it requests admission.
@@ -97,8 +97,8 @@ impl Node {
             }
             // It chooses among the answers of the last time.
             self.tick_alloc();
-            if self.state.borrow().clock.elapsed() > NOBODY_AFTER {
-                let sentence = self.nobody_found();
+            if self.state.borrow().clock.elapsed() > NONE_AFTER {
+                let sentence = self.none_found();
                 self.state.borrow_mut().problems.set(Code::Admission, "", Some(sentence));
             }
             return;
@@ -175,7 +175,7 @@ impl Node {
     }
 
     /// Returns the problem to report if no member of a cluster was found.
-    fn nobody_found(&self) -> String {
+    fn none_found(&self) -> String {
         let whom = match (self.config.join.join(", "), self.config.join_nodes) {
             (_, true) => "the Nodes of the API server, which ovl-kube of this host names".to_owned(),
             (join, false) if join.is_empty() => "peers".to_owned(),

@@ -40,11 +40,12 @@ impl Node {
         let (tell, mut asked) = mpsc::channel(INBOX);
         let relay = loop {
             let listen = SocketAddr::new(self.config.advertise.ip(), self.config.relay_port);
-            let config = RelayConfig { listen, mark: SOCKET_MARK, me: self.state.borrow().view.me.0 };
+            let (me, forwards) = (self.state.borrow().view.me.0, self.config.relay);
+            let config = RelayConfig { listen, mark: SOCKET_MARK, me, forwards };
             let tell = tell.clone();
-            let heard = move |from, channel: Channel, sender| {
+            let heard = move |from, sender| {
                 // One that is not told of now is named again.
-                let _ = tell.try_send((from, channel, sender));
+                let _ = tell.try_send((from, sender));
             };
             match Relay::start(&config, heard) {
                 Ok(relay) => break relay,
@@ -67,7 +68,7 @@ impl Node {
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 () = self.detour_turn.notified() => {}
-                Some((from, _, sender)) = asked.recv() => self.answer_through(NodeId(from), sender),
+                Some((from, sender)) = asked.recv() => self.answer_through(NodeId(from), sender),
             }
         }
     }
@@ -108,26 +109,15 @@ impl Node {
             let state = &mut *guard;
             let (now, ping_every) = (Instant::now(), self.gossip().ping_every());
             let evidence = self.evidence(state, now);
-            let is_direct = |id: &NodeId| {
-                let heard = evidence.get(id).and_then(|evidence| evidence.heard);
-                heard.is_some_and(|heard| heard <= ping_every + Duration::from_secs(1))
-            };
-            let relays: BTreeSet<NodeId> = evidence
-                .keys()
-                .filter(|id| is_direct(id))
-                .filter(|id| {
-                    let node = state.view.nodes.get(id);
-                    node.is_some_and(|node| node.record.relays && relay_at(node).is_some())
-                })
-                .copied()
-                .collect();
+            let offers = |node: &ovl_cluster::view::Node| node.record.relays && relay_at(node).is_some();
+            let relays: BTreeSet<NodeId> =
+                evidence.keys().filter(|id| state.view.nodes.get(id).is_some_and(offers)).copied().collect();
             for (peer, turn) in state.detours.decide(&evidence, &relays, ping_every, now) {
                 self.tell_turn(state, peer, turn);
             }
             let next = next_hops(state);
             if known.next != next {
                 relay.set_next(next.clone());
-                relay.set_forwards(self.config.relay);
                 known.next = next;
             }
             let ring = state.keys.ring();
