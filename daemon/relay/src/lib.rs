@@ -8,6 +8,8 @@
 
 mod engine;
 pub mod frame;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod run;
 
 pub use engine::{Counters, Detour, Relay, RelayConfig};

@@ -384,10 +384,10 @@ pub struct PeerInfo {
     pub reachable: bool,
     /// The path MTU to it in bytes, including the outer IP header.
     pub path_mtu: Option<u16>,
-    /// The member through which datagrams of encrypted networks to it go, because it does not answer directly. `None`: they
-    /// go directly.
+    /// The members through which datagrams of encrypted networks and messages to it go, in order, because it does not answer
+    /// directly. Empty: they go directly.
     #[serde(default)]
-    pub via: Option<String>,
+    pub via: Vec<String>,
     /// For how long, in seconds.
     #[serde(default)]
     pub via_s: Option<u64>,
