@@ -25,7 +25,8 @@ pub fn frame(bytes: &[u8]) {
     let is_made = |datagram: &[u8]| {
         Header::parse(datagram).is_some_and(|header| header.is_made_with(std::slice::from_ref(key), datagram))
     };
-    let header = Header::parse(&datagram).map(|header| (header.hop_limit, header.channel, header.from, header.to));
+    let header =
+        Header::parse(&datagram).map(|header| (header.hop_limit, header.channel, header.from, header.to));
     assert_eq!(header, Some((HOP_LIMIT, channel, from, to)));
     frame::set_hop_limit(&mut datagram, bit);
     assert!(is_made(&datagram), "a relay changes the hop limit");

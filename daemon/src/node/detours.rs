@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
-use ovl_control::PeerState;
+use ovl_control::{PeerState, RelayCounters};
 use ovl_mesh::streams::Ways;
 use ovl_mesh::transport::SOCKET_MARK;
 use ovl_proto::id::{ClusterKeyId, NodeId};
@@ -43,8 +43,9 @@ impl Node {
         let (tell, mut asked) = mpsc::channel(INBOX);
         let relay = loop {
             let listen = SocketAddr::new(self.config.advertise.ip(), self.config.relay_port);
-            let (me, forwards) = (self.state.borrow().view.me.0, self.config.relay);
-            let config = RelayConfig { listen, mark: SOCKET_MARK, me, forwards };
+            let (me, forwards) = (self.state.borrow().view.me.0, self.config.relay.is_on());
+            let limit = self.config.relay.limit();
+            let config = RelayConfig { listen, mark: SOCKET_MARK, me, forwards, limit };
             let tell = tell.clone();
             let heard = move |from, sender| {
                 // One that is not told of now is named again.
@@ -64,9 +65,10 @@ impl Node {
             }
         };
         self.state.borrow_mut().problems.set(Code::RelayPort, "", None);
+        let relay = self.relay.get_or_init(|| relay);
         let mut known = Known::default();
         loop {
-            self.turn_ways(&relay, &mut known).await;
+            self.turn_ways(relay, &mut known).await;
             let pause = if self.is_calm() { SELDOM } else { EVERY };
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
@@ -74,6 +76,21 @@ impl Node {
                 Some((from, sender)) = asked.recv() => self.answer_through(NodeId(from), sender),
             }
         }
+    }
+
+    /// What this host has relayed. `None` if it takes no part.
+    pub(super) fn relayed(&self) -> Option<RelayCounters> {
+        let counters = self.relay.get()?.counters();
+        Some(RelayCounters {
+            sent: counters.sent,
+            received: counters.received,
+            forwarded: counters.forwarded,
+            dropped_unauthenticated: counters.unauthenticated,
+            dropped_no_path: counters.no_path,
+            dropped_limited: counters.limited,
+            dropped_full: counters.full,
+            streams: u32::try_from(self.links().passed_on()).unwrap_or(u32::MAX),
+        })
     }
 
     /// Whether all peers were reached directly lately.
@@ -142,7 +159,7 @@ impl Node {
             }
             let through = |(peer, relay)| Some((peer, state.view.nodes.get(&relay)?.record.address));
             let ways = Ways {
-                relays: self.config.relay,
+                relays: self.config.relay.is_on(),
                 through: state.detours.all().filter_map(through).collect(),
             };
             (wanted_sockets(state, now), turns, state.detours.all().collect(), ways)

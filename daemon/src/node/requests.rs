@@ -228,6 +228,7 @@ impl Node {
             networks: count(state.view.networks.len()),
             rotation: Self::key_rotation(&state),
             gossip: self.gossip().counters(),
+            relayed: self.relayed(),
             reconcile: ReconcileStatus {
                 passes: state.reconcile.counts().passes,
                 operations: state.reconcile.counts().operations,
