@@ -215,7 +215,7 @@ impl Node {
 
     /// What gossip knows of the way to each live peer.
     fn evidence(&self, state: &State, now: Instant) -> BTreeMap<NodeId, Evidence> {
-        let gossip = self.gossip();
+        let (gossip, tunnel) = (self.gossip(), self.tunnel.borrow());
         let since = |at: Instant| now.saturating_duration_since(at);
         let peers = state.view.nodes.values().filter(|node| {
             node.record.id != state.view.me
@@ -227,7 +227,7 @@ impl Node {
                 let id = node.record.id;
                 let heard = gossip.last_heard(id).map(since);
                 let through = gossip.last_through(id).map(|(by, at)| (by, since(at)));
-                (id, Evidence { heard, through })
+                (id, Evidence { heard, through, lost: tunnel.is_lost(id) })
             })
             .collect()
     }
