@@ -23,6 +23,8 @@ const STEADY: Duration = Duration::from_secs(3);
 /// The maximum of that time: it doubles when a peer falls silent again within [`LATELY`].
 const MAX_STEADY: Duration = Duration::from_secs(60);
 const LATELY: Duration = Duration::from_secs(120);
+/// How long the answer that the relay passed on shows that it reaches a peer that answers directly as well.
+const CONFIRMED: Duration = Duration::from_millis(1500);
 /// How long a member relays before it is left because nothing passes: until then what was lost may have been lost before.
 const TRIED: Duration = Duration::from_secs(6);
 /// How long a member through which nothing passed is not used for that peer.
@@ -180,7 +182,9 @@ impl Detours {
             } else {
                 let since = *detour.direct.get_or_insert(now);
                 // The direct path is better than a way that leads nowhere, however short it has been there.
-                let is_good = leads && is_heard(&detour.relay, SILENT);
+                let is_confirmed = now.saturating_duration_since(detour.since) < CONFIRMED
+                    || evidence.through.is_some_and(|(by, ago)| by == detour.relay && ago < CONFIRMED);
+                let is_good = leads && is_confirmed && is_heard(&detour.relay, SILENT);
                 if !is_good || now.saturating_duration_since(since) >= detour.steady {
                     self.ended.insert(peer, (now, detour.steady));
                     self.open.remove(&peer);
@@ -306,6 +310,12 @@ mod tests {
 
         let mut world = World::new();
         assert_eq!(world.after(0, 1100, Some((RELAY, 10))), [(PEER, Turn::Through(RELAY))]);
+        assert_eq!(world.after(1499, 100, None), [], "too early to judge");
+        assert_eq!(world.after(1, 100, Some((RELAY, 1499))), []);
+        assert_eq!(world.after(1, 100, Some((RELAY, 1500))), [(PEER, Turn::Direct)], "it passes nothing on");
+
+        let mut world = World::new();
+        assert_eq!(world.after(0, 1100, Some((RELAY, 10))), [(PEER, Turn::Through(RELAY))]);
         world.links = Links::new([(PEER, true), (RELAY, true), (ME, true)], [(ME, PEER), (RELAY, PEER)]);
         assert_eq!(
             world.after(200, 100, None),
@@ -341,7 +351,7 @@ mod tests {
             assert_eq!(world.after(1000, 1100, Some((RELAY, 10))), [], "it was an accident");
             assert_eq!(world.after(200, 100, None), []);
             let wait = u64::try_from(steady.as_millis()).unwrap();
-            assert_eq!(world.after(wait - 1, 100, None), []);
+            assert_eq!(world.after(wait - 1, 100, Some((RELAY, 10))), []);
             assert_eq!(world.after(1, 100, None), [(PEER, Turn::Direct)]);
             steady = (steady * 2).min(MAX_STEADY);
         }

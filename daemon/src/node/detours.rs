@@ -116,7 +116,9 @@ impl Node {
             return;
         }
         let is_at = |node: &&ovl_cluster::view::Node| relay_at(node) == Some(sender);
-        let Some(relay) = state.view.nodes.values().find(is_at).map(|node| node.record.id) else { return };
+        let relay = state.view.nodes.values().find(is_at).map(|node| node.record.id);
+        // The peer itself sends so for a moment after it has come back to the direct path.
+        let Some(relay) = relay.filter(|relay| *relay != peer) else { return };
         let Some(turn) = state.detours.asked(peer, relay, Instant::now()) else { return };
         self.tell_turn(state, peer, turn);
         drop(guard);
