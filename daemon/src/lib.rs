@@ -26,6 +26,7 @@ mod flows;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod health;
+mod keys;
 mod kubernetes;
 mod limits;
 mod log;

@@ -11,4 +11,8 @@ pub mod frame;
 mod run;
 
 pub use engine::{Counters, Detour, Relay, RelayConfig};
+/// The number of bytes by which a datagram is longer on the way through relays.
+pub const OVERHEAD: u16 = 36;
+const _: () = assert!(OVERHEAD as usize == frame::HEADER);
+
 pub use frame::{Channel, HostId, RelayKey};

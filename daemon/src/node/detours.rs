@@ -97,14 +97,15 @@ impl Node {
         }
         let is_at = |node: &&ovl_cluster::view::Node| relay_at(node) == Some(sender);
         let Some(relay) = state.view.nodes.values().find(is_at).map(|node| node.record.id) else { return };
-        if let Some(turn) = state.detours.asked(peer, relay, Instant::now()) {
-            self.tell_turn(state, peer, turn);
-        }
+        let Some(turn) = state.detours.asked(peer, relay, Instant::now()) else { return };
+        self.tell_turn(state, peer, turn);
+        drop(guard);
+        self.note_path_mtu(peer, self.gossip().path_mtu(peer).unwrap_or(u16::MAX));
     }
 
     /// Decides about all peers, and carries it out.
     async fn turn_ways(&self, relay: &Relay, known: &mut Known) {
-        let wanted = {
+        let (wanted, turned) = {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             let (now, ping_every) = (Instant::now(), self.gossip().ping_every());
@@ -112,7 +113,8 @@ impl Node {
             let offers = |node: &ovl_cluster::view::Node| node.record.relays && relay_at(node).is_some();
             let relays: BTreeSet<NodeId> =
                 evidence.keys().filter(|id| state.view.nodes.get(id).is_some_and(offers)).copied().collect();
-            for (peer, turn) in state.detours.decide(&evidence, &relays, ping_every, now) {
+            let turns = state.detours.decide(&evidence, &relays, ping_every, now);
+            for &(peer, turn) in &turns {
                 self.tell_turn(state, peer, turn);
             }
             let next = next_hops(state);
@@ -129,8 +131,11 @@ impl Node {
                 relay.set_keys(ring.all().map(key).collect());
                 known.keys = ids;
             }
-            wanted_sockets(state, now)
+            (wanted_sockets(state, now), turns)
         };
+        for (peer, _) in turned {
+            self.note_path_mtu(peer, self.gossip().path_mtu(peer).unwrap_or(u16::MAX));
+        }
         let before = std::mem::take(&mut known.open);
         for (&(peer, channel), &wireguard) in &wanted {
             match relay.open_detour(peer.0, channel, wireguard) {

@@ -310,7 +310,7 @@ impl Node {
             unknown: Unknown::default().played(),
         };
         let signed = identity.sign_record(&record)?;
-        let keys = keys::Keys::new(Arc::clone(&keyring), key_file);
+        let keys = crate::keys::Keys::new(Arc::clone(&keyring), key_file);
         let mut state = first_state(&config, &environment, &identity, (&record, &signed), &saved, keys);
         state.local.key_epochs.set_own_previous(secret.previous());
         // Routes in use depend on it. A full pass without it would delete them.
@@ -600,7 +600,7 @@ fn first_state(
     identity: &Arc<Identity>,
     (record, signed): (&NodeRecord, &SignedRecord),
     saved: &store::State,
-    keys: keys::Keys,
+    keys: crate::keys::Keys,
 ) -> State {
     let me = record.id;
     let durable = saved.alloc.clone().unwrap_or_default();

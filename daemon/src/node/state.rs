@@ -75,7 +75,7 @@ pub(crate) struct State {
     /// Subsystems, which contribute to the desired data plane.
     pub subsystems: Subsystems,
     /// Cluster keys of this host.
-    pub keys: super::keys::Keys,
+    pub keys: crate::keys::Keys,
     /// Consensus replica for the allocation map.
     pub allocator: Allocator,
     /// Changes of the allocation map that are waited for.

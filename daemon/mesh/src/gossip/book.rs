@@ -549,6 +549,11 @@ impl PeerBook {
         self.peers.iter().filter_map(contact).collect()
     }
 
+    /// The path MTU to a peer, in bytes. `None` if it is not known.
+    pub(super) fn path_mtu(&self, node: NodeId) -> Option<u16> {
+        self.peers.get(&node).and_then(Peer::path_mtu)
+    }
+
     /// The path MTUs that have changed since the last call.
     pub(super) fn new_mtus(&mut self) -> Vec<(NodeId, u16)> {
         let mut news = Vec::new();

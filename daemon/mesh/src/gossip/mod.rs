@@ -325,6 +325,11 @@ impl Gossip {
         contacts.into_iter().filter_map(|(node, contact)| Some((node, contact.path_mtu?))).collect()
     }
 
+    /// The path MTU to a peer, in bytes. `None` if it is not known.
+    pub fn path_mtu(&self, peer: NodeId) -> Option<u16> {
+        self.hub.lock().book.path_mtu(peer)
+    }
+
     /// The counters since the start.
     pub fn counters(&self) -> GossipCounters {
         self.hub.counters()
