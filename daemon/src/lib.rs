@@ -29,6 +29,7 @@ mod health;
 mod keys;
 mod kubernetes;
 mod limits;
+mod links;
 mod log;
 mod metrics;
 mod modes;

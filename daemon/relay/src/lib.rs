@@ -8,6 +8,9 @@
 
 mod engine;
 pub mod frame;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
+mod limits;
 mod run;
 
 pub use engine::{Counters, Detour, Relay, RelayConfig};

@@ -10,7 +10,6 @@ use ovl_cluster::keys::{RotationProgress, RotationState, key_towards};
 use ovl_control::{FailureKind, HostKeys, KeyRotation, KeyStatus, PeerState};
 use ovl_mesh::keys::{ClusterKey, KeyFile, Keyring};
 use ovl_proto::alloc::{AgreedKey, Change};
-use ovl_proto::id::NodeId;
 use ovl_proto::secret::Secret;
 use ovl_proto::sync::Message;
 

@@ -531,6 +531,7 @@ impl Node {
                     | Entry::Lease { .. }
                     | Entry::Held(_)
                     | Entry::Announced(_)
+                    | Entry::Unreached(_)
                     | Entry::Opaque(_),
                 )
                 | None => None,

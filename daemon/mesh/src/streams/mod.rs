@@ -251,6 +251,11 @@ impl Streams {
         }
     }
 
+    /// The number of streams of other hosts that are being passed on.
+    pub fn passed_on(&self) -> usize {
+        self.shared.passed.counts().values().sum()
+    }
+
     /// Dials a peer now if it is not connected, regardless of the backoff.
     pub fn kick(&self, node: NodeId) {
         if let Some(peer) = self.lock().outbound.get(&node)
