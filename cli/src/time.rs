@@ -4,18 +4,47 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 const DAY: Duration = Duration::from_secs(86_400);
 
-/// Parses a moment, and returns it in milliseconds since 1970: a time of the last 24 hours (`03:10`, `03:10:20`), a date, a
-/// date with a time (`2026-03-01 03:10`, as `ovlctl events` prints it too), or how long ago it was (`10m`, `2h 30m`). Times
-/// are UTC.
+/// A moment that a user gave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Moment {
+    /// In milliseconds since 1970.
+    pub(crate) ms: u64,
+    /// Whether it was given as a time of the last 24 hours.
+    is_time_of_day: bool,
+}
+
+impl Moment {
+    /// Returns this moment as the end of a period, in milliseconds since 1970. A time of day that is still to come was taken for
+    /// that of yesterday, so the end is the first such time after the beginning.
+    ///
+    /// # Errors
+    ///
+    /// The end is before the beginning.
+    pub(crate) fn end_of(self, since: Option<Self>) -> Result<u64, String> {
+        match since {
+            Some(since) if self.ms < since.ms && self.is_time_of_day => {
+                let days = (since.ms - self.ms).div_ceil(DAY.as_millis() as u64);
+                Ok(self.ms + days * DAY.as_millis() as u64)
+            }
+            Some(since) if self.ms < since.ms => {
+                Err("the end of the period is before its beginning".to_owned())
+            }
+            Some(_) | None => Ok(self.ms),
+        }
+    }
+}
+
+/// Parses a moment: a time of the last 24 hours (`03:10`, `03:10:20`), a date, a date with a time (`2026-03-01 03:10`, as
+/// `ovlctl events` prints it too), or how long ago it was (`10m`, `2h 30m`). Times are UTC.
 ///
 /// # Errors
 ///
 /// What can be given instead.
-pub(crate) fn moment(text: &str) -> Result<u64, String> {
+pub(crate) fn moment(text: &str) -> Result<Moment, String> {
     moment_before(text, SystemTime::now())
 }
 
-fn moment_before(text: &str, now: SystemTime) -> Result<u64, String> {
+fn moment_before(text: &str, now: SystemTime) -> Result<Moment, String> {
     let is_time = text.contains(':') && text.chars().all(|c| c.is_ascii_digit() || c == ':');
     let seconds = if text.matches(':').count() == 1 && !text.ends_with('Z') { ":00" } else { "" };
     let found = if is_time {
@@ -30,7 +59,7 @@ fn moment_before(text: &str, now: SystemTime) -> Result<u64, String> {
         humantime::parse_duration(text).ok().and_then(|ago| now.checked_sub(ago))
     };
     let since = found.and_then(|at| at.duration_since(UNIX_EPOCH).ok());
-    since.map(|since| since.as_millis() as u64).ok_or_else(|| {
+    since.map(|since| Moment { ms: since.as_millis() as u64, is_time_of_day: is_time }).ok_or_else(|| {
         "give a time such as 03:10 or 2026-03-01 03:10:20 (UTC), or how long ago it was, such as 10m"
             .to_owned()
     })
@@ -98,7 +127,7 @@ mod tests {
             ("1h 30m", "2026-03-01T01:30:00.000Z"),
         ] {
             assert_eq!(
-                moment_before(text, now).map(ovl_proto::clock::timestamp).as_deref(),
+                moment_before(text, now).map(|at| ovl_proto::clock::timestamp(at.ms)).as_deref(),
                 Ok(expected),
                 "{text}"
             );
@@ -106,6 +135,21 @@ mod tests {
         for wrong in ["", "3", "25:00", "2026-13-01", "yesterday", "100000000y", ":", "1969-01-01"] {
             assert!(moment_before(wrong, now).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn end_of_a_period_is_after_its_beginning() {
+        let now = humantime::parse_rfc3339("2026-03-01T03:15:00Z").unwrap();
+        let end = |since: &str, until: &str| {
+            let since = moment_before(since, now).unwrap();
+            moment_before(until, now).unwrap().end_of(Some(since)).map(ovl_proto::clock::timestamp)
+        };
+        // The end is still to come.
+        assert_eq!(end("03:10", "03:20").as_deref(), Ok("2026-03-01T03:20:00.000Z"));
+        assert_eq!(end("10m", "03:20").as_deref(), Ok("2026-03-01T03:20:00.000Z"));
+        assert_eq!(end("23:50", "00:10").as_deref(), Ok("2026-03-01T00:10:00.000Z"));
+        assert_eq!(end("2026-02-20", "5m").as_deref(), Ok("2026-03-01T03:10:00.000Z"));
+        assert!(end("5m", "10m").is_err() && end("2026-02-20", "2026-02-19").is_err());
     }
 
     #[test]

@@ -23,8 +23,7 @@ use crate::asked::Asked;
 use crate::slots::{ClientSlot, ClientSlots};
 
 /// The maximum number of traces in which a host takes part at a time.
-const MOST: usize = 4;
-
+pub(crate) const MOST: usize = 8;
 /// The maximum number of questions of other hosts that are answered at a time: each reads the kernel's entries.
 const MOST_ANSWERS: usize = 16;
 /// The maximum number of watches of one trace on a host.

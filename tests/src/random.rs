@@ -20,6 +20,7 @@ impl Random {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
-        usize::try_from((self.0 >> 11) % bound as u64).unwrap()
+        // Below `bound`, so it fits.
+        ((self.0 >> 11) % bound as u64) as usize
     }
 }

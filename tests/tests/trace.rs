@@ -203,7 +203,9 @@ fn services_names_hosts_and_published_ports_are_followed() {
     Traced::of(h1, &["a", "none:80"]).unwrap().assert_stopped(&["Service default/none", "no ready backend"]);
     Traced::of(h1, &["a", "web:81"]).unwrap().assert_stopped(&["no Service has TCP port 81"]);
     Traced::of(h1, &["a", "web"]).unwrap().assert_stopped(&["refuses ICMP"]);
-    Traced::of(h1, &["a", "nowhere.default.svc.cluster.local:80"]).unwrap().assert_stopped(&["nowhere"]);
+    let nowhere = Traced::of(h1, &["a", "nowhere.default.svc.cluster.local:80"]).unwrap();
+    nowhere.assert_stopped(&["nowhere"]);
+    assert_eq!(nowhere.0["protocol"], "tcp/80");
     // A published port, at the address of the other host and at that of the own one.
     let address = h2.address().unwrap().to_string();
     let traced = Traced::of(h1, &["a", &format!("{address}:9090")]).unwrap();
@@ -339,6 +341,70 @@ fn causes_of_faults_are_named() {
     assert_nothing_left(&lab);
 }
 
+/// A rule of another program on a host drops what is for each of these addresses. Each has a rule of its own.
+fn drop_frames_for(host: &Host, addresses: &[&str]) {
+    let rule = |address: &&str| {
+        let family = if address.contains(':') { "ip6" } else { "ip" };
+        format!(" add rule bridge foreign c {family} daddr {address} counter drop;")
+    };
+    let rules: String = addresses.iter().map(rule).collect();
+    let chain = "add chain bridge foreign c { type filter hook forward priority 0; };";
+    host.exec_ok(["nft", &format!("add table bridge foreign; {chain}{rules}")]).unwrap();
+}
+
+/// Each of them lasts a second: a datagram that is received and not answered, and an echo request that is dropped.
+#[test]
+fn traces_at_the_same_time_have_their_own_verdicts() {
+    let lab = start_lab(2).unwrap();
+    switched(&lab);
+    let [h1, h2] = lab.hosts() else { unreachable!() };
+    let (mut senders, mut receivers, mut sinks) = (Vec::new(), Vec::new(), Vec::new());
+    for n in 0..4 {
+        senders.push(attach(h1, &format!("a{n}"), "net", &[]).unwrap());
+        let receiver = attach(h2, &format!("b{n}"), "net", &[]).unwrap();
+        let bound = receiver.workload.run(|| std::net::UdpSocket::bind(("::", 53))).unwrap();
+        sinks.push(bound);
+        receivers.push(receiver);
+    }
+    for (from, to) in senders.iter().zip(&receivers) {
+        for address in to.addresses() {
+            from.workload.ping_until(&address, SOON).unwrap();
+        }
+    }
+    let [b0, b1, b2, _] = [0, 1, 2, 3].map(|n: usize| receivers[n].addresses());
+    drop_frames_for(h2, &[&b0[0], &b1[1]]);
+    drop_frames_for(h1, &[&b2[1]]);
+    // What is sent, and the rule that drops it.
+    let traces = [
+        ("a0", b0[0].clone(), Some("h2")),
+        ("a0", format!("[{}]:53/udp", b0[1]), None),
+        ("a1", b1[1].clone(), Some("h2")),
+        ("a1", format!("{}:53/udp", b1[0]), None),
+        ("a2", b2[1].clone(), Some("h1")),
+        ("a2", format!("{}:53/udp", b2[0]), None),
+        ("a3", "b3:53/udp".to_owned(), None),
+        ("a3", "b3".to_owned(), None),
+    ];
+    for _ in 0..3 {
+        std::thread::scope(|scope| {
+            for (n, (from, to, dropped_on)) in traces.iter().enumerate() {
+                let host = &lab.hosts()[n % 2];
+                scope.spawn(move || {
+                    let traced = Traced::of(host, &[from, to]).unwrap();
+                    match dropped_on {
+                        Some(on) => traced.assert_stopped(&[
+                            &format!("dropped on {on} by"),
+                            &format!("daddr {to} counter drop"),
+                        ]),
+                        None => assert!(traced.arrived() && traced.0["agree"] == true, "{to}: {traced:?}"),
+                    }
+                });
+            }
+        });
+    }
+    assert_nothing_left(&lab);
+}
+
 #[test]
 fn tables_of_a_killed_daemon_are_deleted_and_traces_are_limited() {
     let (lab, _a, b) = pair(switched);
@@ -351,12 +417,12 @@ fn tables_of_a_killed_daemon_are_deleted_and_traces_are_limited() {
         ])
         .unwrap();
     let results = std::thread::scope(|scope| {
-        let running: Vec<_> = (0..6).map(|_| scope.spawn(|| h1.ctl(&["trace", "a", "b"]).unwrap())).collect();
+        let running: Vec<_> =
+            (0..12).map(|_| scope.spawn(|| h1.ctl(&["trace", "a", "b"]).unwrap())).collect();
         running.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
     });
-    let refused =
-        results.iter().filter(|output| output.stderr.contains("takes part in other traces")).count();
-    assert!((2..6).contains(&refused), "{refused} of {results:?}");
+    let refused = results.iter().filter(|output| output.stderr.contains("takes part in 8 traces")).count();
+    assert!((4..12).contains(&refused), "{refused} of {results:?}");
     let left = |host: &Host| host.exec_ok(["nft", "list", "tables"]).unwrap().contains("ovl-trace-");
     std::thread::scope(|scope| {
         scope.spawn(|| h1.ctl(&["trace", "a", "b"]).unwrap());

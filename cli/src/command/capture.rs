@@ -29,7 +29,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::context::{Context, write_out};
 use crate::error::{Error, Result};
-use crate::text::printable;
+use crate::text::{plural, printable};
 
 use self::decode::Decoded;
 use self::merge::{Merge, Merged};
@@ -161,7 +161,7 @@ pub(crate) fn capture(context: &Context, target: CaptureTarget, filter: &str, li
     } else {
         String::new()
     };
-    say(&format!("{} packets captured{lost}", out.written));
+    say(&format!("{} captured{lost}", plural(out.written, "packet")));
     result
 }
 

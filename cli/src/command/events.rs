@@ -9,7 +9,7 @@ use crate::args::Output;
 use crate::context::{Context, json_text, write_out, yaml_text};
 use crate::error::{Error, Result};
 use crate::text::printable;
-use crate::time::moment;
+use crate::time::{Moment, moment};
 
 /// Arguments of `events`.
 #[derive(Debug, clap::Args)]
@@ -19,18 +19,21 @@ pub(crate) struct Args {
     follow: bool,
     /// Only events since then: 03:10, "2026-03-01 03:10" (UTC), or 10m for ten minutes ago
     #[arg(long, value_name = "TIME", value_parser = moment)]
-    since: Option<u64>,
+    since: Option<Moment>,
     /// Only events until then
     #[arg(long, value_name = "TIME", value_parser = moment, conflicts_with = "follow")]
-    until: Option<u64>,
+    until: Option<Moment>,
 }
 
 /// Prints the recent events, or follows them.
 pub(crate) fn run(context: &Context, args: &Args) -> Result<()> {
+    let since_ms = args.since.map(|since| since.ms);
     if args.follow {
-        return follow(context, args.since);
+        return follow(context, since_ms);
     }
-    let request = Request::Events { follow: false, since_ms: args.since, until_ms: args.until };
+    let until_ms = args.until.map(|until| until.end_of(args.since)).transpose();
+    let until_ms = until_ms.map_err(Error::Usage)?;
+    let request = Request::Events { follow: false, since_ms, until_ms };
     let events = events(context.request(&request)?)?;
     context.print(&events, |events| events.iter().map(line).collect())
 }

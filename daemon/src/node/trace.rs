@@ -30,7 +30,7 @@ use crate::trace::compare::{End, Known, Others, compare};
 use crate::trace::model::{Flow, Here, Interface, Leaving, Way, leave, to_port};
 use crate::trace::question::{self, HOST, Source, Target};
 use crate::trace::step::{Arrival, Step};
-use crate::trace::{Ask, Said};
+use crate::trace::{Ask, MOST, Said};
 
 /// How long a trace takes at most.
 const WITHIN: Duration = Duration::from_secs(5);
@@ -40,6 +40,9 @@ const ANSWER_WITHIN: Duration = Duration::from_millis(1500);
 const TIMES: u32 = 3;
 /// The time between two of them. The last one has as long to arrive.
 const PAUSE: Duration = Duration::from_millis(350);
+/// The maximum time that is added to each pause at random. Else two traces that begin together would stay in step, and each
+/// took what the kernel drops of the other's probes for its own.
+const JITTER: Duration = Duration::from_millis(100);
 /// How long packets that are on their way have to be seen after the answer.
 const GRACE: Duration = Duration::from_millis(30);
 /// The maximum number of backends of a Service that are looked at.
@@ -127,7 +130,7 @@ impl Node {
         let slot = self.state.borrow().traces.begin();
         slot.ok_or_else(|| {
             Failed::unavailable(format!(
-                "host {} takes part in other traces: try again in some seconds",
+                "host {} takes part in {MOST} traces: try again in some seconds",
                 self.config.node
             ))
         })
@@ -139,7 +142,7 @@ impl Node {
             (Some(port), Protocol::Udp) => ProbeKind::Udp(port),
             (Some(port), Protocol::Tcp | Protocol::Sctp) => ProbeKind::Tcp(port),
         };
-        let found = match self.find_target(&request).await? {
+        let found = match self.find_target(&request, kind).await? {
             Ok(found) => found,
             Err(trace) => return Ok(*trace),
         };
@@ -226,7 +229,11 @@ impl Node {
 
     /// Finds the addresses of the destination, what it is, and the step of its name. The inner error is the trace of a name
     /// that has no address.
-    async fn find_target(&self, request: &TraceRequest) -> Result<Result<Found, Box<Trace>>, Failed> {
+    async fn find_target(
+        &self,
+        request: &TraceRequest,
+        kind: ProbeKind,
+    ) -> Result<Result<Found, Box<Trace>>, Failed> {
         let name = match question::target(&self.state.borrow().view, &request.to) {
             Target::Addresses(addresses, what) => return Ok(Ok(Found { addresses, what, name: None })),
             Target::Name(name) => name,
@@ -244,10 +251,10 @@ impl Node {
         let asked_by = from.as_deref().map_or_else(String::new, |from| format!(" --from {from}"));
         let command = format!("ovlctl dns {name}{asked_by}");
         let mut why = format!("the name {name} has no address");
-        for kind in ["A", "AAAA"] {
+        for record in ["A", "AAAA"] {
             let question = DnsQuestion {
                 name: name.clone(),
-                kind: kind.to_owned(),
+                kind: record.to_owned(),
                 from: from.clone(),
                 network: network.clone(),
             };
@@ -273,7 +280,7 @@ impl Node {
         let step = Step::stops(TraceStage::Name, why.clone(), command, advice);
         let source = End { host: self.config.node.clone(), steps: vec![step], passage: None };
         let known = Known { from: request.from.clone(), to: name, source, ..Known::default() };
-        let mut trace = compare(known, ProbeKind::Echo);
+        let mut trace = compare(known, kind);
         trace.probe = Some(TraceVerdict { arrives: Some(false), why }).filter(|_| !request.no_probe);
         Ok(Err(Box::new(trace)))
     }
@@ -428,7 +435,9 @@ impl Node {
                 Err(refused) if refused.kind() == std::io::ErrorKind::ConnectionRefused => {}
                 Err(failed) => error = Some(failed.to_string()),
             }
-            if tokio::time::timeout(PAUSE, &mut watch.answered).await.is_ok() {
+            let random = u32::from_le_bytes(self.random());
+            let pause = PAUSE + JITTER.mul_f64(f64::from(random) / f64::from(u32::MAX));
+            if tokio::time::timeout(pause, &mut watch.answered).await.is_ok() {
                 break;
             }
         }

@@ -173,6 +173,11 @@ impl Known {
         passage.map_or(&[], |passage| &passage.sightings)
     }
 
+    /// Whether the probe was watched at its destination.
+    fn is_watched_there(&self) -> bool {
+        self.destination.as_ref().is_some_and(|end| end.passage.is_some())
+    }
+
     fn hops(&self, kind: ProbeKind) -> Vec<TraceHop> {
         let ends = [Some(&self.source), self.destination.as_ref()].into_iter().flatten();
         let mut hops: Vec<TraceHop> = ends
@@ -298,9 +303,14 @@ impl Judge<'_> {
                 let why = "received, and not refused".to_owned();
                 Judged { arrives: Some(true), why, advice: None, is_foreign: false }
             }
-            ProbeKind::Udp(_) if known.is_outside && self.left() => {
-                let why = "sent to the underlay; a datagram need not be answered".to_owned();
-                Judged { arrives: None, why, advice: None, is_foreign: false }
+            ProbeKind::Udp(_) if !known.is_watched_there() && self.left() => {
+                let why = match known.is_outside {
+                    true => "sent to the underlay; a datagram need not be answered",
+                    false => {
+                        "sent to the underlay; the host of the destination does not say whether it arrived"
+                    }
+                };
+                Judged { arrives: None, why: why.to_owned(), advice: None, is_foreign: false }
             }
             ProbeKind::Udp(_) | ProbeKind::Echo | ProbeKind::Tcp(_) if received => self.unanswered(),
             ProbeKind::Udp(_) | ProbeKind::Echo | ProbeKind::Tcp(_) => self.lost(),
@@ -680,6 +690,16 @@ mod tests {
         refused.source.passage.as_mut().unwrap().sightings.push(seen(90, true, "eth0", false, error));
         assert!(!compare(refused, ProbeKind::Udp(53)).arrived);
         assert!(!compare(unanswered(known()), ProbeKind::Echo).arrived);
+    }
+
+    #[test]
+    fn datagram_to_a_host_that_does_not_watch_may_have_arrived() {
+        let mut unwatched = unanswered(known());
+        unwatched.destination.as_mut().unwrap().passage = None;
+        let trace = compare(unwatched.clone(), ProbeKind::Udp(53));
+        assert!(trace.arrived && trace.agree && trace.probe.unwrap().arrives.is_none());
+        unwatched.source.passage.as_mut().unwrap().sightings.retain(|seen| seen.inside);
+        assert!(!compare(unwatched, ProbeKind::Udp(53)).arrived);
     }
 
     #[test]

@@ -10,6 +10,7 @@ use ovl_control::CapturedFrom;
 use ovl_proto::capture::{CapturePoint, CapturedDrop, CapturedPacket, PacketKey};
 
 use super::decode::key;
+use crate::text::plural;
 
 /// How long a packet is held for what dropped it, in nanoseconds.
 const HELD_NS: u64 = 200_000_000;
@@ -76,7 +77,7 @@ impl Merge {
         if !source.began && batch.ended.is_none() {
             source.began = true;
             source.points = batch.points.into_iter().map(Rc::new).collect();
-            notes.push(format!("{host}: began at {} devices", source.points.len()));
+            notes.push(format!("{host}: began at {}", plural(source.points.len() as u64, "device")));
         }
         source.until_ns = source.until_ns.max(here(batch.until_ns));
         source.lost += batch.lost;

@@ -101,7 +101,9 @@ impl RuleTrace {
 
     fn note(&mut self, payload: &[u8], at_us: u64) {
         let Some(event) = Event::read(payload) else { return };
-        if event.table == self.table && self.packets.len() < MOST {
+        // Packets that another trace has marked pass this table too, and the kernel tells of the ends of its chains. Only a rule
+        // that matched says that the packet has the cookie.
+        if event.is_match && event.table == self.table && self.packets.len() < MOST {
             self.packets.insert(event.id, (event.source, event.is_answer));
         }
         let Some((source, is_answer)) = self.packets.get(&event.id).copied() else { return };
@@ -156,6 +158,8 @@ pub(super) struct Event<'a> {
     pub(super) chain: &'a str,
     pub(super) handle: Option<u64>,
     pub(super) id: u32,
+    /// Whether a rule matched. The end of a chain has the same type, and no handle.
+    is_match: bool,
     pub(super) drops: bool,
     source: Option<IpAddr>,
     is_answer: bool,
@@ -171,6 +175,7 @@ impl<'a> Event<'a> {
             chain: "",
             handle: None,
             id: 0,
+            is_match: false,
             drops: false,
             source: None,
             is_answer: false,
@@ -197,6 +202,7 @@ impl<'a> Event<'a> {
                 _ => {}
             }
         }
+        event.is_match = kind == Some(BY_RULE) && event.handle.is_some();
         event.drops = match kind {
             Some(BY_RULE) => verdict == Some(DROP),
             Some(BY_POLICY) => policy == Some(DROP),
@@ -367,13 +373,15 @@ mod tests {
         }
         let event = Event::read(&payload).unwrap();
         assert_eq!((event.family, event.table, event.chain, event.id), ("ip", "filter", "input", 9));
-        assert!(event.drops && !event.is_answer && event.handle == Some(5));
+        assert!(event.is_match && event.drops && !event.is_answer && event.handle == Some(5));
         assert_eq!(event.source, Some([10, 1, 0, 1].into()));
         echo[9] = 6;
         assert!(is_answer(6, &[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x50, 0x12]));
         for cut in 0..payload.len() {
             Event::read(&payload[..cut]);
         }
+        let end = [attribute(TYPE, &[0, 0, 0, 3]), attribute(ID, &[0, 0, 0, 9])].concat();
+        assert!(!Event::read(&[&[0; 4], &*end].concat()).unwrap().is_match);
     }
 
     #[test]
