@@ -367,7 +367,8 @@ impl Node {
                     | Resource::EndpointSlice(_)
                     | Resource::NetworkPolicy(_)
                     | Resource::ServiceCidr(_)
-                    | Resource::ClusterNetworkPolicy(_) => continue,
+                    | Resource::ClusterNetworkPolicy(_)
+                    | Resource::Node(_) => continue,
                 },
                 Err(problems) => {
                     let reason = format!(
