@@ -11,7 +11,7 @@ use ovl_manifest::FieldProblem;
 use ovl_manifest::object::{self as manifest, Identity};
 use ovl_proto::id::EndpointId;
 use ovl_proto::object::{Body, ObjectKey};
-use ovl_proto::resource::{Kind, Pod, Resource, ResourceKey, Service, Source, Validation};
+use ovl_proto::resource::{Kind, Pod, Resource, ResourceKey, Source, Validation};
 use ovl_proto::table::{Endpoint, Entry};
 use ovl_proto::wire;
 use ovl_subsystems::services::allocation::{ReservedClaims, ServiceAllocator};
@@ -301,12 +301,7 @@ impl Node {
                 // The API server has let it in, so it is taken as it is. What of it cannot be done is said.
                 Err(problems) => problems,
             };
-            // The Service of the cluster DNS has the address at which ovl itself answers.
-            let is_dns = |service: &Service| {
-                let mut all = service.cluster_addresses().peekable();
-                all.peek().is_some() && all.all(|one| ranges.dns_addresses().any(|dns| dns == one))
-            };
-            if !problems.is_empty() && !is_dns(service) {
+            if !problems.is_empty() {
                 taken.fail(&key, sentence(&problems));
             }
         }
