@@ -5,6 +5,7 @@ mod stubs;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -97,6 +98,31 @@ const JOIN_NODES: &str = "kubernetes";
 /// In place of a range of Services: the ServiceCIDRs of a Kubernetes API server.
 const FOLLOW_CIDRS: &str = "kubernetes";
 
+/// The value of `relay`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(untagged)]
+pub(crate) enum Relaying {
+    /// Whether this host relays.
+    Any(bool),
+    /// It does, at most so many megabits a second for each pair of hosts.
+    UpTo(NonZeroU32),
+}
+
+impl Relaying {
+    /// Whether this host relays.
+    pub(crate) fn is_on(self) -> bool {
+        self != Self::Any(false)
+    }
+
+    /// The limit of each pair of hosts, in bytes a second. `None` if there is none.
+    pub(crate) fn limit(self) -> Option<u64> {
+        match self {
+            Self::Any(_) => None,
+            Self::UpTo(megabits) => Some(u64::from(megabits.get()) * 1_000_000 / 8),
+        }
+    }
+}
+
 /// An item of `service_range`.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
@@ -160,7 +186,7 @@ struct File {
     tunnel: TunnelMode,
     tunnel_port: Option<u16>,
     relay_port: Option<u16>,
-    relay: Option<bool>,
+    relay: Option<Relaying>,
     #[serde(default)]
     encrypt: bool,
     resolv_conf: Option<PathBuf>,
@@ -248,7 +274,7 @@ pub struct Config {
     /// UDP port of relayed datagrams; 0 if this host takes no part in them.
     pub(crate) relay_port: u16,
     /// Whether this host relays for hosts that do not reach each other.
-    pub(crate) relay: bool,
+    pub(crate) relay: Relaying,
     /// Whether every network created by this host is encrypted, even if the request does not ask for it.
     pub(crate) encrypt: bool,
     /// File with the upstream resolvers for all names that ovl does not serve.
@@ -362,7 +388,7 @@ impl Config {
             tunnel: args.tunnel.unwrap_or(file.tunnel),
             tunnel_port: args.tunnel_port.or(file.tunnel_port).unwrap_or(DEFAULT_TUNNEL_PORT),
             relay_port: args.relay_port.or(file.relay_port).unwrap_or(DEFAULT_RELAY_PORT),
-            relay: file.relay.unwrap_or(true),
+            relay: file.relay.unwrap_or(Relaying::Any(true)),
             encrypt: args.encrypt || file.encrypt,
             resolv_conf: args.resolv_conf.or(file.resolv_conf).unwrap_or_else(|| "/etc/resolv.conf".into()),
             dns_listen: file.dns_listen,

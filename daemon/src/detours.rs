@@ -1,13 +1,16 @@
 //! Detours to hosts that are not reached directly: which member relays for which host, and when the direct path is used again.
 //!
 //! A peer that answers no ping directly, while a member passes its answers on, is reached through that member. The member that
-//! reached it first is the nearest one. [`Detours`] decides from what gossip knows; `node::detours` opens the sockets.
+//! reached it first is the nearest one. If that one does not reach the peer directly either, the path that all members' links
+//! allow counts. [`Detours`] decides from what gossip knows; `node::detours` opens the sockets.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use ovl_proto::id::NodeId;
 use tokio::time::Instant;
+
+use crate::links::Links;
 
 /// Time beyond the interval of pings after which a peer that does not answer is not reached directly.
 const SILENT: Duration = Duration::from_millis(400);
@@ -32,6 +35,13 @@ pub(crate) struct Evidence {
     pub through: Option<(NodeId, Duration)>,
 }
 
+impl Evidence {
+    /// Whether the peer does not answer directly, with pings at this interval.
+    pub(crate) fn is_silent(&self, ping_every: Duration) -> bool {
+        self.heard.is_none_or(|heard| heard > ping_every + SILENT)
+    }
+}
+
 /// A change of the way to a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Turn {
@@ -52,6 +62,8 @@ pub(crate) struct Detours {
 #[derive(Debug)]
 struct Detour {
     relay: NodeId,
+    /// The members after it, as far as links tell.
+    further: Vec<NodeId>,
     since: Instant,
     /// Since when the peer answers directly.
     direct: Option<Instant>,
@@ -63,6 +75,13 @@ impl Detours {
     /// The member through which a peer is reached. `None` if it is reached directly.
     pub(crate) fn relay(&self, peer: NodeId) -> Option<NodeId> {
         self.open.get(&peer).map(|detour| detour.relay)
+    }
+
+    /// The members through which a peer is reached, in order. Empty if it is reached directly.
+    pub(crate) fn path(&self, peer: NodeId) -> Vec<NodeId> {
+        let path =
+            |detour: &Detour| [detour.relay].into_iter().chain(detour.further.iter().copied()).collect();
+        self.open.get(&peer).map(path).unwrap_or_default()
     }
 
     /// For how long a peer has been reached through that member.
@@ -91,11 +110,13 @@ impl Detours {
         (!self.open.contains_key(&peer)).then(|| self.begin(peer, relay, now))
     }
 
-    /// Decides for all live peers, of which `relays` offer to relay. `ping_every` is the interval of pings.
+    /// Decides for all live peers, of which `relays` offer to relay. `paths` are those of `links` from this host. `ping_every` is
+    /// the interval of pings.
     pub(crate) fn decide(
         &mut self,
         peers: &BTreeMap<NodeId, Evidence>,
         relays: &BTreeSet<NodeId>,
+        (links, paths): (&Links, &BTreeMap<NodeId, Vec<NodeId>>),
         ping_every: Duration,
         now: Instant,
     ) -> Vec<(NodeId, Turn)> {
@@ -103,14 +124,19 @@ impl Detours {
             let heard = peers.get(relay).and_then(|evidence| evidence.heard);
             relays.contains(relay) && heard.is_some_and(|heard| heard <= ping_every + RELAY_SILENT)
         };
+        let first = |peer: &NodeId| paths.get(peer).and_then(|path| path.first().copied());
+        // What does not reach the peer by the links that are known would send datagrams in a circle.
+        let leads = |relay: NodeId, peer: NodeId| links.has(relay, peer) || first(&peer) == Some(relay);
         let mut turns = Vec::new();
         self.open.retain(|peer, _| peers.contains_key(peer));
         self.ended.retain(|_, (at, _)| now.saturating_duration_since(*at) < LATELY);
         for (&peer, evidence) in peers {
-            let is_silent = evidence.heard.is_none_or(|heard| heard > ping_every + SILENT);
-            let through = evidence.through.filter(|(relay, ago)| *ago < FRESH && is_reached(relay));
+            let is_silent = evidence.is_silent(ping_every);
+            let answers = evidence.through.filter(|(_, ago)| *ago < FRESH);
+            let through = answers.and_then(|(by, _)| if leads(by, peer) { Some(by) } else { first(&peer) });
+            let through = through.filter(is_reached);
             let Some(detour) = self.open.get_mut(&peer) else {
-                if let Some((relay, _)) = through.filter(|_| is_silent) {
+                if let Some(relay) = through.filter(|_| is_silent) {
                     turns.push((peer, self.begin(peer, relay, now)));
                 }
                 continue;
@@ -118,9 +144,8 @@ impl Detours {
             if is_silent {
                 detour.direct = None;
                 // Members that reach the peer take turns in passing on its answers. One is as good as the other.
-                if !is_reached(&detour.relay)
-                    && let Some((relay, _)) = through
-                {
+                let is_good = is_reached(&detour.relay) && leads(detour.relay, peer);
+                if let Some(relay) = through.filter(|_| !is_good) {
                     (detour.relay, detour.since) = (relay, now);
                     turns.push((peer, Turn::Through(relay)));
                 }
@@ -133,13 +158,18 @@ impl Detours {
                 }
             }
         }
+        for (peer, detour) in &mut self.open {
+            let path = paths.get(peer).filter(|path| path.first() == Some(&detour.relay));
+            let further = path.filter(|_| !links.has(detour.relay, *peer)).and_then(|path| path.get(1..));
+            detour.further = further.unwrap_or_default().to_vec();
+        }
         turns
     }
 
     fn begin(&mut self, peer: NodeId, relay: NodeId, now: Instant) -> Turn {
         let last = self.ended.remove(&peer).map(|(_, steady)| (steady * 2).min(MAX_STEADY));
         let steady = last.unwrap_or(STEADY);
-        self.open.insert(peer, Detour { relay, since: now, direct: None, steady });
+        self.open.insert(peer, Detour { relay, further: Vec::new(), since: now, direct: None, steady });
         Turn::Through(relay)
     }
 }
@@ -152,6 +182,7 @@ mod tests {
     const PEER: NodeId = NodeId([1; 10]);
     const RELAY: NodeId = NodeId([2; 10]);
     const OTHER: NodeId = NodeId([3; 10]);
+    const ME: NodeId = NodeId([9; 10]);
 
     fn ms(ms: u64) -> Duration {
         Duration::from_millis(ms)
@@ -163,6 +194,7 @@ mod tests {
         relays: BTreeSet<NodeId>,
         /// How long ago the relays answered.
         relays_heard: Duration,
+        links: Links,
     }
 
     impl World {
@@ -172,6 +204,7 @@ mod tests {
                 now: Instant::now(),
                 relays: [RELAY, OTHER].into(),
                 relays_heard: ms(100),
+                links: Links::new([(PEER, true), (RELAY, true), (OTHER, true), (ME, true)], [(ME, PEER)]),
             }
         }
 
@@ -182,7 +215,8 @@ mod tests {
                 Evidence { heard: Some(ms(heard)), through: through.map(|(relay, ago)| (relay, ms(ago))) };
             let relay = Evidence { heard: Some(self.relays_heard), through: None };
             let all = [(PEER, evidence), (RELAY, relay), (OTHER, relay)].into();
-            self.detours.decide(&all, &self.relays, PING, self.now)
+            let paths = self.links.paths(ME, |_| 0);
+            self.detours.decide(&all, &self.relays, (&self.links, &paths), PING, self.now)
         }
     }
 
@@ -202,8 +236,29 @@ mod tests {
         assert_eq!(world.after(200, 2100, None), []);
         assert_eq!(world.after(200, 2300, Some((OTHER, 10))), [(PEER, Turn::Through(OTHER))]);
         assert_eq!(world.detours.relay(PEER), Some(OTHER));
-        assert_eq!(world.detours.decide(&BTreeMap::new(), &world.relays, PING, world.now), []);
+        let links = (&world.links, &BTreeMap::new());
+        assert_eq!(world.detours.decide(&BTreeMap::new(), &world.relays, links, PING, world.now), []);
         assert!(world.detours.is_empty(), "it is gone");
+    }
+
+    #[test]
+    fn member_that_does_not_reach_the_peer_itself_is_used_only_if_it_is_on_the_path() {
+        let mut world = World::new();
+        let members = [(PEER, true), (RELAY, true), (OTHER, true), (ME, true)];
+        world.links = Links::new(members, [(ME, PEER), (RELAY, PEER)]);
+        assert_eq!(
+            world.after(0, 1100, Some((RELAY, 10))),
+            [(PEER, Turn::Through(OTHER))],
+            "the shorter path"
+        );
+        world.links = Links::new(members, [(ME, PEER), (OTHER, PEER), (ME, OTHER)]);
+        assert_eq!(world.after(200, 1300, None), [], "nothing has passed its answers on lately");
+        assert_eq!(world.after(200, 1300, Some((RELAY, 10))), [(PEER, Turn::Through(RELAY))]);
+        world.links = Links::new(members, [(ME, PEER), (RELAY, PEER), (ME, OTHER)]);
+        assert_eq!(world.after(200, 1300, Some((RELAY, 10))), [], "and that one through the other");
+        assert_eq!(world.detours.path(PEER), [RELAY, OTHER]);
+        world.links = Links::new(members, [(ME, PEER), (RELAY, PEER), (OTHER, PEER)]);
+        assert_eq!(world.after(200, 1300, Some((RELAY, 10))), [], "no path is known: it stays");
     }
 
     #[test]

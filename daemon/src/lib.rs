@@ -26,8 +26,10 @@ mod flows;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod health;
+mod keys;
 mod kubernetes;
 mod limits;
+mod links;
 mod log;
 mod metrics;
 mod modes;

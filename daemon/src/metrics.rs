@@ -83,6 +83,20 @@ pub(crate) fn add_status(page: &mut Page, status: &Status, peers: &[PeerInfo]) {
         .with(&[("reason", "unauthenticated")], gossip.dropped_unauthenticated)
         .with(&[("reason", "replayed")], gossip.dropped_replayed)
         .with(&[("reason", "malformed")], gossip.dropped_malformed);
+    if let Some(relayed) = &status.relayed {
+        page.counter("relay_sent", In::Numbers, "Datagrams of this host through members").is(relayed.sent);
+        page.counter("relay_received", In::Numbers, "Datagrams for this host through members")
+            .is(relayed.received);
+        page.counter("relay_forwarded", In::Numbers, "Datagrams that were passed on for other hosts")
+            .is(relayed.forwarded);
+        page.counter("relay_dropped", In::Numbers, "Relayed datagrams dropped, by reason")
+            .with(&[("reason", "unauthenticated")], relayed.dropped_unauthenticated)
+            .with(&[("reason", "no_path")], relayed.dropped_no_path)
+            .with(&[("reason", "limited")], relayed.dropped_limited)
+            .with(&[("reason", "full")], relayed.dropped_full);
+        page.gauge("relay_streams", In::Numbers, "Streams that are being passed on for other hosts")
+            .is(relayed.streams);
+    }
     let reconcile = &status.reconcile;
     page.counter("reconcile_operations", In::Numbers, "Changes of the kernel").is(reconcile.operations);
     page.gauge("reconcile_failing", In::Numbers, "Changes that the kernel refuses")

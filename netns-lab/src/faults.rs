@@ -1,6 +1,6 @@
 //! Faults on the underlay: an nftables table in the switch's namespace, replaced atomically.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Display, Formatter, Write as _};
 
 use anyhow::{Result, bail, ensure};
@@ -21,6 +21,9 @@ const STEPS: f64 = 10_000.0;
 pub struct Faults {
     /// Partition: hosts of different groups do not reach each other.
     pub groups: Vec<Vec<String>>,
+    /// Cut links: nothing that the first host sends reaches the second one.
+    #[serde(default)]
+    pub cuts: BTreeSet<(String, String)>,
     /// Loss rate of all frames, in percent.
     pub loss: f64,
     /// Loss rate of the datagrams to each UDP port, in percent.
@@ -42,9 +45,28 @@ impl Lab {
         self.change_faults(|faults| faults.groups = groups)
     }
 
-    /// Ends the partition. Loss stays active: see [`clear_faults`](Self::clear_faults).
+    /// Drops all traffic from the first to the second host of each pair, and back unless `one_way`. Earlier cuts stay.
+    pub fn cut(&self, pairs: &[(&str, &str)], one_way: bool) -> Result<()> {
+        for (from, to) in pairs {
+            self.host(from)?;
+            self.host(to)?;
+            ensure!(from != to, "{from} is both ends of a link");
+        }
+        let name = |(from, to): (&str, &str)| (from.to_owned(), to.to_owned());
+        self.change_faults(|faults| {
+            faults.cuts.extend(pairs.iter().map(|pair| name(*pair)));
+            if !one_way {
+                faults.cuts.extend(pairs.iter().map(|(from, to)| name((to, from))));
+            }
+        })
+    }
+
+    /// Ends the partition and all cuts. Loss stays active: see [`clear_faults`](Self::clear_faults).
     pub fn heal(&self) -> Result<()> {
-        self.change_faults(|faults| faults.groups.clear())
+        self.change_faults(|faults| {
+            faults.groups.clear();
+            faults.cuts.clear();
+        })
     }
 
     /// Drops a random share of all frames (including ARP) between hosts, in percent. 0 ends the loss.
@@ -68,7 +90,7 @@ impl Lab {
         })
     }
 
-    /// Ends the partition and all loss.
+    /// Ends the partition, all cuts and all loss.
     pub fn clear_faults(&self) -> Result<()> {
         self.change_faults(|faults| *faults = Faults::default())
     }
@@ -100,9 +122,13 @@ fn check_percent(percent: f64) -> Result<()> {
 impl Faults {
     /// Renders the table as one transaction. The first line ensures that there is a table to delete.
     fn script(&self) -> String {
-        let rules: Vec<String> =
-            [self.partition_rules(), self.udp_rules(), drop_rule("", self.loss).into_iter().collect()]
-                .concat();
+        let rules: Vec<String> = [
+            self.partition_rules(),
+            self.cut_rules(),
+            self.udp_rules(),
+            drop_rule("", self.loss).into_iter().collect(),
+        ]
+        .concat();
         let mut script = format!("add table {TABLE}\ndelete table {TABLE}\n");
         if !rules.is_empty() {
             let chain = "type filter hook forward priority 0; policy accept;";
@@ -133,6 +159,11 @@ impl Faults {
         rules
     }
 
+    fn cut_rules(&self) -> Vec<String> {
+        let rule = |(from, to): &(String, String)| format!("iifname \"{from}\" oifname \"{to}\" drop");
+        self.cuts.iter().map(rule).collect()
+    }
+
     fn udp_rules(&self) -> Vec<String> {
         self.udp_loss
             .iter()
@@ -158,6 +189,14 @@ impl Display for Faults {
             let groups: Vec<String> = self.groups.iter().map(|group| group.join(",")).collect();
             parts.push(format!("partition {}", groups.join(" | ")));
         }
+        if !self.cuts.is_empty() {
+            let is_both = |(from, to): &(String, String)| self.cuts.contains(&(to.clone(), from.clone()));
+            let shown = self.cuts.iter().filter(|pair| pair.0 < pair.1 || !is_both(pair));
+            let cuts: Vec<String> = shown
+                .map(|pair| format!("{} {} {}", pair.0, if is_both(pair) { "-" } else { "->" }, pair.1))
+                .collect();
+            parts.push(format!("cut {}", cuts.join(", ")));
+        }
         if self.loss > 0.0 {
             parts.push(format!("loss {} %", self.loss));
         }
@@ -178,6 +217,9 @@ mod tests {
         let names = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
         let faults = Faults {
             groups: vec![names(&["h1", "h2"]), names(&["h3"])],
+            cuts: [("h1", "h2"), ("h2", "h1"), ("h3", "h1")]
+                .map(|(from, to)| (from.to_owned(), to.to_owned()))
+                .into(),
             loss: 2.5,
             udp_loss: BTreeMap::from([(4789, 100.0)]),
         };
@@ -185,12 +227,15 @@ mod tests {
         for rule in [
             "iifname { \"h1\", \"h2\" } oifname { \"h3\" } drop",
             "iifname { \"h3\" } oifname { \"h1\", \"h2\" } drop",
+            "iifname \"h2\" oifname \"h1\" drop",
+            "iifname \"h3\" oifname \"h1\" drop",
             "udp dport 4789 drop",
             "\nnumgen random mod 10000 < 250 drop",
         ] {
             assert!(script.contains(rule), "{rule} in {script}");
         }
-        assert_eq!(faults.to_string(), "partition h1,h2 | h3, loss 2.5 %, loss 100 % to UDP port 4789");
+        let text = "partition h1,h2 | h3, cut h1 - h2, h3 -> h1, loss 2.5 %, loss 100 % to UDP port 4789";
+        assert_eq!(faults.to_string(), text);
     }
 
     #[test]

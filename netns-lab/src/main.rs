@@ -99,7 +99,15 @@ enum Command {
         #[arg(required = true, value_name = "HOST,HOST...")]
         groups: Vec<String>,
     },
-    /// End the partition
+    /// Cut the links between pairs of hosts: `cut h1,h2 h1,h3`
+    Cut {
+        #[arg(required = true, value_name = "HOST,HOST")]
+        pairs: Vec<String>,
+        /// Only what the first host of each pair sends to the second one
+        #[arg(long)]
+        one_way: bool,
+    },
+    /// End the partition, and all cuts
     Heal,
     /// Drop a percentage of all frames, or of the datagrams to one UDP port; 0 ends it
     Loss {
@@ -190,6 +198,7 @@ fn run(lab: &str, command: Command) -> Result<ExitCode> {
         Command::Link { host, state } => control::link(lab, &host, matches!(state, LinkState::Up))?,
         Command::Mtu { host, mtu, port_only } => control::mtu(lab, &host, mtu, port_only)?,
         Command::Partition { groups } => fault::partition(lab, &groups)?,
+        Command::Cut { pairs, one_way } => fault::cut(lab, &pairs, one_way)?,
         Command::Heal => fault::heal(lab)?,
         Command::Loss { percent, udp_port } => fault::loss(lab, percent, udp_port)?,
     }

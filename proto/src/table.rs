@@ -187,6 +187,8 @@ pub enum Entry {
     Held(NetworkId),
     /// The owner announces this address of a LoadBalancer on the underlay.
     Announced(IpAddr),
+    /// The owner does not reach this host directly, although it is alive.
+    Unreached(NodeId),
     /// An entry that this release does not understand. It is kept and passed on, and has no effect.
     Opaque(Opaque),
 }
@@ -225,6 +227,8 @@ pub enum Key {
     Held(NetworkId),
     /// [`Entry::Announced`].
     Announced(IpAddr),
+    /// [`Entry::Unreached`].
+    Unreached(NodeId),
     /// An entry of a kind that this release does not know.
     Unknown(UnknownKey),
 }
@@ -245,6 +249,7 @@ mod kind {
     pub(super) const PATH_MTU: u32 = 3;
     pub(super) const HELD: u32 = 4;
     pub(super) const ANNOUNCED: u32 = 5;
+    pub(super) const UNREACHED: u32 = 6;
 }
 
 impl Key {
@@ -261,6 +266,7 @@ impl Key {
             Self::PathMtu(peer) => (kind::PATH_MTU, bytes(wire::encode_body(peer))),
             Self::Held(network) => (kind::HELD, bytes(wire::encode_body(network))),
             Self::Announced(address) => (kind::ANNOUNCED, bytes(wire::encode_body(address))),
+            Self::Unreached(peer) => (kind::UNREACHED, bytes(wire::encode_body(peer))),
             Self::Unknown(UnknownKey { kind, length, bytes }) => {
                 (*kind, bytes.get(..usize::from(*length)).unwrap_or_default().to_vec())
             }
@@ -277,6 +283,7 @@ impl Key {
             kind::PATH_MTU => Self::PathMtu(wire::decode_body(bytes)?),
             kind::HELD => Self::Held(wire::decode_body(bytes)?),
             kind::ANNOUNCED => Self::Announced(wire::decode_body(bytes)?),
+            kind::UNREACHED => Self::Unreached(wire::decode_body(bytes)?),
             _ => Self::Unknown(UnknownKey::new(number, bytes)?),
         })
     }
@@ -323,6 +330,7 @@ fn content_of(key: Key, content: &[u8]) -> Option<Result<Entry, WireError>> {
         Key::PathMtu(peer) => wire::decode_body(content).map(|mtu| Entry::PathMtu { peer, mtu }),
         Key::Held(network) => wire::decode_body(content).map(|()| Entry::Held(network)),
         Key::Announced(address) => wire::decode_body(content).map(|()| Entry::Announced(address)),
+        Key::Unreached(peer) => wire::decode_body(content).map(|()| Entry::Unreached(peer)),
         Key::Unknown(_) => return None,
     })
 }
@@ -335,7 +343,7 @@ impl Serialize for Entry {
             Self::Endpoint(endpoint) => wire::encode_body(endpoint),
             Self::Lease { to, .. } => wire::encode_body(to),
             Self::PathMtu { mtu, .. } => wire::encode_body(mtu),
-            Self::Held(_) | Self::Announced(_) => Ok(Vec::new()),
+            Self::Held(_) | Self::Announced(_) | Self::Unreached(_) => Ok(Vec::new()),
             Self::Opaque(opaque) => {
                 return (number, Bytes(&key), Bytes(&opaque.content)).serialize(serializer);
             }
@@ -364,6 +372,7 @@ impl Entry {
             Self::PathMtu { peer, .. } => Key::PathMtu(*peer),
             Self::Held(network) => Key::Held(*network),
             Self::Announced(address) => Key::Announced(*address),
+            Self::Unreached(peer) => Key::Unreached(*peer),
             Self::Opaque(opaque) => opaque.key,
         }
     }

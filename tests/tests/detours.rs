@@ -18,15 +18,15 @@ use ovl_tests::{
 /// Time in which traffic flows another way after a direct path is cut.
 const TURNED: Duration = Duration::from_secs(2);
 
-/// Three hosts with an encrypted switched and an encrypted routed network.
+/// Hosts with an encrypted switched and an encrypted routed network.
 struct World {
     lab: Lab,
     blue: Vec<Attached>,
     pods: Vec<Attached>,
 }
 
-fn world(underlay: Underlay) -> World {
-    let lab = start_lab_with(LabConfig::hosts(3).underlay(underlay)).unwrap();
+fn world(hosts: usize, underlay: Underlay) -> World {
+    let lab = start_lab_with(LabConfig::hosts(hosts).underlay(underlay)).unwrap();
     create_network(&lab, "blue", &["--encrypted", "--subnet", "10.99.0.0/24", "--subnet", "fd99::/64"])
         .unwrap();
     let options = ["--encrypted", "--subnet", "10.60.0.0/16", "--subnet", "fd60::/48"];
@@ -43,12 +43,19 @@ fn world(underlay: Underlay) -> World {
     World { lab, blue, pods }
 }
 
-fn wait_via(host: &Host, other: &str, relay: Option<&str>) {
-    wait_until(SOON, &format!("{other} to be reached via {relay:?} on {}", host.name()), || -> Result<()> {
-        let row = peer(host, other)?;
-        ensure!(row["via"].as_str() == relay && row["state"] == "alive", "{row}");
-        Ok(())
-    })
+/// Waits until a host reaches another one through just these members.
+fn wait_via(host: &Host, other: &str, relays: &[&str]) {
+    wait_until(
+        SOON,
+        &format!("{other} to be reached via {relays:?} on {}", host.name()),
+        || -> Result<()> {
+            let row = peer(host, other)?;
+            let via: Vec<&str> =
+                row["via"].as_array().into_iter().flatten().filter_map(|at| at.as_str()).collect();
+            ensure!(via == relays && row["state"] == "alive", "{row}");
+            Ok(())
+        },
+    )
     .unwrap();
 }
 
@@ -93,15 +100,15 @@ fn longest_gap(report: &FlowReport) -> Duration {
 }
 
 fn detour_carries_traffic_and_ends(underlay: Underlay) {
-    let World { lab, blue, pods } = world(underlay);
+    let World { lab, blue, pods } = world(3, underlay);
     let (h1, h2) = (&lab["h1"], &lab["h2"]);
     let flows: Vec<Flow> = [&blue, &pods].map(|all| Flow::start(&all[0], &all[1]).unwrap()).into();
     let mut connections = [&blue, &pods].map(|all| Connection::open(&all[0], &all[1]));
     connections.iter_mut().for_each(Connection::echo);
 
     lab.partition(&[&["h1"], &["h2"]]).unwrap();
-    wait_via(h1, "h2", Some("h3"));
-    wait_via(h2, "h1", Some("h3"));
+    wait_via(h1, "h2", &["h3"]);
+    wait_via(h2, "h1", &["h3"]);
     connections.iter_mut().for_each(Connection::echo);
     for all in [&blue, &pods] {
         ping_all_pairs(all, SOON).unwrap();
@@ -112,8 +119,8 @@ fn detour_carries_traffic_and_ends(underlay: Underlay) {
 
     let flows: Vec<Flow> = [&blue, &pods].map(|all| Flow::start(&all[0], &all[1]).unwrap()).into();
     lab.heal().unwrap();
-    wait_via(h1, "h2", None);
-    wait_via(h2, "h1", None);
+    wait_via(h1, "h2", &[]);
+    wait_via(h2, "h1", &[]);
     connections.iter_mut().for_each(Connection::echo);
     for flow in flows {
         let report = flow.finish().unwrap();
@@ -130,4 +137,74 @@ fn encrypted_traffic_of_two_hosts_that_do_not_reach_each_other_goes_through_a_th
 #[test]
 fn the_same_over_an_ipv6_underlay() {
     detour_carries_traffic_and_ends(Underlay::V6);
+}
+
+#[test]
+fn five_hosts_in_a_chain_that_reach_only_their_neighbours_are_one_cluster() {
+    let World { lab, blue, pods } = world(5, Underlay::V4);
+    let names = ["h1", "h2", "h3", "h4", "h5"];
+    let cut: Vec<(&str, &str)> =
+        (0..5).flat_map(|one| (one + 2..5).map(move |other| (names[one], names[other]))).collect();
+    let mut connections = [&blue, &pods].map(|all| Connection::open(&all[0], &all[4]));
+    connections.iter_mut().for_each(Connection::echo);
+    lab.cut(&cut, false).unwrap();
+    for one in 0..5 {
+        for other in 0..5 {
+            let mut between: Vec<&str> = names[one.min(other)..=one.max(other)].to_vec();
+            if one > other {
+                between.reverse();
+            }
+            let between = between.get(1..between.len().saturating_sub(1)).unwrap_or_default();
+            if one != other {
+                wait_via(&lab[names[one]], names[other], between);
+            }
+        }
+    }
+    connections.iter_mut().for_each(Connection::echo);
+    for all in [&blue, &pods] {
+        ping_all_pairs(all, SOON).unwrap();
+    }
+    wait_clean(lab.hosts(), SOON).unwrap();
+
+    // Agreement needs three of them, and a host at the end has all changes.
+    create_network(&lab, "green", &["--encrypted", "--subnet", "10.98.0.0/24"]).unwrap();
+    let new: Vec<Attached> = ["h1", "h5"]
+        .iter()
+        .map(|name| attach(&lab[*name], &format!("g{name}"), "green", &[]).unwrap())
+        .collect();
+    ping_all_pairs(&new, SOON).unwrap();
+
+    // What a killed daemon forgets, it learns again through the others.
+    lab["h1"].kill9().unwrap();
+    lab["h1"].start().unwrap();
+    wait_via(&lab["h1"], "h5", &["h2", "h3", "h4"]);
+    ping_all_pairs(&new, SOON).unwrap();
+
+    lab.heal().unwrap();
+    for one in names {
+        for other in names.into_iter().filter(|other| *other != one) {
+            wait_via(&lab[one], other, &[]);
+        }
+    }
+    connections.iter_mut().for_each(Connection::echo);
+    ping_all_pairs(&pods, SOON).unwrap();
+    wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+#[test]
+fn what_is_lost_in_one_direction_goes_through_a_member() {
+    let World { lab, blue, pods } = world(3, Underlay::V4);
+    let flows: Vec<Flow> = [&blue, &pods].map(|all| Flow::start(&all[0], &all[1]).unwrap()).into();
+    lab.cut(&[("h2", "h1")], true).unwrap();
+    wait_via(&lab["h1"], "h2", &["h3"]);
+    wait_via(&lab["h2"], "h1", &["h3"]);
+    for all in [&blue, &pods] {
+        ping_all_pairs(all, SOON).unwrap();
+    }
+    let gaps: Vec<Duration> = flows.into_iter().map(|flow| longest_gap(&flow.finish().unwrap())).collect();
+    println!("no replies for {gaps:?} after the cut");
+    assert!(gaps.iter().all(|gap| *gap < TURNED), "{gaps:?}");
+    lab.heal().unwrap();
+    wait_via(&lab["h1"], "h2", &[]);
+    wait_clean(lab.hosts(), SOON).unwrap();
 }

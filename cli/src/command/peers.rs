@@ -103,8 +103,8 @@ fn path(peer: &PeerInfo) -> String {
         let trip = path.rtt_us.map(|trip| format!(" {}", micros(trip))).unwrap_or_default();
         format!("{}{trip}", path.encapsulation)
     });
-    let via = peer.via.iter().map(|relay| format!("via {relay}"));
-    via.chain(each).collect::<Vec<_>>().join(", ")
+    let via = (!peer.via.is_empty()).then(|| format!("via {}", peer.via.join(" ")));
+    via.into_iter().chain(each).collect::<Vec<_>>().join(", ")
 }
 
 /// Formats the loss of the paths, in each direction. The empty string if there is none.
@@ -163,7 +163,7 @@ mod tests {
             member: true,
             reachable: true,
             path_mtu: Some(1500),
-            via: None,
+            via: Vec::new(),
             via_s: None,
             paths: Vec::new(),
         }

@@ -116,6 +116,7 @@ mod tests {
             networks: 2,
             rotation: None,
             gossip: GossipCounters { sent: 1204, received: 1187, ..GossipCounters::default() },
+            relayed: None,
             reconcile: ReconcileStatus { passes: 31, operations: 42, repairs: 1, failing: Vec::new() },
         }
     }

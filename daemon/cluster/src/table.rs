@@ -186,6 +186,7 @@ impl Table {
             | Entry::Lease { .. }
             | Entry::Held(_)
             | Entry::Announced(_)
+            | Entry::Unreached(_)
             | Entry::Opaque(_) => None,
         })
     }
@@ -200,7 +201,8 @@ impl Table {
             | Entry::Lease { .. }
             | Entry::PathMtu { .. }
             | Entry::Held(_)
-            | Entry::Announced(_) => None,
+            | Entry::Announced(_)
+            | Entry::Unreached(_) => None,
         })
     }
 
@@ -223,7 +225,21 @@ impl Table {
             | Entry::Lease { .. }
             | Entry::PathMtu { .. }
             | Entry::Held(_)
+            | Entry::Unreached(_)
             | Entry::Opaque(_) => None,
+        })
+    }
+
+    /// Returns the live hosts that the owner does not reach directly. They are few, at the end of the table.
+    pub fn unreached(&self) -> impl Iterator<Item = NodeId> {
+        self.contents.entries.range(Key::Unreached(NodeId::default())..).filter_map(|(key, _)| match key {
+            Key::Unreached(peer) => Some(*peer),
+            Key::Endpoint(_)
+            | Key::Lease(..)
+            | Key::PathMtu(_)
+            | Key::Held(_)
+            | Key::Announced(_)
+            | Key::Unknown(_) => None,
         })
     }
 
@@ -345,6 +361,7 @@ fn as_endpoint(entry: &Entry) -> Option<&Endpoint> {
         | Entry::PathMtu { .. }
         | Entry::Held(_)
         | Entry::Announced(_)
+        | Entry::Unreached(_)
         | Entry::Opaque(_) => None,
     }
 }
@@ -370,7 +387,11 @@ impl TableContents {
                 self.index.insert(endpoint);
             }
             Entry::Opaque(_) => self.opaque += 1,
-            Entry::Lease { .. } | Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) => {}
+            Entry::Lease { .. }
+            | Entry::PathMtu { .. }
+            | Entry::Held(_)
+            | Entry::Announced(_)
+            | Entry::Unreached(_) => {}
         }
         if let Some(hash) = hash {
             self.digest.insert(hash);
@@ -388,7 +409,11 @@ impl TableContents {
                 self.index.remove(endpoint);
             }
             Entry::Opaque(_) => self.opaque -= 1,
-            Entry::Lease { .. } | Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) => {}
+            Entry::Lease { .. }
+            | Entry::PathMtu { .. }
+            | Entry::Held(_)
+            | Entry::Announced(_)
+            | Entry::Unreached(_) => {}
         }
         if let Some(hash) = hash {
             self.digest.remove(&hash);

@@ -12,6 +12,7 @@ use ovl_udp::threads::{StopSignal, ThreadGroup};
 use ovl_udp::{MAX_COALESCED, ReceiveBatch, Sharing};
 
 use crate::frame::{self, Channel, HEADER, Header, HostId, RelayKey};
+use crate::limits::Limits;
 use crate::run::{Kind, Run};
 
 /// The number of coalesced datagrams that one call receives.
@@ -36,6 +37,8 @@ pub struct RelayConfig {
     pub me: HostId,
     /// Whether datagrams between other hosts are passed on.
     pub forwards: bool,
+    /// How much each pair of other hosts may have passed on, in bytes a second. `None`: any amount.
+    pub limit: Option<u64>,
 }
 
 /// The numbers of datagrams.
@@ -51,6 +54,8 @@ pub struct Counters {
     pub unauthenticated: u64,
     /// Dropped: to a host to which there is no next hop, from one without a detour, or past its hop limit.
     pub no_path: u64,
+    /// Dropped: its two hosts have sent more than they may.
+    pub limited: u64,
     /// Dropped: the socket refused it.
     pub full: u64,
 }
@@ -62,6 +67,7 @@ struct Counted {
     forwarded: AtomicU64,
     unauthenticated: AtomicU64,
     no_path: AtomicU64,
+    limited: AtomicU64,
     full: AtomicU64,
 }
 
@@ -101,6 +107,7 @@ struct Table {
 struct Shared {
     me: HostId,
     forwards: bool,
+    limit: Option<u64>,
     socket: UdpSocket,
     table: RwLock<Table>,
     counted: Counted,
@@ -134,6 +141,7 @@ impl Relay {
         let shared = Arc::new(Shared {
             me: config.me,
             forwards: config.forwards,
+            limit: config.limit,
             socket,
             table: RwLock::default(),
             counted: Counted::default(),
@@ -191,7 +199,8 @@ impl Relay {
 
     /// The numbers of datagrams since the start.
     pub fn counters(&self) -> Counters {
-        let Counted { sent, received, forwarded, unauthenticated, no_path, full } = &self.shared.counted;
+        let Counted { sent, received, forwarded, unauthenticated, no_path, limited, full } =
+            &self.shared.counted;
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Counters {
             sent: read(sent),
@@ -199,6 +208,7 @@ impl Relay {
             forwarded: read(forwarded),
             unauthenticated: read(unauthenticated),
             no_path: read(no_path),
+            limited: read(limited),
             full: read(full),
         }
     }
@@ -227,13 +237,15 @@ impl Shared {
     fn run(&self, stop: &StopSignal) {
         let mut batch = ReceiveBatch::new(SLOTS, MAX_COALESCED);
         let mut run = Run::new(MOST_SENT);
+        let mut limits = self.limit.map(Limits::new);
         while !stop.is_set() {
             match batch.receive(&self.socket, SLOTS) {
                 Ok(received) => {
-                    let table = self.table();
+                    let (table, now) = (self.table(), Instant::now());
                     for datagrams in (0..received).filter_map(|slot| batch.get(slot)) {
                         for datagram in datagrams.bytes.chunks(datagrams.segment_size) {
-                            self.take(&table, &mut run, datagram, datagrams.from);
+                            let limits = limits.as_mut().map(|limits| (limits, now));
+                            self.take(&table, &mut run, datagram, datagrams.from, limits);
                         }
                         self.flush(&table, &mut run);
                     }
@@ -248,7 +260,14 @@ impl Shared {
     }
 
     /// Adds a received datagram to the run, after sending the run if it is of another kind.
-    fn take(&self, table: &Table, run: &mut Run, datagram: &[u8], sender: SocketAddr) {
+    fn take(
+        &self,
+        table: &Table,
+        run: &mut Run,
+        datagram: &[u8],
+        sender: SocketAddr,
+        limits: Option<(&mut Limits, Instant)>,
+    ) {
         let Some(header) =
             Header::parse(datagram).filter(|header| header.is_made_with(&table.keys, datagram))
         else {
@@ -264,6 +283,9 @@ impl Shared {
         let passes = self.forwards && hop_limit > 1 && from != self.me && table.next.contains_key(&to);
         if !is_here && !passes {
             return count(&self.counted.no_path, 1);
+        }
+        if !is_here && limits.is_some_and(|(limits, now)| !limits.take(from, to, datagram.len(), now)) {
+            return count(&self.counted.limited, 1);
         }
         let bytes = if is_here { datagram.get(HEADER..).unwrap_or_default() } else { datagram };
         if !run.takes(kind, bytes.len()) {
@@ -392,10 +414,15 @@ mod tests {
     }
 
     fn host(me: HostId) -> Host {
+        limited(me, None)
+    }
+
+    fn limited(me: HostId, limit: Option<u64>) -> Host {
         let (tell, heard) = mpsc::channel();
         let heard_from = move |from, sender| tell.send((from, sender)).unwrap();
         let relay =
-            Relay::start(&RelayConfig { listen: local(), mark: 0, me, forwards: true }, heard_from).unwrap();
+            Relay::start(&RelayConfig { listen: local(), mark: 0, me, forwards: true, limit }, heard_from)
+                .unwrap();
         relay.set_keys(vec![RelayKey::new([7; 4], &[7; 32])]);
         let at = relay.shared.socket.local_addr().unwrap();
         let wireguard = UdpSocket::bind(local()).unwrap();
@@ -413,6 +440,27 @@ mod tests {
             let (length, from) = self.wireguard.recv_from(&mut bytes).unwrap();
             (bytes[..length].to_vec(), from)
         }
+    }
+
+    #[test]
+    fn what_two_hosts_send_beyond_their_limit_is_dropped_and_counted() {
+        let (a, relay, b) = (host(A), limited(C, Some(1_000_000)), host(B));
+        a.relay.set_next(HashMap::from([(B, relay.at)]));
+        relay.relay.set_next(HashMap::from([(B, b.at)]));
+        let (to_b, _) = (a.detour(B), b.detour(A));
+        // The bucket holds 128 KiB.
+        let datagram = [1; 1000];
+        let sent = 300;
+        for number in 1..=sent {
+            a.wireguard.send_to(&datagram, to_b).unwrap();
+            wait(|| a.relay.counters().sent == number);
+            wait(|| {
+                let Counters { forwarded, limited, .. } = relay.relay.counters();
+                forwarded + limited == number
+            });
+        }
+        let Counters { forwarded, limited, .. } = relay.relay.counters();
+        assert!(forwarded >= 120 && limited > 0, "{forwarded} {limited}");
     }
 
     #[test]

@@ -32,7 +32,7 @@ const TO_AT: usize = FROM_AT + 10;
 const KEY_AT: usize = TO_AT + 10;
 const TAG_AT: usize = KEY_AT + 4;
 /// The number of bytes of the payload that the tag covers: in a message with data, all that precedes the sealed part, and some of it.
-const COVERED: usize = 32;
+pub(crate) const COVERED: usize = 32;
 
 /// A key of relayed datagrams, with the id of the cluster key that it is derived from.
 #[derive(Clone)]

@@ -8,7 +8,14 @@
 
 mod engine;
 pub mod frame;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
+mod limits;
 mod run;
 
 pub use engine::{Counters, Detour, Relay, RelayConfig};
+/// The number of bytes by which a datagram is longer on the way through relays.
+pub const OVERHEAD: u16 = 36;
+const _: () = assert!(OVERHEAD as usize == frame::HEADER);
+
 pub use frame::{Channel, HostId, RelayKey};

@@ -5,9 +5,11 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
-use ovl_control::PeerState;
+use ovl_control::{PeerState, RelayCounters};
+use ovl_mesh::streams::Ways;
 use ovl_mesh::transport::SOCKET_MARK;
 use ovl_proto::id::{ClusterKeyId, NodeId};
+use ovl_proto::table::{Entry, Key};
 use ovl_relay::{Channel, HostId, Relay, RelayConfig, RelayKey};
 use ovl_subsystems::Change;
 use ovl_subsystems::encryption::tunnel;
@@ -18,6 +20,7 @@ use tokio::time::Instant;
 use super::Node;
 use super::state::State;
 use crate::detours::{Evidence, Turn};
+use crate::links::Links;
 use crate::problems::Code;
 
 /// Interval of the decisions while a peer may need a detour, or has one.
@@ -40,8 +43,9 @@ impl Node {
         let (tell, mut asked) = mpsc::channel(INBOX);
         let relay = loop {
             let listen = SocketAddr::new(self.config.advertise.ip(), self.config.relay_port);
-            let (me, forwards) = (self.state.borrow().view.me.0, self.config.relay);
-            let config = RelayConfig { listen, mark: SOCKET_MARK, me, forwards };
+            let (me, forwards) = (self.state.borrow().view.me.0, self.config.relay.is_on());
+            let limit = self.config.relay.limit();
+            let config = RelayConfig { listen, mark: SOCKET_MARK, me, forwards, limit };
             let tell = tell.clone();
             let heard = move |from, sender| {
                 // One that is not told of now is named again.
@@ -61,9 +65,10 @@ impl Node {
             }
         };
         self.state.borrow_mut().problems.set(Code::RelayPort, "", None);
+        let relay = self.relay.get_or_init(|| relay);
         let mut known = Known::default();
         loop {
-            self.turn_ways(&relay, &mut known).await;
+            self.turn_ways(relay, &mut known).await;
             let pause = if self.is_calm() { SELDOM } else { EVERY };
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
@@ -71,6 +76,21 @@ impl Node {
                 Some((from, sender)) = asked.recv() => self.answer_through(NodeId(from), sender),
             }
         }
+    }
+
+    /// What this host has relayed. `None` if it takes no part.
+    pub(super) fn relayed(&self) -> Option<RelayCounters> {
+        let counters = self.relay.get()?.counters();
+        Some(RelayCounters {
+            sent: counters.sent,
+            received: counters.received,
+            forwarded: counters.forwarded,
+            dropped_unauthenticated: counters.unauthenticated,
+            dropped_no_path: counters.no_path,
+            dropped_limited: counters.limited,
+            dropped_full: counters.full,
+            streams: u32::try_from(self.links().passed_on()).unwrap_or(u32::MAX),
+        })
     }
 
     /// Whether all peers were reached directly lately.
@@ -97,14 +117,15 @@ impl Node {
         }
         let is_at = |node: &&ovl_cluster::view::Node| relay_at(node) == Some(sender);
         let Some(relay) = state.view.nodes.values().find(is_at).map(|node| node.record.id) else { return };
-        if let Some(turn) = state.detours.asked(peer, relay, Instant::now()) {
-            self.tell_turn(state, peer, turn);
-        }
+        let Some(turn) = state.detours.asked(peer, relay, Instant::now()) else { return };
+        self.tell_turn(state, peer, turn);
+        drop(guard);
+        self.note_path_mtu(peer, self.gossip().path_mtu(peer).unwrap_or(u16::MAX));
     }
 
     /// Decides about all peers, and carries it out.
     async fn turn_ways(&self, relay: &Relay, known: &mut Known) {
-        let wanted = {
+        let (wanted, turned, hops, ways) = {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             let (now, ping_every) = (Instant::now(), self.gossip().ping_every());
@@ -112,7 +133,14 @@ impl Node {
             let offers = |node: &ovl_cluster::view::Node| node.record.relays && relay_at(node).is_some();
             let relays: BTreeSet<NodeId> =
                 evidence.keys().filter(|id| state.view.nodes.get(id).is_some_and(offers)).copied().collect();
-            for (peer, turn) in state.detours.decide(&evidence, &relays, ping_every, now) {
+            let silent = evidence.iter().filter(|(_, peer)| peer.is_silent(ping_every)).map(|(id, _)| *id);
+            let links = links(state, silent);
+            let contacts = self.gossip().contacts();
+            let paths = links.paths(state.view.me, |id| {
+                contacts.get(&id).and_then(|contact| contact.rtt).unwrap_or(Duration::MAX)
+            });
+            let turns = state.detours.decide(&evidence, &relays, (&links, &paths), ping_every, now);
+            for &(peer, turn) in &turns {
                 self.tell_turn(state, peer, turn);
             }
             let next = next_hops(state);
@@ -129,8 +157,22 @@ impl Node {
                 relay.set_keys(ring.all().map(key).collect());
                 known.keys = ids;
             }
-            wanted_sockets(state, now)
+            let through = |(peer, relay)| Some((peer, state.view.nodes.get(&relay)?.record.address));
+            let ways = Ways {
+                relays: self.config.relay.is_on(),
+                through: state.detours.all().filter_map(through).collect(),
+            };
+            (wanted_sockets(state, now), turns, state.detours.all().collect(), ways)
         };
+        if known.ways != ways {
+            self.gossip().set_hops(hops);
+            self.links().set_ways(ways.clone());
+            known.ways = ways;
+        }
+        self.publish_unreached();
+        for (peer, _) in turned {
+            self.note_path_mtu(peer, self.gossip().path_mtu(peer).unwrap_or(u16::MAX));
+        }
         let before = std::mem::take(&mut known.open);
         for (&(peer, channel), &wireguard) in &wanted {
             match relay.open_detour(peer.0, channel, wireguard) {
@@ -152,6 +194,22 @@ impl Node {
         // WireGuard does not send to them any more: they ended a while ago.
         for (peer, channel) in before.into_keys().filter(|key| !known.open.contains_key(key)) {
             relay.close_detour(peer.0, channel);
+        }
+    }
+
+    /// Tells all hosts which ones this one does not reach directly.
+    fn publish_unreached(&self) {
+        let (set, unset) = {
+            let state = self.state.borrow();
+            let Some(own) = state.view.own() else { return };
+            let wanted: BTreeSet<NodeId> = state.detours.all().map(|(peer, _)| peer).collect();
+            let known: BTreeSet<NodeId> = own.table.unreached().collect();
+            let set: Vec<Entry> = wanted.difference(&known).copied().map(Entry::Unreached).collect();
+            let unset: Vec<Key> = known.difference(&wanted).copied().map(Key::Unreached).collect();
+            (set, unset)
+        };
+        if !set.is_empty() || !unset.is_empty() {
+            self.write_table(set, unset);
         }
     }
 
@@ -192,11 +250,24 @@ struct Known {
     next: HashMap<HostId, SocketAddr>,
     keys: Vec<ClusterKeyId>,
     open: BTreeMap<(NodeId, Channel), SocketAddr>,
+    ways: Ways,
 }
 
 /// The socket of relayed datagrams of a host. `None` if it has none.
 fn relay_at(node: &ovl_cluster::view::Node) -> Option<SocketAddr> {
     (node.record.relay_port != 0).then(|| SocketAddr::new(node.record.vtep, node.record.relay_port))
+}
+
+/// The links between live members, of which this host knows itself that these do not answer.
+fn links(state: &State, silent: impl Iterator<Item = NodeId>) -> Links {
+    let view = &state.view;
+    let live = || {
+        let nodes = view.nodes.values();
+        nodes.filter(|node| node.state == PeerState::Alive && view.alloc.members.contains(&node.record.id))
+    };
+    let members = live().map(|node| (node.record.id, node.record.relays && relay_at(node).is_some()));
+    let said = live().flat_map(|node| node.table.unreached().map(|peer| (node.record.id, peer)));
+    Links::new(members, said.chain(silent.map(|peer| (view.me, peer))))
 }
 
 /// The next hop to each member: the member that relays, or the host itself.

@@ -1,17 +1,15 @@
 //! The cluster key and its rotation: `ovl_cluster::keys` decides, and this module carries it out. A key is on disk
 //! before anything is sealed with it and before this host's record names it.
 
-use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use ovl_cluster::keys::{RotationProgress, RotationState, RotationStep, key_towards};
+use ovl_cluster::keys::{RotationProgress, RotationState, key_towards};
 use ovl_control::{FailureKind, HostKeys, KeyRotation, KeyStatus, PeerState};
 use ovl_mesh::keys::{ClusterKey, KeyFile, Keyring};
 use ovl_proto::alloc::{AgreedKey, Change};
-use ovl_proto::id::{ClusterKeyId, NodeId};
 use ovl_proto::secret::Secret;
 use ovl_proto::sync::Message;
 
@@ -25,60 +23,15 @@ use crate::problems::Code;
 const LOOK: Duration = Duration::from_secs(1);
 /// Time after which a member that lacks the key gets it again, in milliseconds.
 const GIVE_AGAIN_MS: u64 = 2000;
-/// How long members without a known record count as live after the list of members changed, in milliseconds.
-const UNKNOWN_FOR_MS: u64 = 10_000;
 /// Time after which a rotation is reported as a problem, in milliseconds.
 const STALLED_MS: u64 = 15_000;
 
 /// The lock that is held from a read of the keys until the change that follows from it is done.
 type Turn<'a> = tokio::sync::MutexGuard<'a, ()>;
 
-/// The keys of this host, and the state of a rotation.
-#[derive(Debug)]
-pub(crate) struct Keys {
-    /// The keys with which this host seals and opens. They are on disk.
-    ring: Arc<Keyring>,
-    /// The key file. `None` with `--insecure`, and while another thread writes it.
-    file: Option<KeyFile>,
-    /// A key that came from a request or a member before the allocation map named it.
-    offered: Option<ClusterKey>,
-    /// The key of a request in flight, which is kept although the allocation map does not name it yet.
-    beginning: Option<ClusterKeyId>,
-    /// When each member was last given the key, or was first seen to lack it.
-    given: HashMap<NodeId, u64>,
-    /// When the list of members in the allocation map last changed.
-    map_changed: u64,
-    insecure: bool,
-}
-
-impl Keys {
-    pub(super) fn new(ring: Arc<Keyring>, file: Option<KeyFile>) -> Self {
-        Self {
-            ring,
-            insecure: file.is_none(),
-            file,
-            offered: None,
-            beginning: None,
-            given: HashMap::new(),
-            map_changed: 0,
-        }
-    }
-
-    /// Returns the keys with which this host seals and opens.
-    pub(super) fn ring(&self) -> &Arc<Keyring> {
-        &self.ring
-    }
-
-    /// Notes that the list of members in the allocation map has changed now, in milliseconds of this run.
-    pub(super) fn note_members(&mut self, now: u64) {
-        self.map_changed = now;
-    }
-}
-
 impl State {
     fn live(&self) -> RotationState {
-        let unknown = self.now().saturating_sub(self.keys.map_changed) < UNKNOWN_FOR_MS;
-        RotationState::of(&self.view, &self.keys.ring.ids(), unknown)
+        RotationState::of(&self.view, &self.keys.ring().ids(), self.keys.counts_unknown(self.now()))
     }
 }
 
@@ -86,7 +39,7 @@ impl Node {
     /// Takes each step of a rotation as soon as it is allowed. Runs forever.
     pub(super) async fn key_loop(self: Rc<Self>) {
         loop {
-            if !self.state.borrow().keys.insecure {
+            if !self.state.borrow().keys.is_insecure() {
                 self.turn_keys().await;
                 self.use_keys_towards();
                 self.hand_out_key(GIVE_AGAIN_MS);
@@ -103,24 +56,7 @@ impl Node {
             let turn = self.key_turn.lock().await;
             let next = {
                 let state = self.state.borrow();
-                let keys = &state.keys;
-                // The id has 32 bits only, so another key can have it.
-                let agreed = state.view.alloc.key.map(|key| key.commitment);
-                let offered = keys.offered.as_ref().filter(|key| Some(key.commitment()) == agreed);
-                match (offered, state.live().step(&keys.ring.ids())) {
-                    (Some(key), _) if keys.ring.get(key.id()).is_none() => {
-                        Some((keys.ring.opening_too(key.clone()), "this host has the new cluster key"))
-                    }
-                    (_, RotationStep::Seal(id)) => keys
-                        .ring
-                        .sealing_with(id)
-                        .map(|ring| (ring, "all hosts have the new cluster key: it is used from now on")),
-                    (_, RotationStep::Drop) if keys.beginning.is_none() => Some((
-                        keys.ring.alone(),
-                        "all hosts use the same cluster key: no other one is taken any more",
-                    )),
-                    (_, RotationStep::Drop | RotationStep::Wait) => None,
-                }
+                state.keys.next(state.view.alloc.key, &state.live())
             };
             let Some((ring, what)) = next else { return };
             let key = self.state.borrow().view.alloc.key.map(|key| key.id.to_string()).unwrap_or_default();
@@ -140,11 +76,7 @@ impl Node {
         let ring = Arc::new(ring);
         let kept = Arc::clone(&ring);
         self.with_key_file(turn, move |file| file.save(&kept)).await?;
-        {
-            let keys = &mut self.state.borrow_mut().keys;
-            keys.offered.take_if(|key| ring.get(key.id()).is_some());
-            keys.ring = Arc::clone(&ring);
-        }
+        self.state.borrow_mut().keys.set_ring(Arc::clone(&ring));
         self.use_keys()?;
         let ids = ring.ids();
         self.change_record(|record| record.keys = ids);
@@ -157,7 +89,7 @@ impl Node {
         _: &Turn<'_>,
         work: impl FnOnce(&mut KeyFile) -> anyhow::Result<()> + Send + 'static,
     ) -> anyhow::Result<()> {
-        let file = self.state.borrow_mut().keys.file.take();
+        let file = self.state.borrow_mut().keys.take_file();
         let mut file = file.context("this host has no cluster key file")?;
         let (file, result) = match self.environment.disk() {
             Disk::Synced => {
@@ -173,7 +105,7 @@ impl Node {
                 (file, result)
             }
         };
-        self.state.borrow_mut().keys.file = Some(file);
+        self.state.borrow_mut().keys.put_file(file);
         result
     }
 
@@ -181,12 +113,12 @@ impl Node {
     pub(super) fn use_keys(&self) -> anyhow::Result<()> {
         let (ring, known) = {
             let state = self.state.borrow();
-            let own = state.keys.ring.ids();
+            let own = state.keys.ring().ids();
             let others = state.view.nodes.values().filter(|node| node.record.id != state.view.me);
             // The address of a host that left may now belong to another host.
             let others = others.filter(|node| node.state != PeerState::Left);
             let known = others.map(|node| (node.record.address, key_towards(&own, &node.record.keys)));
-            (Arc::clone(&state.keys.ring), known.collect())
+            (Arc::clone(state.keys.ring()), known.collect())
         };
         self.gossip().set_keys(Arc::clone(&ring), known)?;
         self.links().set_keyring(ring);
@@ -196,7 +128,7 @@ impl Node {
     /// Updates the key with which this host seals for each peer, which depends on the keys of the peer. Does nothing
     /// if this host has only one key.
     fn use_keys_towards(&self) {
-        if !self.state.borrow().keys.ring.ids().opens.is_empty()
+        if !self.state.borrow().keys.ring().ids().opens.is_empty()
             && let Err(error) = self.use_keys()
         {
             tracing::error!("{error:#}");
@@ -210,31 +142,19 @@ impl Node {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             let agreed = state.view.alloc.key;
-            let ring = &state.keys.ring;
             let is_agreed = |key: &&ClusterKey| agreed.is_some_and(|it| it.commitment == key.commitment());
-            let Some(key) = ring.all().find(is_agreed).cloned() else {
-                state.keys.given.clear();
-                return;
-            };
-            let now = state.now();
-            let (view, given) = (&state.view, &mut state.keys.given);
+            let key = state.keys.ring().all().find(is_agreed).cloned();
+            let view = &state.view;
             let lacks = |node: &&ovl_cluster::view::Node| {
                 node.record.id != view.me
                     && view.alloc.members.contains(&node.record.id)
-                    && !node.record.keys.has(key.id())
+                    && key.as_ref().is_some_and(|key| !node.record.keys.has(key.id()))
             };
-            let lacking: Vec<NodeId> = view.nodes.values().filter(lacks).map(|node| node.record.id).collect();
-            given.retain(|id, _| lacking.contains(id));
-            let due = |id: &NodeId| {
-                let at = given.entry(*id).or_insert(now);
-                let due = now.saturating_sub(*at) >= every;
-                if due {
-                    *at = now;
-                }
-                due
-            };
-            (lacking.into_iter().filter(due).collect::<Vec<_>>(), key)
+            let lacking = view.nodes.values().filter(lacks).map(|node| node.record.id).collect();
+            let now = state.now();
+            (state.keys.due(lacking, every, now), key)
         };
+        let Some(key) = key else { return };
         for id in lacking {
             self.links().send(id, &Message::ClusterKey(key.secret()));
         }
@@ -243,9 +163,7 @@ impl Node {
     /// Takes note of a key that a member sent. It is used once the allocation map names it.
     pub(super) fn take_key(&self, secret: &Secret<[u8; 32]>) {
         let key = ClusterKey::new(secret.0);
-        let mut state = self.state.borrow_mut();
-        if !state.keys.insecure && state.keys.ring.get(key.id()).is_none() {
-            state.keys.offered = Some(key);
+        if self.state.borrow_mut().keys.offer(key) {
             self.keys.notify_one();
         }
     }
@@ -255,9 +173,7 @@ impl Node {
         let turn = self.key_turn.lock().await;
         let ring = {
             let state = self.state.borrow();
-            let due = state.keys.ring.ids().opens.is_empty()
-                && state.keys.file.as_ref().is_some_and(KeyFile::has_copy);
-            due.then(|| Arc::clone(&state.keys.ring))
+            state.keys.is_copy_due().then(|| Arc::clone(state.keys.ring()))
         };
         let Some(ring) = ring else { return };
         let settled = self.with_key_file(&turn, move |file| file.settle(&ring)).await;
@@ -311,13 +227,17 @@ impl Node {
 
     /// Returns the progress of a rotation for `ovlctl status`. `None` if there is none.
     pub(super) fn key_rotation(state: &State) -> Option<KeyRotation> {
-        state.live().progress().filter(|_| !state.keys.insecure).map(|progress| rotation_of(state, &progress))
+        state
+            .live()
+            .progress()
+            .filter(|_| !state.keys.is_insecure())
+            .map(|progress| rotation_of(state, &progress))
     }
 
     /// Returns the answer to `ovlctl key status`.
     pub(super) fn key_status(&self) -> Result<KeyStatus, Failed> {
         let state = self.state.borrow();
-        let own_keys = state.keys.ring.ids();
+        let own_keys = state.keys.ring().ids();
         let mut hosts: Vec<HostKeys> = state
             .view
             .nodes
@@ -352,16 +272,16 @@ impl Node {
     /// Begins a rotation: `ovlctl key rotate --cluster`. Returns once a majority has agreed and the key is on this
     /// host's disk. The remaining steps follow without further requests.
     pub(super) async fn rotate_cluster_key(&self, text: &Secret<String>) -> Result<KeyStatus, Failed> {
-        if self.state.borrow().keys.insecure {
+        if self.state.borrow().keys.is_insecure() {
             return Err(no_key());
         }
         let key = ClusterKey::parse(text.0.as_bytes())
             .map_err(|error| Failed::invalid(format!("this is not a cluster key: {error:#}")))?;
         let agreed = self.may_begin(&key)?;
         let id = key.id();
-        self.state.borrow_mut().keys.beginning = Some(id);
+        self.state.borrow_mut().keys.set_beginning(Some(id));
         let begun = self.begin_rotation(key, agreed).await;
-        self.state.borrow_mut().keys.beginning = None;
+        self.state.borrow_mut().keys.set_beginning(None);
         self.keys.notify_one();
         begun?;
         self.event("key", &id.to_string(), "the rotation of the cluster key begins, by request");
@@ -378,13 +298,13 @@ impl Node {
                 "this host is not a member of the cluster yet; `ovlctl status` says what it waits for",
             ));
         }
-        if state.keys.beginning.is_some() {
+        if state.keys.is_beginning() {
             return Err(Failed::conflict(
                 "another request to rotate the cluster key is at work on this host",
             ));
         }
         let (id, agreed) = (key.id(), state.view.alloc.key);
-        if state.keys.ring.get(id).is_some_and(|known| known != key) {
+        if state.keys.ring().get(id).is_some_and(|known| known != key) {
             return Err(Failed::invalid("by chance this key has the id of one in use: make another one"));
         }
         let progress = state.live().progress();
@@ -398,7 +318,7 @@ impl Node {
                     progress.key.id
                 )));
             }
-            Some(_) | None if state.keys.ring.sealing() == key => {
+            Some(_) | None if state.keys.ring().sealing() == key => {
                 return Err(Failed::invalid(format!(
                     "this key, {id}, is the one in use: make a new one with `ovlctl key generate`"
                 )));
@@ -414,7 +334,7 @@ impl Node {
             // The key is stored on disk first: once it is agreed, the rotation can complete whatever happens to this
             // host.
             let turn = self.key_turn.lock().await;
-            let ring = Arc::clone(&self.state.borrow().keys.ring);
+            let ring = Arc::clone(self.state.borrow().keys.ring());
             if ring.get(id).is_none() {
                 self.keep_keys(&turn, ring.opening_too(key.clone()))
                     .await
@@ -427,7 +347,7 @@ impl Node {
         if result.as_ref().is_err_and(|failed| failed.0.kind == FailureKind::Conflict) {
             // The members agreed on another key, so no host uses this one.
             let turn = self.key_turn.lock().await;
-            let ring = self.state.borrow().keys.ring.without(id);
+            let ring = self.state.borrow().keys.ring().without(id);
             if let Err(error) = self.keep_keys(&turn, ring).await {
                 tracing::error!("{error:#}");
             }

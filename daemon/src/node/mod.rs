@@ -57,7 +57,7 @@ mod underlay;
 mod verify;
 mod votes;
 
-use std::cell::{Cell, Ref, RefCell};
+use std::cell::{Cell, OnceCell, Ref, RefCell};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -78,6 +78,7 @@ use ovl_mesh::transport::Transport;
 use ovl_proto::id::NodeId;
 use ovl_proto::record::{NodeRecord, Presence, SignedRecord, WireVersions, probe_kinds};
 use ovl_proto::wire::fields::Unknown;
+use ovl_relay::Relay;
 use ovl_subsystems::local::Local;
 use ovl_subsystems::networks::ranges::HostRanges;
 use tokio::sync::{Notify, mpsc};
@@ -192,6 +193,8 @@ pub(crate) struct Node {
     tunnel_turn: Notify,
     /// Wakes the loop of detours.
     detour_turn: Notify,
+    /// What passes sealed datagrams on. Absent until its port is open.
+    relay: OnceCell<Relay>,
     /// Signals that the allocation map changed, or that gossip has caught up.
     membership: Notify,
     /// Signals that the allocation map or the networks changed, so this host may need a block of a routed
@@ -306,11 +309,11 @@ impl Node {
             mirrors: false,
             is_node: config.join_nodes,
             relay_port: if environment.owns_host() { config.relay_port } else { 0 },
-            relays: config.relay && config.relay_port != 0 && environment.owns_host(),
+            relays: config.relay.is_on() && config.relay_port != 0 && environment.owns_host(),
             unknown: Unknown::default().played(),
         };
         let signed = identity.sign_record(&record)?;
-        let keys = keys::Keys::new(Arc::clone(&keyring), key_file);
+        let keys = crate::keys::Keys::new(Arc::clone(&keyring), key_file);
         let mut state = first_state(&config, &environment, &identity, (&record, &signed), &saved, keys);
         state.local.key_epochs.set_own_previous(secret.previous());
         // Routes in use depend on it. A full pass without it would delete them.
@@ -375,6 +378,7 @@ impl Node {
             firewalls: Firewalls::new(environment.owns_host()),
             tunnel_turn: Notify::new(),
             detour_turn: Notify::new(),
+            relay: OnceCell::new(),
             membership: Notify::new(),
             routed: Notify::new(),
             underlay: Notify::new(),
@@ -600,7 +604,7 @@ fn first_state(
     identity: &Arc<Identity>,
     (record, signed): (&NodeRecord, &SignedRecord),
     saved: &store::State,
-    keys: keys::Keys,
+    keys: crate::keys::Keys,
 ) -> State {
     let me = record.id;
     let durable = saved.alloc.clone().unwrap_or_default();

@@ -230,16 +230,13 @@ impl Node {
 
     /// Publishes that only packets of workloads up to a length pass to a host.
     fn limit_path(&self, host: NodeId, mtu: u16) {
-        let link = {
+        {
             let mut state = self.state.borrow_mut();
             let State { view, path_faults, .. } = &mut *state;
-            let Some(own) = view.own() else { return };
             path_faults.keep(|id| view.nodes.contains_key(id));
             path_faults.note_limit(host, mtu);
-            own.record.link_mtu
-        };
-        let known = self.gossip().path_mtus().get(&host).copied().unwrap_or(link);
-        self.note_path_mtu(host, known);
+        }
+        self.note_path_mtu(host, self.gossip().path_mtu(host).unwrap_or(u16::MAX));
     }
 
     /// Raises and clears the problems of all paths.

@@ -24,7 +24,7 @@ use super::{Node, Stop, newer};
 use crate::peers::Peer;
 use crate::problems::Code;
 use ovl_subsystems::Change as What;
-use ovl_subsystems::mtu::vxlan_overhead;
+use ovl_subsystems::mtu::{path_mtu, vxlan_overhead};
 
 /// Time without a direct packet after which a peer that gossip considers alive is reported as unreachable.
 pub(super) const UNREACHABLE: Duration = Duration::from_secs(5);
@@ -510,7 +510,7 @@ impl Node {
     }
 
     /// Publishes the path MTU to a peer if it is smaller than the MTU of the underlay device. `mtu` is what gossip found; a
-    /// limit that path probes found may be smaller.
+    /// limit that path probes found may be smaller, and so may be what a detour carries.
     pub(super) fn note_path_mtu(&self, peer: NodeId, mut mtu: u16) {
         let key = Key::PathMtu(peer);
         let (known, link) = {
@@ -519,6 +519,11 @@ impl Node {
             if let Some(limit) = state.path_faults.limit_to(peer) {
                 mtu = mtu.min(limit.saturating_add(vxlan_overhead(own.record.vtep)));
             }
+            let relay = state.detours.relay(peer).and_then(|relay| state.view.nodes.get(&relay));
+            if let Some((relay, peer)) = relay.zip(state.view.nodes.get(&peer)) {
+                let carried = path_mtu(own, relay).min(path_mtu(relay, peer));
+                mtu = mtu.min(carried.saturating_sub(ovl_relay::OVERHEAD));
+            }
             let known = match own.table.get(&key) {
                 Some(Entry::PathMtu { mtu, .. }) => Some(*mtu),
                 Some(
@@ -526,6 +531,7 @@ impl Node {
                     | Entry::Lease { .. }
                     | Entry::Held(_)
                     | Entry::Announced(_)
+                    | Entry::Unreached(_)
                     | Entry::Opaque(_),
                 )
                 | None => None,

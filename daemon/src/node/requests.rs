@@ -228,6 +228,7 @@ impl Node {
             networks: count(state.view.networks.len()),
             rotation: Self::key_rotation(&state),
             gossip: self.gossip().counters(),
+            relayed: self.relayed(),
             reconcile: ReconcileStatus {
                 passes: state.reconcile.counts().passes,
                 operations: state.reconcile.counts().operations,
@@ -310,7 +311,7 @@ impl Node {
                     member: state.view.alloc.members.contains(&record.id),
                     reachable: own
                         || contact.is_some_and(|contact| contact.last_heard.elapsed() < UNREACHABLE),
-                    via: state.detours.relay(record.id).map(|relay| state.view.name_of(relay)),
+                    via: state.detours.path(record.id).iter().map(|id| state.view.name_of(*id)).collect(),
                     via_s: state.detours.since(record.id).map(|since| since.elapsed().as_secs()),
                     paths: self.peer_paths(&state, &direct_hops, record.id),
                     path_mtu: if own { Some(record.link_mtu) } else { paths.get(&record.id).copied() },

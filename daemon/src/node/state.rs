@@ -75,7 +75,7 @@ pub(crate) struct State {
     /// Subsystems, which contribute to the desired data plane.
     pub subsystems: Subsystems,
     /// Cluster keys of this host.
-    pub keys: super::keys::Keys,
+    pub keys: crate::keys::Keys,
     /// Consensus replica for the allocation map.
     pub allocator: Allocator,
     /// Changes of the allocation map that are waited for.
@@ -266,7 +266,11 @@ impl State {
             Change::Entry { host, entry } => match entry {
                 Entry::Lease { network, address, .. } => self.rights_to(*network, *address),
                 Entry::PathMtu { .. } => self.rights_of(host),
-                Entry::Endpoint(_) | Entry::Held(_) | Entry::Announced(_) | Entry::Opaque(_) => {}
+                Entry::Endpoint(_)
+                | Entry::Held(_)
+                | Entry::Announced(_)
+                | Entry::Unreached(_)
+                | Entry::Opaque(_) => {}
             },
             Change::Host(host) => self.rights_of(host),
             Change::ThisHost => {
@@ -341,7 +345,11 @@ impl State {
             networks.extend(node.table.entries().filter_map(|entry| match entry {
                 Entry::Endpoint(endpoint) => Some(endpoint.network),
                 Entry::Lease { network, .. } => Some(*network),
-                Entry::PathMtu { .. } | Entry::Held(_) | Entry::Announced(_) | Entry::Opaque(_) => None,
+                Entry::PathMtu { .. }
+                | Entry::Held(_)
+                | Entry::Announced(_)
+                | Entry::Unreached(_)
+                | Entry::Opaque(_) => None,
             }));
         }
         networks.into_iter().for_each(|network| self.changed(Change::HostRights { host, network }));

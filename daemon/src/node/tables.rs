@@ -53,6 +53,7 @@ impl Node {
             | Entry::PathMtu { .. }
             | Entry::Held(_)
             | Entry::Announced(_)
+            | Entry::Unreached(_)
             | Entry::Opaque(_) => false,
         };
         let (kept, set): (Vec<Entry>, Vec<Entry>) = set.into_iter().partition(is_own);
@@ -309,6 +310,7 @@ fn check_entry(entry: &Entry) -> Result<(), String> {
         }
         Entry::Lease { .. }
         | Entry::Announced(_)
+        | Entry::Unreached(_)
         | Entry::PathMtu { .. }
         | Entry::Held(_)
         | Entry::Opaque(_) => return Ok(()),

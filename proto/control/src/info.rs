@@ -189,8 +189,32 @@ pub struct Status {
     pub rotation: Option<KeyRotation>,
     /// Counters of gossip datagrams.
     pub gossip: GossipCounters,
+    /// What was relayed between hosts that do not reach each other. `None`: this host takes no part.
+    #[serde(default)]
+    pub relayed: Option<RelayCounters>,
     /// The state of reconciliation.
     pub reconcile: ReconcileStatus,
+}
+
+/// Counters of relayed datagrams since the start, and of streams.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RelayCounters {
+    /// Datagrams of this host that were sent through members.
+    pub sent: u64,
+    /// Datagrams for this host that came through members.
+    pub received: u64,
+    /// Datagrams of other hosts that were passed on.
+    pub forwarded: u64,
+    /// Dropped: not of this cluster.
+    pub dropped_unauthenticated: u64,
+    /// Dropped: there is no way to the host, or it has passed too many hosts.
+    pub dropped_no_path: u64,
+    /// Dropped: the two hosts have sent more than `relay` allows.
+    pub dropped_limited: u64,
+    /// Dropped: the socket's buffer was full.
+    pub dropped_full: u64,
+    /// Streams of other hosts that are being passed on now.
+    pub streams: u32,
 }
 
 /// The numbers of gossip datagrams.
@@ -384,10 +408,10 @@ pub struct PeerInfo {
     pub reachable: bool,
     /// The path MTU to it in bytes, including the outer IP header.
     pub path_mtu: Option<u16>,
-    /// The member through which datagrams of encrypted networks to it go, because it does not answer directly. `None`: they
-    /// go directly.
+    /// The members through which datagrams of encrypted networks and messages to it go, in order, because it does not answer
+    /// directly. Empty: they go directly.
     #[serde(default)]
-    pub via: Option<String>,
+    pub via: Vec<String>,
     /// For how long, in seconds.
     #[serde(default)]
     pub via_s: Option<u64>,

@@ -76,10 +76,6 @@ const MAY_NOT_REACH: &[(&str, &[&str])] = &[
     ("ovl-dataplane", &["ovl-cluster"]),
 ];
 
-/// Crates, and modules at the top of a crate, whose modules may use each other in a circle, with the reason. Only names
-/// are looked at: the files of `ovld::node` also call one another by the methods of `Node`.
-const CIRCLES_ALLOWED: &[(&str, &str)] = &[("ovld::node", "`State` has `Keys`, whose methods read `State`")];
-
 /// A package as `cargo metadata` tells.
 #[derive(Debug)]
 struct Package {
@@ -242,13 +238,8 @@ fn modules_do_not_use_each_other_in_a_circle() {
             .map(|name| (format!("{}::{name}", package.name), modules(&src, std::slice::from_ref(name))));
         let below: Vec<(String, Graph)> = below.collect();
         for (name, graph) in std::iter::once((package.name.clone(), top)).chain(below) {
-            let excepted = CIRCLES_ALLOWED.iter().any(|(allowed, _)| *allowed == name);
-            match circle(&graph) {
-                Some(circle) if !excepted => wrong.push(format!("{name}: {}", circle.join(" -> "))),
-                None if excepted => {
-                    wrong.push(format!("{name} has no circle any more: take it out of CIRCLES_ALLOWED"));
-                }
-                Some(_) | None => {}
+            if let Some(circle) = circle(&graph) {
+                wrong.push(format!("{name}: {}", circle.join(" -> ")));
             }
         }
     }

@@ -116,6 +116,8 @@ pub(super) struct PeerBook {
     last_at: HashMap<SocketAddr, NodeId>,
     /// The peer that is asked next to ping another one.
     next_relay: usize,
+    /// The peer through which each one is reached that is not reached directly.
+    hops: BTreeMap<NodeId, NodeId>,
     /// Counts the calls of [`Self::next_known`].
     turn: usize,
 }
@@ -160,6 +162,7 @@ impl PeerBook {
             last_relayed: None,
             last_at: HashMap::new(),
             next_relay: 0,
+            hops: BTreeMap::new(),
             turn: 0,
         }
     }
@@ -289,6 +292,31 @@ impl PeerBook {
             peer.through = Some((by, now));
             self.last_relayed = Some(now);
         }
+    }
+
+    /// Sets the peer through which each one is reached that is not reached directly.
+    pub(super) fn set_hops(&mut self, hops: BTreeMap<NodeId, NodeId>) {
+        self.hops = hops;
+    }
+
+    /// The live peers that a request of `asker` to ping a peer is passed on to: the peer itself, or the next one on the way to it,
+    /// or some that may know more, where hosts do not reach each other anyway. Empty if there is none.
+    pub(super) fn towards(&self, node: NodeId, asker: NodeId, now: Instant) -> Vec<(NodeId, SocketAddr)> {
+        let hop = self.hops.get(&node).copied().filter(|hop| *hop != asker);
+        let silent_after = self.ping_every + RELAY_AFTER;
+        let is_silent =
+            |node: &NodeId| self.peers.get(node).is_none_or(|peer| peer.is_silent(now, silent_after));
+        let to: Vec<NodeId> = if hop.is_none() && is_silent(&node) && !self.hops.is_empty() {
+            let others = self.peers.iter().filter(|(other, peer)| peer.alive && !is_silent(other));
+            others
+                .map(|(other, _)| *other)
+                .filter(|other| ![asker, node].contains(other))
+                .take(RELAYS)
+                .collect()
+        } else {
+            vec![hop.unwrap_or(node)]
+        };
+        to.into_iter().filter_map(|hop| Some((hop, self.address_of_live(hop)?))).collect()
     }
 
     /// When a peer last passed on an answer of another one. `None` if none did.
@@ -451,17 +479,18 @@ impl PeerBook {
 
     /// Adds the pings that are due: to peers, and through others to peers that have not answered for a while.
     fn due_pings(&mut self, now: Instant, due: &mut Vec<Due>) {
-        let live: Vec<(NodeId, SocketAddr)> =
-            self.peers.iter().filter(|(_, peer)| peer.alive).map(|(node, peer)| (*node, peer.addr)).collect();
         let is_pinged = |peer: &Peer| peer.alive || now < peer.eager_until;
         // Silent ones count, or a host that has lost many would ping the others more often.
         self.ping_every = ping_every(self.peers.values().filter(|peer| is_pinged(peer)).count());
         let silent_after = self.ping_every + RELAY_AFTER;
+        let is_silent = |peer: &Peer| peer.is_silent(now, silent_after);
+        // One that does not answer itself is of no help.
+        let helpers = self.peers.iter().filter(|(_, peer)| peer.alive && !is_silent(peer));
+        let live: Vec<(NodeId, SocketAddr)> = helpers.map(|(node, peer)| (*node, peer.addr)).collect();
         let nodes: Vec<NodeId> = self.peers.keys().copied().collect();
         for node in nodes {
             let Some(peer) = self.peers.get_mut(&node) else { continue };
-            let silent = peer.last_heard.is_none_or(|at| now.saturating_duration_since(at) > silent_after);
-            let is_relayed = silent && peer.listed && now >= peer.next_relay;
+            let is_relayed = is_silent(peer) && peer.listed && now >= peer.next_relay;
             if !is_pinged(peer) || (now < peer.next_ping && !is_relayed) {
                 continue;
             }
@@ -481,8 +510,8 @@ impl PeerBook {
                 peer.relayed = Some(nonce);
                 let first = self.next_relay;
                 self.next_relay = first.wrapping_add(RELAYS) % live.len().max(1);
-                // First the one that reached it last time.
-                let last = peer.through.map(|(last, _)| last);
+                // First the one on the way to it, or the one that reached it last time.
+                let last = self.hops.get(&node).copied().or(peer.through.map(|(last, _)| last));
                 let last = live.iter().find(|(other, _)| Some(*other) == last);
                 let others = live.iter().cycle().skip(first).take(live.len());
                 let others = last.into_iter().chain(others.filter(|other| Some(*other) != last));
@@ -547,6 +576,11 @@ impl PeerBook {
             Some((*node, Contact { last_heard, rtt: peer.rtt, addr: peer.addr, path_mtu: peer.path_mtu() }))
         };
         self.peers.iter().filter_map(contact).collect()
+    }
+
+    /// The path MTU to a peer, in bytes. `None` if it is not known.
+    pub(super) fn path_mtu(&self, node: NodeId) -> Option<u16> {
+        self.peers.get(&node).and_then(Peer::path_mtu)
     }
 
     /// The path MTUs that have changed since the last call.
@@ -637,6 +671,11 @@ impl Peer {
         self.proved.is_some_and(|at| now.saturating_duration_since(at) < alive_for)
     }
 
+    /// Whether it has not answered directly for so long.
+    fn is_silent(&self, now: Instant, silent_after: Duration) -> bool {
+        self.last_heard.is_none_or(|at| now.saturating_duration_since(at) > silent_after)
+    }
+
     fn is_searching(&self) -> bool {
         self.mtu.as_ref().is_some_and(PathMtu::is_searching)
     }
@@ -723,22 +762,52 @@ mod tests {
     fn many_silent_peers_cost_a_bounded_number_of_datagrams() {
         let start = Instant::now();
         let mut book = PeerBook::new(1500, start);
+        let helper = NodeId([60; 10]);
         for number in 1..=60 {
             let addr = SocketAddr::from(([192, 0, 2, number], 7940));
             book.list(NodeId([number; 10]), addr, 1500, (true, true), start);
         }
         let (mut pings, mut relayed) = (0, 0);
         for tick in 0..50 {
-            for due in book.due(start + Duration::from_millis(200) * tick) {
+            let now = start + Duration::from_millis(200) * tick;
+            // Others are asked only if one answers itself.
+            assert!(relayed == 0 || tick > 10);
+            if tick >= 10 {
+                book.answered(helper, now, now);
+            }
+            for due in book.due(now) {
                 match due {
+                    Due::PingFor { node, .. } if node == helper => panic!("it answers"),
                     Due::Ping { .. } => pings += 1,
                     Due::PingFor { .. } => relayed += 1,
-                    Due::Probe { .. } => panic!("a probe of a silent peer"),
+                    Due::Probe { node, .. } => assert_eq!(node, helper, "a probe of a silent peer"),
                 }
             }
         }
         // In ten seconds: each peer every 1.5 s, and what the limits allow, which can be saved up for one second.
         assert!((360..=420 + 11 * EARLY_PINGS).contains(&pings), "{pings}");
         assert!((1..=11 * RELAYED_PINGS).contains(&relayed), "{relayed}");
+    }
+
+    #[test]
+    fn request_to_ping_a_peer_follows_the_hops_and_where_hosts_are_cut_off_asks_on() {
+        let start = Instant::now();
+        let mut book = PeerBook::new(1500, start);
+        let id = |number| NodeId([number; 10]);
+        let addr = |number| SocketAddr::from(([192, 0, 2, number], 7940));
+        for number in 1..=5 {
+            book.list(id(number), addr(number), 1500, (true, true), start);
+        }
+        [1, 2, 3].iter().for_each(|number| book.answered(id(*number), start, start));
+        let to = |book: &PeerBook, node, asker| -> Vec<u8> {
+            book.towards(id(node), id(asker), start).iter().map(|(hop, _)| hop.0[0]).collect()
+        };
+        assert_eq!(to(&book, 2, 1), [2], "it answers");
+        assert_eq!(to(&book, 5, 1), [5], "silent, but all others are reached: it may be new");
+        book.set_hops([(id(4), id(3))].into());
+        assert_eq!(to(&book, 4, 1), [3], "on the way");
+        assert_eq!(to(&book, 4, 3), [1, 2], "not back");
+        assert_eq!(to(&book, 5, 1), [2, 3], "these may know more");
+        assert_eq!(to(&book, 9, 1), [2, 3]);
     }
 }

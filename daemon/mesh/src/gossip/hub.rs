@@ -447,19 +447,33 @@ impl Hub {
                 None
             }
             Packet::PingFor { node, nonce } => {
-                let to = proved.and_then(|_| state.book.address_of_live(node))?;
+                if state.relays.iter().any(|(known, _)| *known == nonce) {
+                    // It went in a circle.
+                    return None;
+                }
+                let hops = state.book.towards(node, proved?, now);
+                if hops.is_empty() {
+                    return None;
+                }
                 if state.relays.len() >= MAX_RELAYS {
                     state.relays.pop_front();
                 }
                 state.relays.push_back((nonce, from));
-                if let Err(error) = state.send(&*self.socket, to, &Packet::Ping { nonce }) {
-                    debug!(%to, %error, "cannot pass on a ping");
+                for (hop, to) in hops {
+                    let ping =
+                        if hop == node { Packet::Ping { nonce } } else { Packet::PingFor { node, nonce } };
+                    if let Err(error) = state.send(&*self.socket, to, &ping) {
+                        debug!(%to, %error, "cannot pass on a ping");
+                    }
                 }
                 None
             }
             Packet::Relayed(signed) => {
                 let (node, statement) = signed.claim()?;
                 let nonce = statement.answer?.nonce;
+                if state.pass_on(&*self.socket, nonce, &signed) {
+                    return None;
+                }
                 if state.book.take_relayed(node, nonce) && signed.is_valid() {
                     if let Some(by) = proved {
                         state.book.reached_through(node, by, now);
@@ -503,12 +517,7 @@ impl Hub {
         let pinged = state.book.take_ping(node, answer.nonce);
         let challenged = state.opener.take_challenge(&run, answer.nonce);
         if pinged.is_none() && !challenged {
-            if let Some(at) = state.relays.iter().position(|(nonce, _)| *nonce == answer.nonce)
-                && let Some((_, to)) = state.relays.remove(at)
-                && let Err(error) = state.send(&*self.socket, to, &Packet::Relayed(signed.clone()))
-            {
-                debug!(%to, %error, "cannot pass on a pong");
-            }
+            state.pass_on(&*self.socket, answer.nonce, signed);
             return;
         }
         if !signed.is_valid() {
@@ -580,6 +589,17 @@ impl Hub {
 }
 
 impl State {
+    /// Passes a pong on to the host that asked for it. Returns whether one did.
+    fn pass_on(&mut self, socket: &dyn Datagrams, nonce: u64, signed: &SignedStatement) -> bool {
+        let Some(at) = self.relays.iter().position(|(known, _)| *known == nonce) else { return false };
+        if let Some((_, to)) = self.relays.remove(at)
+            && let Err(error) = self.send(socket, to, &Packet::Relayed(signed.clone()))
+        {
+            debug!(%to, %error, "cannot pass on a pong");
+        }
+        true
+    }
+
     /// Takes the addresses of senders that have proved to be live since the last call.
     pub(super) fn take_proved(&mut self) -> Vec<SocketAddr> {
         std::mem::take(&mut self.proved)

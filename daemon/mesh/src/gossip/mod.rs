@@ -325,6 +325,16 @@ impl Gossip {
         contacts.into_iter().filter_map(|(node, contact)| Some((node, contact.path_mtu?))).collect()
     }
 
+    /// Sets the peer through which each one is reached that is not reached directly: it passes pings on, also those of others.
+    pub fn set_hops(&self, hops: BTreeMap<NodeId, NodeId>) {
+        self.hub.lock().book.set_hops(hops);
+    }
+
+    /// The path MTU to a peer, in bytes. `None` if it is not known.
+    pub fn path_mtu(&self, peer: NodeId) -> Option<u16> {
+        self.hub.lock().book.path_mtu(peer)
+    }
+
     /// The counters since the start.
     pub fn counters(&self) -> GossipCounters {
         self.hub.counters()

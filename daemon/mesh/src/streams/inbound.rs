@@ -18,7 +18,7 @@ use tracing::{debug, warn};
 
 use super::frame::Opening;
 use super::noise::AuthenticatedStream;
-use super::{HANDSHAKE, Shared, StreamEvent, noise};
+use super::{HANDSHAKE, Shared, StreamEvent, noise, relayed};
 use crate::gossip::Strangers;
 use crate::keys::Keyring;
 use crate::transport::{Listener, Side, Stream};
@@ -212,6 +212,12 @@ async fn connection(mut stream: Box<dyn Stream>, from: SocketAddr, shared: Arc<S
     if node == shared.identity.id() {
         return shared.inbound.stranger(from, &anyhow::anyhow!("the peer has the identity of this host"));
     }
+    if let Some(onward) = secured.onward {
+        if let Err(error) = relayed::pass_on(stream, secured, onward, &shared).await {
+            debug!(peer = %node, "stream that is passed on closed: {error:#}");
+        }
+        return;
+    }
     let Some(replaced) = shared.inbound.enter(node, secured.key) else {
         return shared.inbound.stranger(from, &anyhow::anyhow!("too many hosts are connected"));
     };
@@ -239,7 +245,7 @@ async fn read(
     secured: AuthenticatedStream,
     shared: &Shared,
 ) -> anyhow::Result<()> {
-    let AuthenticatedStream { mut noise, key, record, signed } = secured;
+    let AuthenticatedStream { mut noise, key, record, signed, onward: _ } = secured;
     let from = record.id;
     let gone = || anyhow::anyhow!("the receiver of stream events was dropped");
     shared.events.send(StreamEvent::Record { record, signed }).await.map_err(|_| gone())?;

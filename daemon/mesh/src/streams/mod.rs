@@ -8,6 +8,7 @@
 //! | [`frame`] | the sealed chunks of messages |
 //! | [`outbound`] | dialling and writing |
 //! | [`inbound`] | accepting and reading |
+//! | [`relayed`] | streams through members |
 
 mod frame;
 #[cfg(any(test, fuzzing))]
@@ -15,6 +16,7 @@ pub mod fuzz;
 mod inbound;
 mod noise;
 mod outbound;
+mod relayed;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -36,6 +38,8 @@ use crate::keys::{Identity, Keyring};
 use crate::transport::Transport;
 use inbound::Inbound;
 use outbound::{Outbound, Shutdown};
+use relayed::Passed;
+pub use relayed::Ways;
 
 /// The timeout of dialling and the handshake.
 const HANDSHAKE: Duration = Duration::from_secs(5);
@@ -111,6 +115,10 @@ struct Shared {
     record: Mutex<SignedRecord>,
     events: mpsc::Sender<StreamEvent>,
     inbound: Inbound,
+    ways: Mutex<Ways>,
+    /// The addresses of all peers.
+    addresses: Mutex<BTreeMap<NodeId, SocketAddr>>,
+    passed: Arc<Passed>,
     /// The number of dialled connections, without those that are being closed to rest.
     open: AtomicUsize,
 }
@@ -118,6 +126,14 @@ struct Shared {
 impl Shared {
     fn record(&self) -> SignedRecord {
         self.record.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn ways(&self) -> MutexGuard<'_, Ways> {
+        self.ways.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn address_of(&self, peer: NodeId) -> Option<SocketAddr> {
+        self.addresses.lock().unwrap_or_else(PoisonError::into_inner).get(&peer).copied()
     }
 
     fn keyring(&self) -> Arc<Keyring> {
@@ -140,7 +156,19 @@ impl Streams {
         let local_addr = listener.local_addr()?;
         let (record, keyring, inbound) = (Mutex::new(record), Mutex::new(keyring), Inbound::default());
         let open = AtomicUsize::new(0);
-        let shared = Arc::new(Shared { transport, identity, keyring, record, events, inbound, open });
+        let (ways, addresses, passed) = (Mutex::default(), Mutex::default(), Arc::default());
+        let shared = Arc::new(Shared {
+            transport,
+            identity,
+            keyring,
+            record,
+            events,
+            inbound,
+            ways,
+            addresses,
+            passed,
+            open,
+        });
         let listener = tokio::spawn(inbound::run(listener, Arc::clone(&shared)));
         Ok(Self {
             shared,
@@ -158,7 +186,8 @@ impl Streams {
             let ask = async {
                 let mut stream = shared.transport.connect(addr).await?;
                 let keyring = shared.keyring();
-                noise::dial(&mut *stream, keyring.sealing(), &shared.identity, &shared.record()).await
+                let record = shared.record();
+                noise::dial(&mut *stream, keyring.sealing(), &shared.identity, &record, None).await
             };
             let answer = tokio::time::timeout(Duration::from_secs(5), ask).await;
             matches!(answer, Ok(Ok(secured)) if secured.record.id == shared.identity.id())
@@ -183,6 +212,7 @@ impl Streams {
     /// Sets the peers to dial, and their addresses. Streams to other peers are closed.
     pub fn set_peers(&self, wanted: BTreeMap<NodeId, SocketAddr>) {
         self.shared.inbound.set_peers(wanted.values().map(SocketAddr::ip).collect());
+        *self.shared.addresses.lock().unwrap_or_else(PoisonError::into_inner) = wanted.clone();
         let mut peers = self.lock();
         let Peers { outbound, tasks } = &mut *peers;
         outbound.retain(|node, peer| {
@@ -205,6 +235,25 @@ impl Streams {
             tasks.spawn(outbound::run(peer, Arc::clone(&self.shared)));
         }
         while tasks.try_join_next().is_some() {}
+    }
+
+    /// Sets the ways to hosts. A stream to a host that is reached by another way now is dialled again: at once if it goes through a
+    /// member now, and without losing a message if it is direct again.
+    pub fn set_ways(&self, ways: Ways) {
+        let mut current = self.shared.ways();
+        let before = std::mem::replace(&mut *current, ways.clone());
+        drop(current);
+        for (node, peer) in &self.lock().outbound {
+            let through = ways.through.get(node).copied();
+            if before.through.get(node).copied() != through {
+                peer.turn(through);
+            }
+        }
+    }
+
+    /// The number of streams of other hosts that are being passed on.
+    pub fn passed_on(&self) -> usize {
+        self.shared.passed.counts().values().sum()
     }
 
     /// Dials a peer now if it is not connected, regardless of the backoff.

@@ -9,6 +9,9 @@
 //! both:      length (2) | sealed hello
 //! dialler:   length (2) | sealed chunk, repeated
 //! ```
+//!
+//! A hello of the dialler may ask for the stream to be passed on to another host. Then the handshake with that host follows, in
+//! place of chunks, see [`super::relayed`].
 
 use anyhow::{Context, bail, ensure};
 use ovl_proto::id::ClusterKeyId;
@@ -18,6 +21,7 @@ use snow::{Builder, HandshakeState, TransportState};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use zeroize::Zeroizing;
 
+use super::relayed::Onward;
 use crate::keys::{self, ClusterKey, Identity, Keyring};
 use crate::transport::Stream;
 
@@ -45,9 +49,11 @@ struct Hello {
     record: SignedRecord,
     /// The signature in [`Domain::Stream`] of the role and the handshake hash.
     signature: Signature,
+    /// Of a dialler: the host to which the receiver is to pass the stream on.
+    onward: Option<Onward>,
 }
 
-ovl_proto::fields! { Hello { 1 record, 2 signature } }
+ovl_proto::fields! { Hello { 1 record, 2 signature, 3 onward } }
 
 /// An authenticated stream.
 pub(super) struct AuthenticatedStream {
@@ -56,14 +62,17 @@ pub(super) struct AuthenticatedStream {
     pub(super) key: ClusterKeyId,
     pub(super) record: NodeRecord,
     pub(super) signed: SignedRecord,
+    /// The host to which the dialler asks to pass the stream on.
+    pub(super) onward: Option<Onward>,
 }
 
-/// Runs the handshake of the dialler with a cluster key.
+/// Runs the handshake of the dialler with a cluster key. `onward` asks the listener to pass the stream on.
 pub(super) async fn dial(
     stream: &mut dyn Stream,
     key: &ClusterKey,
     identity: &Identity,
     own: &SignedRecord,
+    onward: Option<Onward>,
 ) -> anyhow::Result<AuthenticatedStream> {
     let psk = psk(key);
     let mut noise = builder(&psk)?.build_initiator()?;
@@ -77,7 +86,7 @@ pub(super) async fn dial(
 
     let second = read_frame(stream, NOISE_MESSAGE).await.context("no reply to the handshake")?;
     noise.read_message(&second, &mut []).context("the peer does not have this cluster key")?;
-    introduce(stream, noise, Role::Dialler, key, identity, own).await
+    introduce(stream, noise, (Role::Dialler, onward), key, identity, own).await
 }
 
 /// Runs the handshake of the listener.
@@ -109,7 +118,7 @@ pub(super) async fn listen(
         let length = noise.write_message(&[], &mut second)?;
         second.truncate(length);
         write_frame(stream, &second).await?;
-        return introduce(stream, noise, Role::Listener, key, identity, own).await;
+        return introduce(stream, noise, (Role::Listener, None), key, identity, own).await;
     }
     ensure!(known, "the peer uses an unknown cluster key");
     bail!("invalid handshake: it is damaged or forged")
@@ -140,7 +149,7 @@ pub(super) async fn dial_with_hello(
 async fn introduce(
     stream: &mut dyn Stream,
     noise: HandshakeState,
-    role: Role,
+    (role, onward): (Role, Option<Onward>),
     key: &ClusterKey,
     identity: &Identity,
     own: &SignedRecord,
@@ -148,7 +157,7 @@ async fn introduce(
     let hash = noise.get_handshake_hash().to_vec();
     let mut noise = noise.into_transport_mode()?;
     let signature = identity.sign(Domain::Stream, &proof(role, &hash));
-    let hello = wire::encode(&Hello { record: own.clone(), signature })?;
+    let hello = wire::encode(&Hello { record: own.clone(), signature, onward })?;
     let mut sealed = vec![0; hello.len() + TAG];
     let length = noise.write_message(&hello, &mut sealed)?;
     sealed.truncate(length);
@@ -158,7 +167,7 @@ async fn introduce(
     let mut hello = vec![0; sealed.len()];
     let length = noise.read_message(&sealed, &mut hello)?;
     hello.truncate(length);
-    let Hello { record: signed, signature } = wire::decode(&hello)?;
+    let Hello { record: signed, signature, onward } = wire::decode(&hello)?;
     let record = keys::open_record(&signed)?;
     let theirs = if role == Role::Dialler { Role::Listener } else { Role::Dialler };
     ensure!(
@@ -167,7 +176,7 @@ async fn introduce(
         record.name,
         record.id
     );
-    Ok(AuthenticatedStream { noise, key: key.id(), record, signed })
+    Ok(AuthenticatedStream { noise, key: key.id(), record, signed, onward })
 }
 
 fn proof(role: Role, hash: &[u8]) -> Vec<u8> {

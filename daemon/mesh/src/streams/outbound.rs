@@ -22,9 +22,10 @@ use tracing::{debug, warn};
 
 use super::frame::Sealing;
 use super::noise::{self, AuthenticatedStream};
+use super::relayed;
 use super::{HANDSHAKE, Shared, StreamEvent};
 use crate::keys::{ClusterKey, Keyring};
-use crate::transport::{Side, Stream};
+use crate::transport::Stream;
 
 /// The maximum size of a queue in bytes. If it is exceeded, the stream is closed and dialled again.
 const MAX_QUEUE: usize = 16 << 20;
@@ -64,7 +65,9 @@ struct Queue {
     generation: u64,
     /// The cluster key of the connection.
     key: ClusterKeyId,
-    /// Whether the connection must be replaced by one with another key once the queue is written.
+    /// The member through which the connection goes.
+    through: Option<SocketAddr>,
+    /// Whether the connection must be replaced by one with another key, or without a member, once the queue is written.
     renew: bool,
     messages: VecDeque<Bytes>,
     bytes: usize,
@@ -88,6 +91,7 @@ impl Outbound {
             resting: false,
             generation: 0,
             key: ClusterKeyId::default(),
+            through: None,
             renew: false,
             messages: VecDeque::new(),
             bytes: 0,
@@ -116,6 +120,28 @@ impl Outbound {
             if queue.connected && !queue.resting {
                 self.halt.notify_one();
             }
+            self.kick.notify_one();
+        }
+    }
+
+    /// Sets the address of the peer without closing its connection.
+    #[cfg(test)]
+    pub(super) fn replace_addr(&self, addr: SocketAddr) {
+        self.lock().addr = addr;
+    }
+
+    /// Notes that the peer is reached through another member now, or directly.
+    pub(super) fn turn(&self, through: Option<SocketAddr>) {
+        let mut queue = self.lock();
+        if queue.resting || (queue.connected && queue.through == through) {
+            return;
+        }
+        if queue.connected && through.is_none() {
+            queue.renew = true;
+            self.wake.notify_one();
+        } else {
+            // The way of the connection, or of the attempt to open one, is cut.
+            self.halt.notify_one();
             self.kick.notify_one();
         }
     }
@@ -175,15 +201,17 @@ impl Outbound {
         }
     }
 
-    /// Notes a new connection with a cluster key to a run of the peer. The keyring may have changed during the handshake.
-    fn connected(&self, shared: &Shared, key: ClusterKeyId, generation: u64) {
+    /// Notes a new connection. The keyring may have changed during the handshake, and the way to the peer.
+    fn connected(&self, shared: &Shared, dialled: &Dialled) {
+        let key = dialled.secured.key;
         {
             let mut queue = self.lock();
             queue.connected = true;
             queue.resting = false;
-            queue.generation = generation;
+            queue.generation = dialled.secured.record.generation;
             queue.key = key;
-            queue.renew = false;
+            queue.through = dialled.through;
+            queue.renew = dialled.through.is_some() && !shared.ways().through.contains_key(&self.node);
         }
         if shared.keyring().get(key).is_none() {
             self.halt.notify_one();
@@ -264,11 +292,14 @@ pub(super) async fn run(peer: Arc<Outbound>, shared: Arc<Shared>) {
         let start = Instant::now();
         let dialled = tokio::select! {
             dialled = timeout(HANDSHAKE, dial(&peer, &shared, addr)) => dialled,
+            () = peer.halt.notified() => {
+                Ok(Err(DialError::Connect(anyhow::anyhow!("it is reached by another way now"))))
+            }
             () = peer.ended() => return,
         };
         let result = match dialled {
-            Ok(Ok((stream, secured))) => {
-                let result = serve(&peer, &shared, stream, secured, resumes).await;
+            Ok(Ok(dialled)) => {
+                let result = serve(&peer, &shared, dialled, resumes).await;
                 if matches!(result, Ok(WriteEnd::Rest)) {
                     continue;
                 }
@@ -313,12 +344,16 @@ enum DialError {
     Handshake(anyhow::Error),
 }
 
+/// A new connection.
+struct Dialled {
+    stream: Box<dyn Stream>,
+    secured: AuthenticatedStream,
+    /// The member through which it goes.
+    through: Option<SocketAddr>,
+}
+
 /// Dials with each key until the peer accepts one: a peer that joined late or was away does not have all of them.
-async fn dial(
-    peer: &Outbound,
-    shared: &Shared,
-    addr: SocketAddr,
-) -> Result<(Box<dyn Stream>, AuthenticatedStream), DialError> {
+async fn dial(peer: &Outbound, shared: &Shared, addr: SocketAddr) -> Result<Dialled, DialError> {
     let keyring = shared.keyring();
     let mut keys = keyring.all();
     let mut result = dial_with(peer, shared, addr, keyring.sealing()).await;
@@ -339,32 +374,28 @@ async fn dial_with(
     shared: &Shared,
     addr: SocketAddr,
     key: &ClusterKey,
-) -> Result<(Box<dyn Stream>, AuthenticatedStream), DialError> {
-    let connect = async {
-        let stream = shared.transport.connect(addr).await?;
-        stream.tune(Side::Dialled)?;
-        anyhow::Ok(stream)
-    };
-    let mut stream = connect.await.map_err(DialError::Connect)?;
+) -> Result<Dialled, DialError> {
+    let connecting = relayed::connect(shared, peer.node, addr, key);
+    let (mut stream, through) = connecting.await.map_err(DialError::Connect)?;
     let record = shared.record();
-    let secured =
-        noise::dial(&mut *stream, key, &shared.identity, &record).await.map_err(DialError::Handshake)?;
+    let secured = noise::dial(&mut *stream, key, &shared.identity, &record, None)
+        .await
+        .map_err(DialError::Handshake)?;
     if secured.record.id != peer.node {
         let other = format!("another host answers: {} ({})", secured.record.name, secured.record.id);
         return Err(DialError::Handshake(anyhow::anyhow!(other)));
     }
-    Ok((stream, secured))
+    Ok(Dialled { stream, secured, through })
 }
 
 /// Serves a connected stream until it is closed or rests. `resumes` says whether it has rested, and is up.
 async fn serve(
     peer: &Outbound,
     shared: &Shared,
-    stream: Box<dyn Stream>,
-    secured: AuthenticatedStream,
+    dialled: Dialled,
     resumes: bool,
 ) -> anyhow::Result<WriteEnd> {
-    let generation = secured.record.generation;
+    let generation = dialled.secured.record.generation;
     let is_same_run = peer.lock().generation == generation;
     if resumes && !is_same_run && shared.events.send(StreamEvent::Down(peer.node)).await.is_err() {
         return Ok(WriteEnd::All);
@@ -373,11 +404,11 @@ async fn serve(
     if !resumes {
         peer.lock().disconnect();
     }
-    peer.connected(shared, secured.key, generation);
+    peer.connected(shared, &dialled);
     let told = resumes || shared.events.send(StreamEvent::Up(peer.node)).await.is_ok();
     shared.open.fetch_add(1, Ordering::Relaxed);
     let result = match told {
-        true => write_on(peer, shared, stream, secured.noise).await,
+        true => write_on(peer, shared, dialled.stream, dialled.secured.noise).await,
         false => Ok(WriteEnd::All),
     };
     if matches!(result, Ok(WriteEnd::Rest)) {
@@ -392,7 +423,7 @@ async fn serve(
     result
 }
 
-/// Writes the queue, over several connections if the key changes: a connection is replaced after the peer has read
+/// Writes the queue, over several connections if the key or the way changes: a connection is replaced after the peer has read
 /// everything on it, so that no message is lost and the stream stays up.
 async fn write_on(
     peer: &Outbound,
@@ -406,20 +437,15 @@ async fn write_on(
             return Ok(end);
         }
         let addr = peer.lock().addr;
-        let secured = match timeout(HANDSHAKE, dial(peer, shared, addr)).await {
-            Ok(Ok((fresh, secured))) => {
-                stream = fresh;
-                secured
-            }
+        let dialled = match timeout(HANDSHAKE, dial(peer, shared, addr)).await {
+            Ok(Ok(dialled)) => dialled,
             Ok(Err(DialError::Connect(error) | DialError::Handshake(error))) => {
-                return Err(error.context("cannot replace the stream by one with another cluster key"));
+                return Err(error.context("cannot replace the stream by a new one"));
             }
-            Err(_) => bail!(
-                "cannot replace the stream by one with another cluster key: no answer within {HANDSHAKE:?}"
-            ),
+            Err(_) => bail!("cannot replace the stream by a new one: no answer within {HANDSHAKE:?}"),
         };
-        peer.connected(shared, secured.key, secured.record.generation);
-        noise = secured.noise;
+        peer.connected(shared, &dialled);
+        (stream, noise) = (dialled.stream, dialled.secured.noise);
     }
 }
 

@@ -377,3 +377,82 @@ async fn idle_streams_rest_except_some_and_go_on_with_the_next_message() {
         "the third one did not rest"
     );
 }
+
+/// An address of this machine at which there is no listener.
+fn dead() -> SocketAddr {
+    "127.0.0.1:1".parse().unwrap()
+}
+
+fn through(relays: bool, ways: &[(&Node, &Node)]) -> Ways {
+    Ways { relays, through: ways.iter().map(|(to, relay)| (to.id, relay.addr())).collect() }
+}
+
+#[tokio::test]
+async fn stream_goes_through_members_and_is_replaced_without_loss_when_the_host_is_reached_directly() {
+    let (mut a, r, s, mut b) = (node(&[1]).await, node(&[1]).await, node(&[1]).await, node(&[1]).await);
+    a.links.set_ways(through(false, &[(&b, &r)]));
+    r.links.set_ways(through(true, &[(&b, &s)]));
+    s.links.set_ways(through(true, &[]));
+    let peers = |b_at: SocketAddr| BTreeMap::from([(b.id, b_at), (r.id, r.addr()), (s.id, s.addr())]);
+    r.links.set_peers(peers(dead()));
+    s.links.set_peers(peers(b.addr()));
+    a.links.set_peers(BTreeMap::from([(b.id, dead())]));
+    a.wait_up(b.id).await;
+    assert!(a.links.send(b.id, &text(1 << 20)));
+    assert_eq!(b.wait_message().await, (a.id, text(1 << 20)));
+    assert_eq!(a.links.shared.passed.counts().len(), 0);
+    assert_eq!(r.links.shared.passed.counts().get(&a.id), Some(&1));
+    // That of `r` itself is the other one.
+    assert_eq!(s.links.shared.passed.counts().get(&r.id), Some(&2));
+
+    // Directly again: nothing is lost, and the members are free.
+    let at = b.addr();
+    a.links.lock().outbound.get(&b.id).unwrap().replace_addr(at);
+    a.links.set_ways(Ways::default());
+    for size in 1..50 {
+        assert!(a.links.send(b.id, &text(size)));
+    }
+    for size in 1..50 {
+        assert_eq!(b.wait_message().await, (a.id, text(size)));
+    }
+    let free = async {
+        while !r.links.shared.passed.counts().is_empty() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(Duration::from_secs(10), free).await.expect("the relayed stream stays");
+}
+
+#[tokio::test]
+async fn stream_through_a_member_that_does_not_relay_is_refused_and_the_next_way_is_taken_at_once() {
+    let (mut a, r, s, b) = (node(&[1]).await, node(&[1]).await, node(&[1]).await, node(&[1]).await);
+    let peers = BTreeMap::from([(b.id, b.addr())]);
+    r.links.set_peers(peers.clone());
+    s.links.set_peers(peers);
+    s.links.set_ways(through(true, &[]));
+    a.links.set_ways(through(false, &[(&b, &r)]));
+    a.links.set_peers(BTreeMap::from([(b.id, dead())]));
+    let up = timeout(Duration::from_millis(300), a.wait_up(b.id)).await;
+    assert!(up.is_err(), "the first one does not relay");
+    a.links.set_ways(through(false, &[(&b, &s)]));
+    a.wait_up(b.id).await;
+    assert_eq!(s.links.shared.passed.counts().get(&a.id), Some(&1));
+}
+
+#[tokio::test]
+async fn stream_that_would_go_in_a_circle_ends() {
+    let (a, r, s, b) = (node(&[1]).await, node(&[1]).await, node(&[1]).await, node(&[1]).await);
+    r.links.set_ways(through(true, &[(&b, &s)]));
+    s.links.set_ways(through(true, &[(&b, &r)]));
+    for host in [&r, &s] {
+        host.links.set_peers(BTreeMap::from([(b.id, dead())]));
+    }
+    a.links.set_ways(through(false, &[(&b, &r)]));
+    a.links.set_peers(BTreeMap::from([(b.id, dead())]));
+    let shared = Arc::clone(&a.links.shared);
+    let key = shared.keyring();
+    let (mut stream, _) = relayed::connect(&shared, b.id, dead(), key.sealing()).await.unwrap();
+    let record = shared.record();
+    let ended = noise::dial(&mut *stream, key.sealing(), &shared.identity, &record, None);
+    assert!(timeout(Duration::from_secs(10), ended).await.expect("it goes round and round").is_err());
+}

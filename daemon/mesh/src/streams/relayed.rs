@@ -1,0 +1,169 @@
+//! Streams through members, to hosts that are not reached directly.
+//!
+//! A host dials the member, and says in its hello to which host the stream is to be passed on. The member dials that host, or the
+//! next member, and copies bytes from then on. Then the host makes the handshake with the other end, through the members, which
+//! can neither read nor change what follows.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Context, bail, ensure};
+use ovl_proto::id::NodeId;
+use tokio::time::timeout;
+
+use super::noise::{self, AuthenticatedStream};
+use super::{HANDSHAKE, Shared};
+use crate::keys::ClusterKey;
+use crate::transport::{Side, Stream};
+
+/// The number of members that a stream passes, at most.
+const HOP_LIMIT: u8 = 4;
+/// The maximum number of streams that this host passes on, each of which takes two descriptors.
+const MAX_PASSED: usize = 512;
+/// The maximum number of those that one host has dialled.
+const MAX_PASSED_FROM: usize = 64;
+
+/// The ways to hosts.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Ways {
+    /// Whether streams of other hosts are passed on.
+    pub relays: bool,
+    /// The address of the member through which each host is dialled that is not reached directly.
+    pub through: BTreeMap<NodeId, SocketAddr>,
+}
+
+/// A request to pass a stream on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Onward {
+    to: NodeId,
+    /// The number of members that may follow.
+    hop_limit: u8,
+}
+
+ovl_proto::fields! { Onward { 1 to, 2 hop_limit } }
+
+/// The streams that this host passes on.
+#[derive(Debug, Default)]
+pub(super) struct Passed(Mutex<BTreeMap<NodeId, usize>>);
+
+impl Passed {
+    /// Counts a stream of a host until the returned place is dropped. `None` if there are too many.
+    fn enter(self: &Arc<Self>, from: NodeId) -> Option<Place> {
+        let mut counts = self.counts();
+        let own = counts.get(&from).copied().unwrap_or_default();
+        if own >= MAX_PASSED_FROM || counts.values().sum::<usize>() >= MAX_PASSED {
+            return None;
+        }
+        counts.insert(from, own + 1);
+        Some(Place { passed: Arc::clone(self), from })
+    }
+
+    /// The number of streams of each host.
+    pub(super) fn counts(&self) -> MutexGuard<'_, BTreeMap<NodeId, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The place of one stream.
+struct Place {
+    passed: Arc<Passed>,
+    from: NodeId,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut counts = self.passed.counts();
+        if let Some(count) = counts.get_mut(&self.from) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.from);
+            }
+        }
+    }
+}
+
+/// Connects to a host: directly, or through members. Returns the address of the member with it.
+///
+/// # Errors
+///
+/// The host or the member does not answer, or the member refuses.
+pub(super) async fn connect(
+    shared: &Shared,
+    to: NodeId,
+    direct: SocketAddr,
+    key: &ClusterKey,
+) -> anyhow::Result<(Box<dyn Stream>, Option<SocketAddr>)> {
+    let through = shared.ways().through.get(&to).copied();
+    Ok((connect_by(shared, to, direct, through, key, HOP_LIMIT).await?, through))
+}
+
+async fn connect_by(
+    shared: &Shared,
+    to: NodeId,
+    direct: SocketAddr,
+    through: Option<SocketAddr>,
+    key: &ClusterKey,
+    hop_limit: u8,
+) -> anyhow::Result<Box<dyn Stream>> {
+    let mut stream = shared.transport.connect(through.unwrap_or(direct)).await?;
+    stream.tune(Side::Dialled)?;
+    if through.is_some() {
+        let Some(hop_limit) = hop_limit.checked_sub(1) else { bail!("it has passed too many hosts") };
+        let onward = Some(Onward { to, hop_limit });
+        noise::dial(&mut *stream, key, &shared.identity, &shared.record(), onward)
+            .await
+            .context("the relay refuses the stream")?;
+    }
+    Ok(stream)
+}
+
+/// Passes a stream on until one of its ends closes it.
+///
+/// # Errors
+///
+/// This host does not relay, or not to that host, or has too many streams, or one of the ends fails.
+pub(super) async fn pass_on(
+    mut stream: Box<dyn Stream>,
+    secured: AuthenticatedStream,
+    onward: Onward,
+    shared: &Shared,
+) -> anyhow::Result<()> {
+    let from = secured.record.id;
+    let (relays, through) = {
+        let ways = shared.ways();
+        (ways.relays, ways.through.get(&onward.to).copied())
+    };
+    ensure!(relays, "this host does not relay");
+    ensure!(through != Some(secured.record.address), "the stream would go back to where it came from");
+    let direct = shared.address_of(onward.to).context("a stream is to go to a host that is not known")?;
+    let _place = shared.passed.enter(from).context("too many streams are passed on")?;
+    let keyring = shared.keyring();
+    let key = keyring.get(secured.key).context("the cluster key was dropped")?;
+    let connecting = connect_by(shared, onward.to, direct, through, key, onward.hop_limit);
+    let mut next = timeout(HANDSHAKE, connecting).await.context("the next host does not answer")??;
+    tokio::io::copy_bidirectional(&mut *stream, &mut *next).await?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_host_and_all_of_them_have_a_limit_of_streams_that_are_passed_on() {
+        let passed = Arc::new(Passed::default());
+        let enter = |host: usize, count: usize| -> Vec<Place> {
+            let from = NodeId([u8::try_from(host).unwrap(); 10]);
+            (0..count).map_while(|_| passed.enter(from)).collect()
+        };
+        let first = enter(1, 100);
+        assert_eq!(first.len(), MAX_PASSED_FROM);
+        let others: Vec<Vec<Place>> = (2..20).map(|host| enter(host, 50)).collect();
+        assert_eq!(first.len() + others.iter().map(Vec::len).sum::<usize>(), MAX_PASSED);
+        drop(first);
+        assert_eq!(enter(20, 100).len(), MAX_PASSED_FROM);
+        drop(others);
+        assert!(passed.counts().is_empty());
+    }
+}
