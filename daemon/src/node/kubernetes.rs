@@ -31,6 +31,8 @@ use crate::problems::Code;
 
 /// What stays free of the owner table for leases and what else the host must write, in bytes.
 const RESERVE: usize = 1 << 20;
+/// The number of documents from which on their memory is given back to the kernel.
+const MANY: usize = 1000;
 /// How many problems of an object its sentence has.
 const MOST_REASONS: usize = 3;
 
@@ -149,6 +151,7 @@ impl Node {
                 "another host mirrors the objects of the API server, or ovl-kube does not say that it reaches it",
             ));
         }
+        let many = documents.len() >= MANY;
         let mut taken = Taken::default();
         taken.heard.extend(request.failed.iter().map(|failed| failed.key.clone()));
         taken.reply.failed.extend(request.failed.iter().cloned());
@@ -187,6 +190,10 @@ impl Node {
         guard.kubernetes.note(&heard, &reply.failed, gone);
         note_failures(&mut guard);
         self.report_to_api(&guard);
+        drop(guard);
+        if many {
+            ovl_kernel::return_free_memory();
+        }
         Ok(Reply::Mirrored(Box::new(reply)))
     }
 

@@ -20,6 +20,8 @@ use crate::store::News;
 const WITHIN: Duration = Duration::from_secs(60);
 /// What a request has beside its documents, in bytes.
 const FRAME: usize = 1024;
+/// How many bytes of documents a request has, unless a single one has more: while it is written, they take many times that.
+const AT_ONCE: usize = 256 << 10;
 
 /// Why a request failed.
 #[derive(Debug, thiserror::Error)]
@@ -221,7 +223,7 @@ fn hand_on(cluster: Option<&str>, news: Vec<News>) -> Result<Handed, Failure> {
             match staged.last_mut().filter(|_| length <= space) {
                 Some(last) => last.push(manifest),
                 None => {
-                    space = MAX_REQUEST - FRAME;
+                    space = length.max(AT_ONCE);
                     staged.push(vec![manifest]);
                 }
             }
@@ -270,10 +272,12 @@ mod tests {
     #[test]
     fn documents_are_divided_into_requests_that_ovld_takes() {
         let object = |n: usize, bytes: usize| json!({ "metadata": { "namespace": "shop", "name": format!("o{n}") }, "data": "x".repeat(bytes) });
-        let mut objects: Vec<Value> = (0..5).map(|n| object(n, MAX_REQUEST * 2 / 5)).collect();
+        let mut objects: Vec<Value> = (0..5).map(|n| object(n, AT_ONCE * 2 / 5)).collect();
         objects.push(object(5, MAX_REQUEST));
+        objects.push(object(6, MAX_REQUEST - FRAME - 200));
+        objects.push(object(7, 1));
         let handed = hand_on(Some("c"), vec![news(Kind::Service, Some(7), objects)]).unwrap();
-        assert_eq!(handed.staged.iter().map(Vec::len).collect::<Vec<_>>(), [2, 2, 1]);
+        assert_eq!(handed.staged.iter().map(Vec::len).collect::<Vec<_>>(), [2, 2, 1, 1, 1]);
         for manifests in handed.staged {
             let documents = manifests.iter().map(|it| document(it).unwrap()).collect();
             let line = serde_json::to_vec(&Request::Stage { documents }).unwrap();

@@ -8,7 +8,7 @@ use kube::Client;
 use kube::api::{ListParams, WatchEvent, WatchParams};
 use kube::core::Request;
 use ovl_proto::resource::Kind;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
@@ -78,7 +78,17 @@ impl<T> From<mpsc::error::SendError<T>> for Failure {
 struct Page {
     metadata: PageMeta,
     #[serde(default)]
-    items: Option<Vec<Value>>,
+    items: Option<Vec<Text>>,
+}
+
+/// An object as JSON: as trees of values, those of a page would take many times the memory.
+#[derive(Debug)]
+struct Text(String);
+
+impl<'de> Deserialize<'de> for Text {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Value::deserialize(deserializer).map(|value| Self(value.to_string()))
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -193,7 +203,8 @@ async fn list(client: &Client, kind: Kind, selector: Option<&str>) -> Result<(u6
         let request = Request::new(path(kind)).list(&params).map_err(request_error)?;
         let page = timeout(LIST_WITHIN, client.request::<Page>(request)).await;
         let Page { metadata, items } = page.map_err(|_| Failure::Silent)??;
-        for value in items.unwrap_or_default() {
+        for Text(item) in items.unwrap_or_default() {
+            let value = serde_json::from_str(&item).map_err(kube::Error::SerdeError)?;
             objects.push(object(kind, value)?);
         }
         // All pages have the version of the first one.
