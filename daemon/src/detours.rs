@@ -23,6 +23,12 @@ const STEADY: Duration = Duration::from_secs(3);
 /// The maximum of that time: it doubles when a peer falls silent again within [`LATELY`].
 const MAX_STEADY: Duration = Duration::from_secs(60);
 const LATELY: Duration = Duration::from_secs(120);
+/// How long the answer that the relay passed on shows that it reaches a peer that answers directly as well.
+const CONFIRMED: Duration = Duration::from_millis(1500);
+/// How long a member relays before it is left because nothing passes: until then what was lost may have been lost before.
+const TRIED: Duration = Duration::from_secs(6);
+/// How long a member through which nothing passed is not used for that peer.
+const REFUSED: Duration = Duration::from_secs(60);
 /// How long what a peer sends through a member is taken after the detour has ended: it may end it later.
 const LINGER: Duration = Duration::from_secs(15);
 
@@ -33,6 +39,8 @@ pub(crate) struct Evidence {
     pub heard: Option<Duration>,
     /// The member that last passed on an answer, and how long ago.
     pub through: Option<(NodeId, Duration)>,
+    /// Whether nothing passes through the tunnel to it.
+    pub lost: bool,
 }
 
 impl Evidence {
@@ -57,6 +65,9 @@ pub(crate) struct Detours {
     open: BTreeMap<NodeId, Detour>,
     /// Peers whose detour has ended: when, and for how long they had to answer directly before.
     ended: BTreeMap<NodeId, (Instant, Duration)>,
+    /// Peers and members through which nothing passed to them although they answer pings, and since when: their port is blocked,
+    /// or they drop what they are to pass on.
+    refused: BTreeMap<(NodeId, NodeId), Instant>,
 }
 
 #[derive(Debug)]
@@ -120,13 +131,23 @@ impl Detours {
         ping_every: Duration,
         now: Instant,
     ) -> Vec<(NodeId, Turn)> {
-        let is_reached = |relay: &NodeId| {
+        let is_heard = |relay: &NodeId, silence: Duration| {
             let heard = peers.get(relay).and_then(|evidence| evidence.heard);
-            relays.contains(relay) && heard.is_some_and(|heard| heard <= ping_every + RELAY_SILENT)
+            relays.contains(relay) && heard.is_some_and(|heard| heard <= ping_every + silence)
         };
+        let is_reached = |relay: &NodeId| is_heard(relay, RELAY_SILENT);
         let first = |peer: &NodeId| paths.get(peer).and_then(|path| path.first().copied());
         // What does not reach the peer by the links that are known would send datagrams in a circle.
         let leads = |relay: NodeId, peer: NodeId| links.has(relay, peer) || first(&peer) == Some(relay);
+        for (peer, detour) in &self.open {
+            let is_tried = now.saturating_duration_since(detour.since) >= TRIED;
+            if is_tried && peers.get(peer).is_some_and(|evidence| evidence.lost) {
+                self.refused.insert((*peer, detour.relay), now);
+            }
+        }
+        self.refused
+            .retain(|(peer, _), at| peers.contains_key(peer) && now.saturating_duration_since(*at) < REFUSED);
+        let refused: BTreeSet<(NodeId, NodeId)> = self.refused.keys().copied().collect();
         let mut turns = Vec::new();
         self.open.retain(|peer, _| peers.contains_key(peer));
         self.ended.retain(|_, (at, _)| now.saturating_duration_since(*at) < LATELY);
@@ -134,24 +155,37 @@ impl Detours {
             let is_silent = evidence.is_silent(ping_every);
             let answers = evidence.through.filter(|(_, ago)| *ago < FRESH);
             let through = answers.and_then(|(by, _)| if leads(by, peer) { Some(by) } else { first(&peer) });
-            let through = through.filter(is_reached);
+            let is_tried_in_vain = |relay: NodeId| refused.contains(&(peer, relay));
+            let through =
+                through.filter(|relay| is_reached(relay) && !is_tried_in_vain(*relay)).or_else(|| {
+                    // Another one, if the peer answers at all.
+                    let other = |relay: &&NodeId| {
+                        is_reached(relay) && links.has(**relay, peer) && !is_tried_in_vain(**relay)
+                    };
+                    answers.and_then(|_| relays.iter().find(other).copied())
+                });
             let Some(detour) = self.open.get_mut(&peer) else {
                 if let Some(relay) = through.filter(|_| is_silent) {
                     turns.push((peer, self.begin(peer, relay, now)));
                 }
                 continue;
             };
+            let leads = leads(detour.relay, peer) && !is_tried_in_vain(detour.relay);
             if is_silent {
                 detour.direct = None;
                 // Members that reach the peer take turns in passing on its answers. One is as good as the other.
-                let is_good = is_reached(&detour.relay) && leads(detour.relay, peer);
+                let is_good = leads && is_reached(&detour.relay);
                 if let Some(relay) = through.filter(|_| !is_good) {
                     (detour.relay, detour.since) = (relay, now);
                     turns.push((peer, Turn::Through(relay)));
                 }
             } else {
                 let since = *detour.direct.get_or_insert(now);
-                if now.saturating_duration_since(since) >= detour.steady {
+                // The direct path is better than a way that leads nowhere, however short it has been there.
+                let is_confirmed = now.saturating_duration_since(detour.since) < CONFIRMED
+                    || evidence.through.is_some_and(|(by, ago)| by == detour.relay && ago < CONFIRMED);
+                let is_good = leads && is_confirmed && is_heard(&detour.relay, SILENT);
+                if !is_good || now.saturating_duration_since(since) >= detour.steady {
                     self.ended.insert(peer, (now, detour.steady));
                     self.open.remove(&peer);
                     turns.push((peer, Turn::Direct));
@@ -195,6 +229,7 @@ mod tests {
         /// How long ago the relays answered.
         relays_heard: Duration,
         links: Links,
+        lost: bool,
     }
 
     impl World {
@@ -205,15 +240,19 @@ mod tests {
                 relays: [RELAY, OTHER].into(),
                 relays_heard: ms(100),
                 links: Links::new([(PEER, true), (RELAY, true), (OTHER, true), (ME, true)], [(ME, PEER)]),
+                lost: false,
             }
         }
 
         /// Decides after `ms` milliseconds.
         fn after(&mut self, wait: u64, heard: u64, through: Option<(NodeId, u64)>) -> Vec<(NodeId, Turn)> {
             self.now += ms(wait);
-            let evidence =
-                Evidence { heard: Some(ms(heard)), through: through.map(|(relay, ago)| (relay, ms(ago))) };
-            let relay = Evidence { heard: Some(self.relays_heard), through: None };
+            let evidence = Evidence {
+                heard: Some(ms(heard)),
+                through: through.map(|(relay, ago)| (relay, ms(ago))),
+                lost: self.lost,
+            };
+            let relay = Evidence { heard: Some(self.relays_heard), through: None, lost: false };
             let all = [(PEER, evidence), (RELAY, relay), (OTHER, relay)].into();
             let paths = self.links.paths(ME, |_| 0);
             self.detours.decide(&all, &self.relays, (&self.links, &paths), PING, self.now)
@@ -262,6 +301,47 @@ mod tests {
     }
 
     #[test]
+    fn direct_path_is_used_at_once_when_the_way_through_the_member_is_cut() {
+        let mut world = World::new();
+        assert_eq!(world.after(0, 1100, Some((RELAY, 10))), [(PEER, Turn::Through(RELAY))]);
+        assert_eq!(world.after(200, 100, None), [], "not steady yet");
+        world.relays_heard = ms(1001);
+        assert_eq!(world.after(200, 100, None), [(PEER, Turn::Direct)]);
+
+        let mut world = World::new();
+        assert_eq!(world.after(0, 1100, Some((RELAY, 10))), [(PEER, Turn::Through(RELAY))]);
+        assert_eq!(world.after(1499, 100, None), [], "too early to judge");
+        assert_eq!(world.after(1, 100, Some((RELAY, 1499))), []);
+        assert_eq!(world.after(1, 100, Some((RELAY, 1500))), [(PEER, Turn::Direct)], "it passes nothing on");
+
+        let mut world = World::new();
+        assert_eq!(world.after(0, 1100, Some((RELAY, 10))), [(PEER, Turn::Through(RELAY))]);
+        world.links = Links::new([(PEER, true), (RELAY, true), (ME, true)], [(ME, PEER), (RELAY, PEER)]);
+        assert_eq!(
+            world.after(200, 100, None),
+            [(PEER, Turn::Direct)],
+            "the member does not reach it any more"
+        );
+    }
+
+    #[test]
+    fn member_through_which_nothing_passes_is_left_for_another_one() {
+        let mut world = World::new();
+        assert_eq!(world.after(0, 1100, Some((RELAY, 10))), [(PEER, Turn::Through(RELAY))]);
+        world.lost = true;
+        assert_eq!(world.after(5000, 6100, Some((RELAY, 10))), [], "lost before, perhaps");
+        assert_eq!(world.after(1000, 7100, Some((RELAY, 10))), [(PEER, Turn::Through(OTHER))]);
+        assert_eq!(world.after(5000, 12_100, Some((RELAY, 10))), [], "the same for this one");
+        assert_eq!(world.after(1000, 13_100, Some((RELAY, 10))), [], "there is no third one");
+        world.lost = false;
+        assert_eq!(
+            world.after(54_001, 67_100, Some((OTHER, 10))),
+            [(PEER, Turn::Through(RELAY))],
+            "forgiven"
+        );
+    }
+
+    #[test]
     fn direct_path_is_used_again_when_it_is_steady_and_later_if_it_was_not() {
         let mut world = World::new();
         let mut steady = STEADY;
@@ -271,7 +351,7 @@ mod tests {
             assert_eq!(world.after(1000, 1100, Some((RELAY, 10))), [], "it was an accident");
             assert_eq!(world.after(200, 100, None), []);
             let wait = u64::try_from(steady.as_millis()).unwrap();
-            assert_eq!(world.after(wait - 1, 100, None), []);
+            assert_eq!(world.after(wait - 1, 100, Some((RELAY, 10))), []);
             assert_eq!(world.after(1, 100, None), [(PEER, Turn::Direct)]);
             steady = (steady * 2).min(MAX_STEADY);
         }

@@ -263,6 +263,11 @@ impl Tunnel {
         self.peers.values().any(|watched| watched.failing.is_some())
     }
 
+    /// Whether nothing passes through the tunnel to a peer, although it is alive.
+    pub(crate) fn is_lost(&self, id: NodeId) -> bool {
+        self.peers.get(&id).is_some_and(|watched| watched.lost(Instant::now()).is_some())
+    }
+
     /// Returns the problems of encrypted networks on this host.
     pub(crate) fn problems(&self, view: &View, config: &Config) -> Vec<Problem> {
         let mut problems = Vec::new();

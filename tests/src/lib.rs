@@ -10,6 +10,7 @@ pub mod inject;
 pub mod kubernetes;
 pub mod policy;
 pub mod ports;
+pub mod random;
 pub mod resolver;
 pub mod routed;
 pub mod runtime;

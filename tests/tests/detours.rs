@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use netns_lab::{EchoServer, Host, Lab, LabConfig, Underlay, wait_until};
 use ovl_tests::routed::create_routed_network;
 use ovl_tests::{
@@ -189,6 +189,32 @@ fn five_hosts_in_a_chain_that_reach_only_their_neighbours_are_one_cluster() {
     connections.iter_mut().for_each(Connection::echo);
     ping_all_pairs(&pods, SOON).unwrap();
     wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+#[test]
+fn relay_that_passes_nothing_on_is_left_for_another_one() {
+    let World { lab, blue, pods } = world(4, Underlay::V4);
+    lab.cut(&[("h1", "h2")], false).unwrap();
+    let relay = |host: &Host, other: &str| -> Result<String> {
+        let row = peer(host, other)?;
+        Ok(row["via"][0].as_str().context("it is reached directly")?.to_owned())
+    };
+    wait_until(SOON, "a relay", || relay(&lab["h1"], "h2").map(drop)).unwrap();
+    let first = relay(&lab["h1"], "h2").unwrap();
+    ping_all_pairs(&pods, SOON).unwrap();
+    // It answers pings, and drops what it is to pass on.
+    let drop = "add table inet liar\nadd chain inet liar in { type filter hook input priority 0; }\n\
+                add rule inet liar in udp dport 7942 drop\n";
+    lab[&*first].exec_input(["nft", "-f", "-"], Some(drop)).unwrap();
+    // Three probes of the tunnel, every three seconds, have to be lost.
+    wait_until(2 * SOON, "another relay", || -> Result<()> {
+        ensure!(relay(&lab["h1"], "h2")? != first && relay(&lab["h2"], "h1")? != first, "still {first}");
+        Ok(())
+    })
+    .unwrap();
+    for all in [&blue, &pods] {
+        ping_all_pairs(all, SOON).unwrap();
+    }
 }
 
 #[test]

@@ -165,6 +165,7 @@ mod tests {
             path_mtu: Some(1500),
             via: Vec::new(),
             via_s: None,
+            unreached: Vec::new(),
             paths: Vec::new(),
         }
     }

@@ -116,7 +116,9 @@ impl Node {
             return;
         }
         let is_at = |node: &&ovl_cluster::view::Node| relay_at(node) == Some(sender);
-        let Some(relay) = state.view.nodes.values().find(is_at).map(|node| node.record.id) else { return };
+        let relay = state.view.nodes.values().find(is_at).map(|node| node.record.id);
+        // The peer itself sends so for a moment after it has come back to the direct path.
+        let Some(relay) = relay.filter(|relay| *relay != peer) else { return };
         let Some(turn) = state.detours.asked(peer, relay, Instant::now()) else { return };
         self.tell_turn(state, peer, turn);
         drop(guard);
@@ -215,7 +217,7 @@ impl Node {
 
     /// What gossip knows of the way to each live peer.
     fn evidence(&self, state: &State, now: Instant) -> BTreeMap<NodeId, Evidence> {
-        let gossip = self.gossip();
+        let (gossip, tunnel) = (self.gossip(), self.tunnel.borrow());
         let since = |at: Instant| now.saturating_duration_since(at);
         let peers = state.view.nodes.values().filter(|node| {
             node.record.id != state.view.me
@@ -227,7 +229,7 @@ impl Node {
                 let id = node.record.id;
                 let heard = gossip.last_heard(id).map(since);
                 let through = gossip.last_through(id).map(|(by, at)| (by, since(at)));
-                (id, Evidence { heard, through })
+                (id, Evidence { heard, through, lost: tunnel.is_lost(id) })
             })
             .collect()
     }

@@ -24,7 +24,7 @@ use super::{Node, Stop, newer};
 use crate::peers::Peer;
 use crate::problems::Code;
 use ovl_subsystems::Change as What;
-use ovl_subsystems::mtu::{path_mtu, vxlan_overhead};
+use ovl_subsystems::mtu::vxlan_overhead;
 
 /// Time without a direct packet after which a peer that gossip considers alive is reported as unreachable.
 pub(super) const UNREACHABLE: Duration = Duration::from_secs(5);
@@ -519,9 +519,11 @@ impl Node {
             if let Some(limit) = state.path_faults.limit_to(peer) {
                 mtu = mtu.min(limit.saturating_add(vxlan_overhead(own.record.vtep)));
             }
-            let relay = state.detours.relay(peer).and_then(|relay| state.view.nodes.get(&relay));
-            if let Some((relay, peer)) = relay.zip(state.view.nodes.get(&peer)) {
-                let carried = path_mtu(own, relay).min(path_mtu(relay, peer));
+            if let Some(relay) = state.detours.relay(peer) {
+                let on_the_way = state.detours.path(peer).into_iter().chain([peer]);
+                let links = on_the_way.filter_map(|id| Some(state.view.nodes.get(&id)?.record.link_mtu));
+                let first = self.gossip().path_mtu(relay).unwrap_or(u16::MAX);
+                let carried = links.chain([first]).fold(own.record.link_mtu, u16::min);
                 mtu = mtu.min(carried.saturating_sub(ovl_relay::OVERHEAD));
             }
             let known = match own.table.get(&key) {

@@ -311,6 +311,7 @@ impl Node {
                     member: state.view.alloc.members.contains(&record.id),
                     reachable: own
                         || contact.is_some_and(|contact| contact.last_heard.elapsed() < UNREACHABLE),
+                    unreached: node.table.unreached().map(|id| state.view.name_of(id)).collect(),
                     via: state.detours.path(record.id).iter().map(|id| state.view.name_of(*id)).collect(),
                     via_s: state.detours.since(record.id).map(|since| since.elapsed().as_secs()),
                     paths: self.peer_paths(&state, &direct_hops, record.id),

@@ -46,7 +46,7 @@ pub(crate) fn padded_inside(outer: u16, vtep: IpAddr) -> u16 {
 }
 
 /// Returns the MTU of the path between two hosts, in bytes, including the outer IP header.
-pub fn path_mtu(own: &Node, peer: &Node) -> u16 {
+pub(crate) fn path_mtu(own: &Node, peer: &Node) -> u16 {
     let links = own.record.link_mtu.min(peer.record.link_mtu);
     let found = |from: &Node, to: NodeId| {
         from.table.path_mtus().find(|(peer, _)| *peer == to).map_or(u16::MAX, |(_, mtu)| mtu)

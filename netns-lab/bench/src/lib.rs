@@ -144,6 +144,8 @@ pub enum Name {
     FanOut,
     /// tunnel: rate of small datagrams
     Packets,
+    /// tunnel: one TCP stream between hosts that do not reach each other
+    Detours,
     /// docker: `docker run --rm`, compared with the Engine's own bridge
     Run,
     /// docker: time from a container's link until other kernels have its entry
@@ -207,6 +209,7 @@ impl Name {
             Name::Load => "load",
             Name::FanOut => "fan-out",
             Name::Packets => "packets",
+            Name::Detours => "detours",
             Name::Run => "run",
             Name::Link => "link",
             Name::Pinging => "pinging",
@@ -242,9 +245,13 @@ impl Name {
             Name::Single | Name::AtOnce | Name::Version | Name::PodTcp | Name::Routes | Name::Soak => {
                 Suite::Cni
             }
-            Name::Streams | Name::NoOffload | Name::RoundTrip | Name::Load | Name::FanOut | Name::Packets => {
-                Suite::Tunnel
-            }
+            Name::Streams
+            | Name::NoOffload
+            | Name::RoundTrip
+            | Name::Load
+            | Name::FanOut
+            | Name::Packets
+            | Name::Detours => Suite::Tunnel,
             Name::Run | Name::Link | Name::Pinging | Name::Cut => Suite::Docker,
             Name::Ports => Suite::Publish,
             Name::Answers | Name::Resolved | Name::Search => Suite::Dns,
@@ -278,6 +285,7 @@ impl Name {
             Name::Load => tunnel::load::measure(bench),
             Name::FanOut => tunnel::fan_out::measure(bench),
             Name::Packets => tunnel::packets::measure(bench),
+            Name::Detours => tunnel::detours::measure(bench),
             Name::Run => docker::run::measure(bench),
             Name::Link => docker::link::measure(bench),
             Name::Pinging => docker::pinging::measure(bench),

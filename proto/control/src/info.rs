@@ -415,6 +415,9 @@ pub struct PeerInfo {
     /// For how long, in seconds.
     #[serde(default)]
     pub via_s: Option<u64>,
+    /// The hosts that it says it does not reach directly.
+    #[serde(default)]
+    pub unreached: Vec<String>,
     /// The paths to it that are probed.
     #[serde(default)]
     pub paths: Vec<PeerPath>,

@@ -301,18 +301,20 @@ impl PeerBook {
 
     /// The live peers that a request of `asker` to ping a peer is passed on to: the peer itself, or the next one on the way to it,
     /// or some that may know more, where hosts do not reach each other anyway. Empty if there is none.
-    pub(super) fn towards(&self, node: NodeId, asker: NodeId, now: Instant) -> Vec<(NodeId, SocketAddr)> {
-        let hop = self.hops.get(&node).copied().filter(|hop| *hop != asker);
+    pub(super) fn towards(&mut self, node: NodeId, asker: NodeId, now: Instant) -> Vec<(NodeId, SocketAddr)> {
         let silent_after = self.ping_every + RELAY_AFTER;
         let is_silent =
             |node: &NodeId| self.peers.get(node).is_none_or(|peer| peer.is_silent(now, silent_after));
+        let hop = self.hops.get(&node).copied().filter(|hop| *hop != asker && is_silent(&node));
         let to: Vec<NodeId> = if hop.is_none() && is_silent(&node) && !self.hops.is_empty() {
             let others = self.peers.iter().filter(|(other, peer)| peer.alive && !is_silent(other));
+            let others = others.map(|(other, _)| *other).filter(|other| ![asker, node].contains(other));
+            let others = others.take(RELAYS).collect();
+            // The asker will send what is for it to this host, which has no way to it yet.
+            if let Some(peer) = self.peers.get_mut(&node) {
+                peer.next_relay = peer.next_relay.min(now);
+            }
             others
-                .map(|(other, _)| *other)
-                .filter(|other| ![asker, node].contains(other))
-                .take(RELAYS)
-                .collect()
         } else {
             vec![hop.unwrap_or(node)]
         };
@@ -490,7 +492,10 @@ impl PeerBook {
         let nodes: Vec<NodeId> = self.peers.keys().copied().collect();
         for node in nodes {
             let Some(peer) = self.peers.get_mut(&node) else { continue };
-            let is_relayed = is_silent(peer) && peer.listed && now >= peer.next_relay;
+            // The way through another one is tried also when the peer answers directly again.
+            let hop = self.hops.get(&node).copied();
+            let is_silent = is_silent(peer);
+            let is_relayed = (is_silent || hop.is_some()) && peer.listed && now >= peer.next_relay;
             if !is_pinged(peer) || (now < peer.next_ping && !is_relayed) {
                 continue;
             }
@@ -511,9 +516,9 @@ impl PeerBook {
                 let first = self.next_relay;
                 self.next_relay = first.wrapping_add(RELAYS) % live.len().max(1);
                 // First the one on the way to it, or the one that reached it last time.
-                let last = self.hops.get(&node).copied().or(peer.through.map(|(last, _)| last));
+                let last = hop.or(peer.through.map(|(last, _)| last));
                 let last = live.iter().find(|(other, _)| Some(*other) == last);
-                let others = live.iter().cycle().skip(first).take(live.len());
+                let others = live.iter().cycle().skip(first).take(if is_silent { live.len() } else { 0 });
                 let others = last.into_iter().chain(others.filter(|other| Some(*other) != last));
                 let others = others.filter(|(other, _)| *other != node).take(RELAYS);
                 let others = others.filter(|_| self.relayed_pings.take(now));
@@ -799,15 +804,16 @@ mod tests {
             book.list(id(number), addr(number), 1500, (true, true), start);
         }
         [1, 2, 3].iter().for_each(|number| book.answered(id(*number), start, start));
-        let to = |book: &PeerBook, node, asker| -> Vec<u8> {
+        let to = |book: &mut PeerBook, node, asker| -> Vec<u8> {
             book.towards(id(node), id(asker), start).iter().map(|(hop, _)| hop.0[0]).collect()
         };
-        assert_eq!(to(&book, 2, 1), [2], "it answers");
-        assert_eq!(to(&book, 5, 1), [5], "silent, but all others are reached: it may be new");
-        book.set_hops([(id(4), id(3))].into());
-        assert_eq!(to(&book, 4, 1), [3], "on the way");
-        assert_eq!(to(&book, 4, 3), [1, 2], "not back");
-        assert_eq!(to(&book, 5, 1), [2, 3], "these may know more");
-        assert_eq!(to(&book, 9, 1), [2, 3]);
+        assert_eq!(to(&mut book, 2, 1), [2], "it answers");
+        assert_eq!(to(&mut book, 5, 1), [5], "silent, but all others are reached: it may be new");
+        book.set_hops([(id(4), id(3)), (id(2), id(3))].into());
+        assert_eq!(to(&mut book, 2, 1), [2], "it answers again");
+        assert_eq!(to(&mut book, 4, 1), [3], "on the way");
+        assert_eq!(to(&mut book, 4, 3), [1, 2], "not back");
+        assert_eq!(to(&mut book, 5, 1), [2, 3], "these may know more");
+        assert_eq!(to(&mut book, 9, 1), [2, 3]);
     }
 }

@@ -1,6 +1,7 @@
 //! `bench tunnel`: the encryption figures. ovl's encrypted networks and other userspace tunnels in labs side
 //! by side, in alternating rounds.
 
+pub(super) mod detours;
 pub(super) mod fan_out;
 mod ground;
 pub(super) mod load;

@@ -1,0 +1,177 @@
+//! Links between five hosts that are cut and healed at random: what can live, lives, and paths change only for a cause.
+
+#![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use netns_lab::{EchoServer, Lab, LabConfig, wait_until};
+use ovl_tests::random::Random;
+use ovl_tests::routed::create_routed_network;
+use ovl_tests::{Attached, SOON, attach, ping_all_pairs, rows, start_lab_with, wait_clean};
+
+const HOSTS: usize = 5;
+/// The most members that a path goes through.
+const MOST_RELAYS: usize = 3;
+/// What a connection may wait for, while TCP sends again what was lost during a cut: 2 s without a path, and what TCP's backoff
+/// adds to that.
+const STALL: Duration = Duration::from_secs(8);
+
+type Pair = (usize, usize);
+
+fn pairs() -> impl Iterator<Item = Pair> {
+    (0..HOSTS).flat_map(|one| (one + 1..HOSTS).map(move |other| (one, other)))
+}
+
+/// The number of members between two hosts with these links cut. `None` if there is no path.
+fn distance(cut: &BTreeSet<Pair>, from: usize, to: usize) -> Option<usize> {
+    let mut reached = BTreeMap::from([(from, 0)]);
+    for step in 1..HOSTS {
+        for (one, other) in pairs().filter(|pair| !cut.contains(pair)) {
+            for (at, next) in [(one, other), (other, one)] {
+                if reached.get(&at) == Some(&(step - 1)) {
+                    reached.entry(next).or_insert(step);
+                }
+            }
+        }
+    }
+    reached.get(&to).map(|hops| hops.saturating_sub(1))
+}
+
+/// Links that are cut such that all hosts still reach each other.
+fn random_cut(random: &mut Random) -> BTreeSet<Pair> {
+    loop {
+        let share = random.below(7);
+        let cut: BTreeSet<Pair> = pairs().filter(|_| random.below(10) < share).collect();
+        let is_short = |(from, to)| distance(&cut, from, to).is_some_and(|relays| relays <= MOST_RELAYS);
+        if pairs().all(is_short) {
+            return cut;
+        }
+    }
+}
+
+/// A connection that stays open, to an echo server.
+struct Connection {
+    stream: TcpStream,
+    _echo: EchoServer,
+}
+
+impl Connection {
+    fn open(from: &Attached, to: &Attached) -> Self {
+        let address: IpAddr = to.address().parse().unwrap();
+        let echo = to.workload.tcp_echo_on(SocketAddr::new(address, 0)).unwrap();
+        let to = SocketAddr::new(address, echo.port());
+        let stream = from.workload.run(|| TcpStream::connect_timeout(&to, SOON)).unwrap().unwrap();
+        stream.set_read_timeout(Some(STALL)).unwrap();
+        stream.set_nodelay(true).unwrap();
+        Self { stream, _echo: echo }
+    }
+
+    fn echo(&mut self) -> Result<Duration> {
+        let start = Instant::now();
+        self.stream.write_all(&[7; 2000])?;
+        let mut back = [0; 2000];
+        self.stream.read_exact(&mut back)?;
+        Ok(start.elapsed())
+    }
+}
+
+/// The members between all hosts, as they say themselves.
+fn ways(lab: &Lab) -> Result<BTreeMap<(String, String), Vec<String>>> {
+    let mut ways = BTreeMap::new();
+    for host in lab.hosts() {
+        for row in rows(host, &["peers"])?.iter().filter(|row| row["own"] == false) {
+            ensure!(row["state"] == "alive", "{} says {row}", host.name());
+            let via = row["via"].as_array().context("no path")?;
+            let via = via.iter().filter_map(|name| Some(name.as_str()?.to_owned())).collect();
+            ways.insert((host.name().to_owned(), row["name"].as_str().unwrap_or_default().to_owned()), via);
+        }
+    }
+    Ok(ways)
+}
+
+/// Waits until each host has a path to each other one over links that are there, as short as there is.
+fn wait_for_ways(lab: &Lab, cut: &BTreeSet<Pair>) -> BTreeMap<(String, String), Vec<String>> {
+    let mut found = BTreeMap::new();
+    let number = |name: &str| name[1..].parse::<usize>().unwrap() - 1;
+    wait_until(SOON, &format!("paths without {cut:?}"), || -> Result<()> {
+        found = ways(lab)?;
+        for ((from, to), via) in &found {
+            let hops: Vec<usize> =
+                [from].into_iter().chain(via).chain([to]).map(|name| number(name)).collect();
+            let is_cut = |pair: &[usize]| cut.contains(&(pair[0].min(pair[1]), pair[0].max(pair[1])));
+            ensure!(!hops.windows(2).any(is_cut), "{from} reaches {to} via {via:?}");
+            ensure!(
+                distance(cut, number(from), number(to)) == Some(via.len()),
+                "{from} reaches {to} via {via:?}, which is not the shortest path"
+            );
+        }
+        Ok(())
+    })
+    .unwrap();
+    found
+}
+
+fn storm(length: Duration, least: usize, seed: u64) {
+    let lab = start_lab_with(LabConfig::hosts(HOSTS)).unwrap();
+    let options = ["--encrypted", "--subnet", "10.60.0.0/16", "--subnet", "fd60::/48"];
+    create_routed_network(&lab, "pods", &options).unwrap();
+    let pods: Vec<Attached> = lab
+        .hosts()
+        .iter()
+        .map(|host| attach(host, &format!("p{}", host.name()), "pods", &[]).unwrap())
+        .collect();
+    ping_all_pairs(&pods, SOON).unwrap();
+    let mut connections: Vec<(Pair, Connection)> =
+        pairs().map(|(one, other)| ((one, other), Connection::open(&pods[one], &pods[other]))).collect();
+    let (mut random, start, mut round) = (Random::new(seed), Instant::now(), 0);
+    let mut longest = Duration::ZERO;
+    while start.elapsed() < length || round < least {
+        round += 1;
+        let cut = random_cut(&mut random);
+        let names = |(one, other): &Pair| (lab.hosts()[*one].name(), lab.hosts()[*other].name());
+        lab.heal().unwrap();
+        lab.cut(&cut.iter().map(names).collect::<Vec<_>>(), false).unwrap();
+        for ((one, other), connection) in &mut connections {
+            let took = connection.echo().unwrap_or_else(|error| {
+                panic!("round {round} (seed {seed}), cut {cut:?}: {one} to {other}: {error}")
+            });
+            longest = longest.max(took);
+        }
+        let before = wait_for_ways(&lab, &cut);
+        // Nothing changes while nothing happens.
+        let steady = Instant::now();
+        while steady.elapsed() < Duration::from_secs(2) {
+            for ((one, other), connection) in &mut connections {
+                let took = connection.echo().unwrap();
+                assert!(took < Duration::from_secs(1), "{one} to {other}: {took:?} on a steady path");
+            }
+        }
+        assert_eq!(
+            ways(&lab).unwrap(),
+            before,
+            "round {round} (seed {seed}): a path changed without a cause"
+        );
+    }
+    println!("{round} rounds (seed {seed}), the longest wait of a connection was {longest:?}");
+    lab.heal().unwrap();
+    wait_for_ways(&lab, &BTreeSet::new());
+    wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+#[test]
+fn connections_survive_random_cuts_and_paths_change_only_for_them() {
+    storm(Duration::ZERO, 4, 1);
+}
+
+#[test]
+#[ignore = "takes OVL_STORM_MINUTES"]
+fn connections_survive_random_cuts_for_long() {
+    let number = |name: &str, default: u64| {
+        std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+    };
+    storm(Duration::from_secs(60 * number("OVL_STORM_MINUTES", 30)), 1, number("OVL_STORM_SEED", 1));
+}
