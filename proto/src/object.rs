@@ -36,7 +36,7 @@ const MAX_WHY: usize = 200;
 /// The number of the kind of networks.
 const NETWORK: u32 = 1;
 /// The numbers of the kinds of Kubernetes objects.
-const KINDS: [(u32, Kind); 7] = [
+const KINDS: [(u32, Kind); 8] = [
     (2, Kind::Namespace),
     (3, Kind::Pod),
     (4, Kind::Service),
@@ -44,6 +44,7 @@ const KINDS: [(u32, Kind); 7] = [
     (6, Kind::NetworkPolicy),
     (7, Kind::ServiceCidr),
     (8, Kind::ClusterNetworkPolicy),
+    (9, Kind::Node),
 ];
 
 impl ObjectKey {

@@ -1,4 +1,4 @@
-//! The Kubernetes objects that ovl acts on: v1 Namespace, Pod and Service, discovery.k8s.io/v1 EndpointSlice,
+//! The Kubernetes objects that ovl acts on: v1 Namespace, Pod, Service and Node, discovery.k8s.io/v1 EndpointSlice,
 //! networking.k8s.io/v1 NetworkPolicy and ServiceCIDR, policy.networking.k8s.io/v1alpha2 ClusterNetworkPolicy.
 //!
 //! The same types serve manifests (JSON and YAML, with the field names of Kubernetes) and the wire, with numbered fields
@@ -10,6 +10,7 @@
 mod cidr;
 mod cluster_policy;
 mod labels;
+mod node;
 mod pod;
 mod policy;
 mod port;
@@ -26,6 +27,7 @@ use serde_json::Value;
 pub use self::cidr::*;
 pub use self::cluster_policy::*;
 pub use self::labels::*;
+pub use self::node::*;
 pub use self::pod::*;
 pub use self::policy::*;
 pub use self::port::*;
@@ -57,11 +59,13 @@ pub enum Kind {
     ServiceCidr,
     /// policy.networking.k8s.io/v1alpha2 ClusterNetworkPolicy.
     ClusterNetworkPolicy,
+    /// v1 Node.
+    Node,
 }
 
 impl Kind {
     /// All kinds, in the order in which they are listed.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Namespace,
         Self::Pod,
         Self::Service,
@@ -69,6 +73,7 @@ impl Kind {
         Self::NetworkPolicy,
         Self::ServiceCidr,
         Self::ClusterNetworkPolicy,
+        Self::Node,
     ];
 
     /// Returns the `kind` of manifests.
@@ -81,13 +86,14 @@ impl Kind {
             Self::NetworkPolicy => "NetworkPolicy",
             Self::ServiceCidr => "ServiceCIDR",
             Self::ClusterNetworkPolicy => "ClusterNetworkPolicy",
+            Self::Node => "Node",
         }
     }
 
     /// Returns the `apiVersion` of manifests.
     pub fn api_version(self) -> &'static str {
         match self {
-            Self::Namespace | Self::Pod | Self::Service => "v1",
+            Self::Namespace | Self::Pod | Self::Service | Self::Node => "v1",
             Self::EndpointSlice => "discovery.k8s.io/v1",
             Self::NetworkPolicy | Self::ServiceCidr => "networking.k8s.io/v1",
             Self::ClusterNetworkPolicy => "policy.networking.k8s.io/v1alpha2",
@@ -104,6 +110,7 @@ impl Kind {
             Self::NetworkPolicy => "networkpolicy.networking.k8s.io",
             Self::ServiceCidr => "servicecidr.networking.k8s.io",
             Self::ClusterNetworkPolicy => "clusternetworkpolicy.policy.networking.k8s.io",
+            Self::Node => "node",
         }
     }
 
@@ -139,6 +146,7 @@ impl Kind {
                 "clusternetworkpolicies.policy.networking.k8s.io",
                 "clusternetworkpolicy.policy.networking.k8s.io",
             ],
+            Self::Node => &["node", "nodes", "no"],
         }
     }
 
@@ -149,7 +157,7 @@ impl Kind {
 
     /// Whether objects of this kind are in namespaces.
     pub fn is_namespaced(self) -> bool {
-        !matches!(self, Self::Namespace | Self::ServiceCidr | Self::ClusterNetworkPolicy)
+        !matches!(self, Self::Namespace | Self::ServiceCidr | Self::ClusterNetworkPolicy | Self::Node)
     }
 }
 
@@ -354,6 +362,8 @@ pub enum Resource {
     ServiceCidr(ServiceCidr),
     /// See [`ClusterNetworkPolicy`].
     ClusterNetworkPolicy(ClusterNetworkPolicy),
+    /// See [`NodeObject`].
+    Node(NodeObject),
 }
 
 impl Resource {
@@ -367,6 +377,7 @@ impl Resource {
             Self::NetworkPolicy(_) => Kind::NetworkPolicy,
             Self::ServiceCidr(_) => Kind::ServiceCidr,
             Self::ClusterNetworkPolicy(_) => Kind::ClusterNetworkPolicy,
+            Self::Node(_) => Kind::Node,
         }
     }
 
@@ -380,6 +391,7 @@ impl Resource {
             Self::NetworkPolicy(it) => &it.metadata,
             Self::ServiceCidr(it) => &it.metadata,
             Self::ClusterNetworkPolicy(it) => &it.metadata,
+            Self::Node(it) => &it.metadata,
         }
     }
 
@@ -393,6 +405,7 @@ impl Resource {
             Self::NetworkPolicy(it) => &mut it.metadata,
             Self::ServiceCidr(it) => &mut it.metadata,
             Self::ClusterNetworkPolicy(it) => &mut it.metadata,
+            Self::Node(it) => &mut it.metadata,
         }
     }
 
@@ -420,6 +433,7 @@ impl Resource {
             Self::NetworkPolicy(it) => wire::encode_body(it),
             Self::ServiceCidr(it) => wire::encode_body(it),
             Self::ClusterNetworkPolicy(it) => wire::encode_body(it),
+            Self::Node(it) => wire::encode_body(it),
         }
     }
 
@@ -437,6 +451,7 @@ impl Resource {
             Kind::NetworkPolicy => Self::NetworkPolicy(wire::decode_body(content)?),
             Kind::ServiceCidr => Self::ServiceCidr(wire::decode_body(content)?),
             Kind::ClusterNetworkPolicy => Self::ClusterNetworkPolicy(wire::decode_body(content)?),
+            Kind::Node => Self::Node(wire::decode_body(content)?),
         })
     }
 
@@ -468,6 +483,10 @@ impl Resource {
                 new.unknown.clone_from(&old.unknown);
                 new.spec.unknown.clone_from(&old.spec.unknown);
             }
+            (Self::Node(new), Self::Node(old)) => {
+                new.unknown.clone_from(&old.unknown);
+                new.status.unknown.clone_from(&old.status.unknown);
+            }
             _ => return,
         }
         self.meta_mut().unknown.clone_from(&before.meta().unknown);
@@ -487,6 +506,7 @@ impl Resource {
             Self::NetworkPolicy(it) => serde_json::to_value(it),
             Self::ServiceCidr(it) => serde_json::to_value(it),
             Self::ClusterNetworkPolicy(it) => serde_json::to_value(it),
+            Self::Node(it) => serde_json::to_value(it),
         }?;
         remove_empty(&mut value);
         if let Self::Service(service) = self {
@@ -515,6 +535,7 @@ impl Resource {
             Kind::NetworkPolicy => Self::NetworkPolicy(read.read()?),
             Kind::ServiceCidr => Self::ServiceCidr(read.read()?),
             Kind::ClusterNetworkPolicy => Self::ClusterNetworkPolicy(read.read()?),
+            Kind::Node => Self::Node(read.read()?),
         })
     }
 }

@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
-use std::net::{SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -58,11 +58,26 @@ fn at(mut rule: Value, protocols: Value) -> Value {
     rule
 }
 
+fn to_nodes(action: &str, selector: Value) -> Value {
+    json!({"action": action, "to": [{"nodes": selector}]})
+}
+
 /// Kinds of policies, with a name and the objects of each.
 fn kinds(world: &PolicyLab) -> Vec<(&'static str, Vec<Value>)> {
     let address = |namespace: &str, name: &str, v4: bool| {
         let found = world.pod(namespace, name).unwrap().address(v4).unwrap();
         format!("{found}/{}", if v4 { 32 } else { 128 })
+    };
+    // To policies, nodes are addresses, whatever has these.
+    let node = |name: &str, role: &str, pods: &[(&str, &str)]| {
+        let pods = pods.iter().map(|(namespace, name)| world.pod(namespace, name).unwrap());
+        let addresses = pods.flat_map(|pod| [true, false].map(|v4| pod.address(v4).unwrap()));
+        let addresses = addresses.map(|address| json!({"type": "InternalIP", "address": address}));
+        let addresses = addresses.chain([json!({"type": "Hostname", "address": name})]);
+        json!({
+            "apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": {"role": role}},
+            "status": {"addresses": addresses.collect::<Vec<_>>()},
+        })
     };
     let closed = || policy("x", "closed", json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}));
     let open = || {
@@ -265,7 +280,47 @@ fn kinds(world: &PolicyLab) -> Vec<(&'static str, Vec<Value>)> {
             )],
         ),
         (
-            "peers that ovl does not act on: Deny denies everything",
+            "nodes: the addresses of those that the selector chooses, and the rest of the rule holds",
+            vec![
+                node("db-1", "db", &[("y", "b")]),
+                node("db-2", "db", &[("z", "a")]),
+                node("web-1", "web", &[("x", "c"), ("z", "b")]),
+                cluster(
+                    "nodes",
+                    "Admin",
+                    10,
+                    &["x", "a"],
+                    json!({"egress": [
+                        at(to_nodes("Accept", selector("role", "db")), json!([
+                            {"tcp": {"destinationPort": {"number": 80}}},
+                            {"udp": {"destinationPort": {"number": 81}}},
+                        ])),
+                        to_nodes("Deny", json!({"matchExpressions": [{"key": "role", "operator": "In", "values": ["db", "web"]}]})),
+                        to("Accept", &[&["y"]]),
+                    ]}),
+                ),
+                cluster(
+                    "all",
+                    "Baseline",
+                    10,
+                    &["x", "b"],
+                    json!({"egress": [
+                        {"action": "Pass", "to": [{"nodes": selector("role", "web")}, peer(&["z", "c"])]},
+                        to_nodes("Deny", json!({})),
+                    ]}),
+                ),
+                // Nothing has this label.
+                cluster(
+                    "none",
+                    "Admin",
+                    20,
+                    &["x", "c"],
+                    json!({"egress": [to_nodes("Deny", selector("role", "none"))]}),
+                ),
+            ],
+        ),
+        (
+            "nodes while no Node is known: Deny denies everything",
             vec![cluster(
                 "nodes",
                 "Baseline",
@@ -322,10 +377,12 @@ fn truth_tables_of_cluster_policies_on_a_switched_network() {
 }
 
 fn connects(from: &Attached, to: &Attached, port: u16) -> bool {
-    to.addresses().iter().all(|address| {
-        let target = SocketAddr::new(address.parse().unwrap(), port);
-        from.workload.run(|| TcpStream::connect_timeout(&target, Duration::from_secs(1)).is_ok()).unwrap()
-    })
+    to.addresses().iter().all(|address| connects_to(from, address.parse().unwrap(), port))
+}
+
+fn connects_to(from: &Attached, to: IpAddr, port: u16) -> bool {
+    let target = SocketAddr::new(to, port);
+    from.workload.run(|| TcpStream::connect_timeout(&target, Duration::from_secs(1)).is_ok()).unwrap()
 }
 
 fn wait_for(what: &str, within: Duration, condition: impl Fn() -> bool) {
@@ -432,5 +489,54 @@ fn cluster_policies_of_the_api_server_are_in_force_once_it_has_the_kind() {
 
     api.delete("clusternetworkpolicies", "", "no-clients").unwrap();
     wait_for("no policy", SOON, || connects(&client, &web, 80) && connects(&client, &web, 81));
+    wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+#[test]
+fn nodes_of_the_api_server_are_peers_by_their_labels() {
+    let lab = start_lab_with(LabConfig::hosts(3)).unwrap();
+    create_routed_network(&lab, "pods", &["--subnet", "10.60.0.0/16", "--subnet", "fd60::/48"]).unwrap();
+    let mut api = ApiServer::new();
+    let addresses: Vec<IpAddr> = lab.hosts().iter().map(|host| host.address().unwrap()).collect();
+    let node = |n: usize, role: &str| {
+        json!({
+            "kind": "Node", "metadata": { "name": format!("h{}", n + 1), "labels": { "role": role } },
+            "status": {
+                "addresses": [
+                    { "type": "Hostname", "address": format!("h{}", n + 1) },
+                    { "type": "InternalIP", "address": addresses[n].to_string() },
+                ],
+            },
+        })
+    };
+    for (n, role) in ["db", "web", "web"].into_iter().enumerate() {
+        api.put(&node(n, role));
+    }
+    let subject = json!({"pods": {"namespaceSelector": {}, "podSelector": selector("app", "client")}});
+    api.put(&json!({
+        "kind": "ClusterNetworkPolicy", "metadata": { "name": "nodes" },
+        "spec": { "tier": "Admin", "priority": 3, "subject": subject, "egress": [
+            { "action": "Accept", "to": [{ "nodes": {} }],
+              "protocols": [{ "tcp": { "destinationPort": { "number": 81 } } }] },
+            { "action": "Deny", "to": [{ "nodes": selector("role", "db") }] },
+        ] },
+    }));
+    let _kubes: Vec<Kube> = lab.hosts().iter().map(|host| Kube::start(&mut api, host).unwrap()).collect();
+    let client = attach(&lab["h2"], "client", "pods", &["--label", "app=client"]).unwrap();
+    let other = attach(&lab["h2"], "other", "pods", &[]).unwrap();
+    let _servers: Vec<_> =
+        ["h1", "h3"].into_iter().flat_map(|h| [80, 81].map(|port| lab[h].tcp_echo(port).unwrap())).collect();
+    let refuses = |n: usize| !connects_to(&client, addresses[n], 80);
+    wait_for("the policy to be in force", SOON, || refuses(0) && !refuses(2));
+    assert!(connects_to(&client, addresses[0], 81) && connects_to(&other, addresses[0], 80));
+    let listed = lab["h3"].ctl_ok(&["get", "nodes", "-o", "wide"]).unwrap();
+    assert_contains(&listed, &["h1", &addresses[0].to_string(), "role=db", "kubernetes"]);
+
+    // A changed label, and a deleted Node.
+    api.put(&node(0, "web"));
+    api.put(&node(2, "db"));
+    wait_for("the labels to change", SOON, || !refuses(0) && refuses(2));
+    api.delete("nodes", "", "h3").unwrap();
+    wait_for("the Node to be gone", SOON, || !refuses(2));
     wait_clean(lab.hosts(), SOON).unwrap();
 }

@@ -291,6 +291,7 @@ fn services_of_the_api_server_are_reached_and_its_objects_are_changed_only_there
         "networkpolicies",
         "clusternetworkpolicies",
         "servicecidrs",
+        "nodes",
     ];
     for plural in kinds {
         let watches = requests.iter().filter(|(other, watch, _)| other == plural && *watch).count();

@@ -2,7 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::io::Read as _;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd as _;
 use std::thread;
 use std::time::Duration;
 
@@ -102,6 +104,38 @@ fn published_port_is_reachable_from_outside_and_at_any_address_of_the_host() {
         assert_eq!(web.json["publish"].as_array().unwrap().len(), 2, "{}", web.json);
         wait_clean(lab.hosts(), SOON).unwrap();
     }
+}
+
+#[test]
+fn published_port_at_localhost_is_reachable_from_another_address_of_the_host() {
+    let lab = dual();
+    let host = &lab["h1"];
+    create(&lab, "blue", &["--mode", "l3"], 30);
+    let (_web, _server) = serve(host, "web", "blue", &["[::1]:8080:80", "8081:80"]);
+    // The kernel chooses ::1, unless the program binds another address.
+    let own = host.addresses().into_iter().find_map(|address| match address {
+        IpAddr::V6(address) => Some(address),
+        IpAddr::V4(_) => None,
+    });
+    for port in [8080, 8081] {
+        let said = host.run(|| said_to(own.unwrap(), SocketAddrV6::new(Ipv6Addr::LOCALHOST, port, 0, 0)));
+        let said = said.unwrap().unwrap_or_else(|error| panic!("{port}: {error:#}"));
+        assert!(said.parse::<IpAddr>().is_ok(), "{port}: {said}");
+    }
+    wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+/// Connects from an address, and returns what the server says.
+fn said_to(from: Ipv6Addr, to: SocketAddrV6) -> Result<String> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn6, bind, connect, socket};
+    let fd = socket(AddressFamily::Inet6, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    bind(fd.as_raw_fd(), &SockaddrIn6::from(SocketAddrV6::new(from, 0, 0, 0)))?;
+    connect(fd.as_raw_fd(), &SockaddrIn6::from(to))?;
+    let mut stream = TcpStream::from(fd);
+    stream.set_read_timeout(Some(SOON))?;
+    let mut said = String::new();
+    stream.read_to_string(&mut said)?;
+    Ok(said)
 }
 
 #[test]

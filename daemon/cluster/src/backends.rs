@@ -215,7 +215,11 @@ impl Backends {
                     self.selectables.of_pod(&key.name).map(|(_, selectable)| selectable.clone()).collect();
                 named.iter().for_each(|selectable| self.select(selectable));
             }
-            Kind::Namespace | Kind::NetworkPolicy | Kind::ServiceCidr | Kind::ClusterNetworkPolicy => {}
+            Kind::Namespace
+            | Kind::NetworkPolicy
+            | Kind::ServiceCidr
+            | Kind::ClusterNetworkPolicy
+            | Kind::Node => {}
         }
     }
 

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use ipnet::IpNet;
 use ovl_proto::resource::{
-    ClusterNetworkPolicy, EndpointSlice, Kind, Labels, Meta, Name, Namespace, NetworkPolicy, Pod, Protocol,
-    Resource, ResourceKey, Service, ServiceCidr,
+    ClusterNetworkPolicy, EndpointSlice, Kind, Labels, Meta, Name, Namespace, NetworkPolicy, NodeObject, Pod,
+    Protocol, Resource, ResourceKey, Service, ServiceCidr,
 };
 
 use crate::claims::Claims;
@@ -23,6 +23,7 @@ pub struct Resources {
     policies: BTreeMap<Name, NetworkPolicy>,
     cidrs: BTreeMap<String, ServiceCidr>,
     cluster_policies: BTreeMap<String, ClusterNetworkPolicy>,
+    nodes: BTreeMap<String, NodeObject>,
     claims: Claims,
 }
 
@@ -57,6 +58,11 @@ impl Resources {
         &self.cluster_policies
     }
 
+    /// Nodes, whether or not they are members.
+    pub fn nodes(&self) -> impl Iterator<Item = &NodeObject> {
+        self.nodes.values()
+    }
+
     /// The ranges of the ServiceCIDRs, in the order of their names.
     pub fn service_cidrs(&self) -> impl Iterator<Item = IpNet> {
         self.cidrs.values().flat_map(|it| &it.spec.cidrs).copied()
@@ -80,6 +86,7 @@ impl Resources {
             Resource::NetworkPolicy(it) => drop(self.policies.insert(name, it)),
             Resource::ServiceCidr(it) => drop(self.cidrs.insert(name.name, it)),
             Resource::ClusterNetworkPolicy(it) => drop(self.cluster_policies.insert(name.name, it)),
+            Resource::Node(it) => drop(self.nodes.insert(name.name, it)),
         }
         vec![key]
     }
@@ -94,6 +101,7 @@ impl Resources {
             Kind::NetworkPolicy => drop(self.policies.remove(&key.name)),
             Kind::ServiceCidr => drop(self.cidrs.remove(&key.name.name)),
             Kind::ClusterNetworkPolicy => drop(self.cluster_policies.remove(&key.name.name)),
+            Kind::Node => drop(self.nodes.remove(&key.name.name)),
         }
         vec![key.clone()]
     }
@@ -110,6 +118,7 @@ impl Resources {
             Kind::ClusterNetworkPolicy => {
                 self.cluster_policies.get(&key.name.name).cloned().map(Resource::ClusterNetworkPolicy)
             }
+            Kind::Node => self.nodes.get(&key.name.name).cloned().map(Resource::Node),
         }
     }
 
@@ -124,6 +133,7 @@ impl Resources {
             Kind::NetworkPolicy => self.policies.get(name).map(|it| &it.metadata),
             Kind::ServiceCidr => self.cidrs.get(&name.name).map(|it| &it.metadata),
             Kind::ClusterNetworkPolicy => self.cluster_policies.get(&name.name).map(|it| &it.metadata),
+            Kind::Node => self.nodes.get(&name.name).map(|it| &it.metadata),
         }
     }
 
@@ -139,6 +149,7 @@ impl Resources {
             Kind::ClusterNetworkPolicy => {
                 self.cluster_policies.keys().map(|name| Name::new("", name)).collect()
             }
+            Kind::Node => self.nodes.keys().map(|name| Name::new("", name)).collect(),
         }
     }
 

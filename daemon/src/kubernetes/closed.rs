@@ -20,7 +20,12 @@ pub(crate) fn stand_in(key: &ResourceKey, document: &Value) -> Option<(Resource,
             Resource::ClusterNetworkPolicy(closed_cluster(&key.name, document)),
             "Until ovl can read it, those of its rules that it cannot read accept nothing, or deny everything",
         )),
-        Kind::Namespace | Kind::Pod | Kind::Service | Kind::EndpointSlice | Kind::ServiceCidr => None,
+        Kind::Namespace
+        | Kind::Pod
+        | Kind::Service
+        | Kind::EndpointSlice
+        | Kind::ServiceCidr
+        | Kind::Node => None,
     }
 }
 

@@ -15,7 +15,7 @@ use ovl_manifest::object::{self as manifest, Identity};
 use ovl_proto::id::NodeId;
 use ovl_proto::object::Body;
 use ovl_proto::resource::{
-    ClusterNetworkPolicy, Created, HEADLESS_LABEL, Kind, Meta, Name, Namespace, NetworkPolicy,
+    ClusterNetworkPolicy, Created, HEADLESS_LABEL, Kind, Meta, Name, Namespace, NetworkPolicy, NodeObject,
     PROXY_NAME_LABEL, Pod, Protocol, Resource, ResourceKey, Service, ServiceCidr,
 };
 use ovl_proto::wire::fields::Unknown;
@@ -489,6 +489,7 @@ pub(super) fn tombstone(kind: Kind, name: &Name) -> Resource {
             metadata,
             ..ClusterNetworkPolicy::default()
         }),
+        Kind::Node => Resource::Node(NodeObject { metadata, ..NodeObject::default() }),
     }
 }
 
@@ -519,7 +520,8 @@ fn info(state: &State, kind: Kind, name: Name) -> Result<ResourceInfo, Failed> {
         | Resource::EndpointSlice(_)
         | Resource::NetworkPolicy(_)
         | Resource::ServiceCidr(_)
-        | Resource::ClusterNetworkPolicy(_) => Vec::new(),
+        | Resource::ClusterNetworkPolicy(_)
+        | Resource::Node(_) => Vec::new(),
     };
     let mut selects: Vec<String> = match &resource {
         Resource::NetworkPolicy(policy) => {
@@ -534,7 +536,8 @@ fn info(state: &State, kind: Kind, name: Name) -> Result<ResourceInfo, Failed> {
         | Resource::Service(_)
         | Resource::EndpointSlice(_)
         | Resource::ServiceCidr(_)
-        | Resource::ClusterNetworkPolicy(_) => Vec::new(),
+        | Resource::ClusterNetworkPolicy(_)
+        | Resource::Node(_) => Vec::new(),
     };
     selects.sort_unstable();
     selects.dedup();

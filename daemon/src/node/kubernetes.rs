@@ -11,7 +11,7 @@ use ovl_manifest::FieldProblem;
 use ovl_manifest::object::{self as manifest, Identity};
 use ovl_proto::id::EndpointId;
 use ovl_proto::object::{Body, ObjectKey};
-use ovl_proto::resource::{Kind, Pod, Resource, ResourceKey, Service, Source, Validation};
+use ovl_proto::resource::{Kind, Pod, Resource, ResourceKey, Source, Validation};
 use ovl_proto::table::{Endpoint, Entry};
 use ovl_proto::wire;
 use ovl_subsystems::services::allocation::{ReservedClaims, ServiceAllocator};
@@ -31,6 +31,8 @@ use crate::problems::Code;
 
 /// What stays free of the owner table for leases and what else the host must write, in bytes.
 const RESERVE: usize = 1 << 20;
+/// The number of documents from which on their memory is given back to the kernel.
+const MANY: usize = 1000;
 /// How many problems of an object its sentence has.
 const MOST_REASONS: usize = 3;
 
@@ -149,6 +151,7 @@ impl Node {
                 "another host mirrors the objects of the API server, or ovl-kube does not say that it reaches it",
             ));
         }
+        let many = documents.len() >= MANY;
         let mut taken = Taken::default();
         taken.heard.extend(request.failed.iter().map(|failed| failed.key.clone()));
         taken.reply.failed.extend(request.failed.iter().cloned());
@@ -187,6 +190,10 @@ impl Node {
         guard.kubernetes.note(&heard, &reply.failed, gone);
         note_failures(&mut guard);
         self.report_to_api(&guard);
+        drop(guard);
+        if many {
+            ovl_kernel::return_free_memory();
+        }
         Ok(Reply::Mirrored(Box::new(reply)))
     }
 
@@ -301,12 +308,7 @@ impl Node {
                 // The API server has let it in, so it is taken as it is. What of it cannot be done is said.
                 Err(problems) => problems,
             };
-            // The Service of the cluster DNS has the address at which ovl itself answers.
-            let is_dns = |service: &Service| {
-                let mut all = service.cluster_addresses().peekable();
-                all.peek().is_some() && all.all(|one| ranges.dns_addresses().any(|dns| dns == one))
-            };
-            if !problems.is_empty() && !is_dns(service) {
+            if !problems.is_empty() {
                 taken.fail(&key, sentence(&problems));
             }
         }
@@ -367,7 +369,8 @@ impl Node {
                     | Resource::EndpointSlice(_)
                     | Resource::NetworkPolicy(_)
                     | Resource::ServiceCidr(_)
-                    | Resource::ClusterNetworkPolicy(_) => continue,
+                    | Resource::ClusterNetworkPolicy(_)
+                    | Resource::Node(_) => continue,
                 },
                 Err(problems) => {
                     let reason = format!(

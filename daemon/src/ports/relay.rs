@@ -31,6 +31,12 @@ fn target(targets: &[IpAddr], client: IpAddr) -> Option<IpAddr> {
     same.or_else(|| targets.first()).copied()
 }
 
+/// Whether a client is of this host: its address is a loopback address, or it has asked `::1`, for which the kernel takes
+/// packets from no other device. For 127.0.0.1 it does, with `route_localnet`.
+fn is_of_this_host(client: SocketAddr, asked: io::Result<SocketAddr>) -> bool {
+    client.ip().to_canonical().is_loopback() || asked.is_ok_and(|asked| asked.ip() == Ipv6Addr::LOCALHOST)
+}
+
 /// Relays TCP connections forever.
 pub(super) async fn tcp(listener: std::net::TcpListener, port: u16, targets: Vec<IpAddr>) {
     let listener = match TcpListener::from_std(listener) {
@@ -52,7 +58,7 @@ pub(super) async fn tcp(listener: std::net::TcpListener, port: u16, targets: Vec
             }
         };
         match target(&targets, client.ip()) {
-            Some(target) if client.ip().to_canonical().is_loopback() => {
+            Some(target) if is_of_this_host(client, stream.local_addr()) => {
                 connections.spawn_local(connect(stream, SocketAddr::new(target, port)));
             }
             Some(_) | None => refuse(stream),
@@ -97,7 +103,7 @@ pub(super) async fn udp(socket: std::net::UdpSocket, port: u16, targets: Vec<IpA
         };
         while answers.try_join_next().is_some() {}
         let Some(target) = target(&targets, client.ip()) else { continue };
-        if !client.ip().to_canonical().is_loopback() {
+        if !is_of_this_host(client, socket.local_addr()) {
             continue;
         }
         let known = clients.borrow().get(&client).cloned();

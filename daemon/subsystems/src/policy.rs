@@ -23,8 +23,8 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use ovl_proto::resource::{
-    EgressRule, IngressRule, IntOrString, IpBlock, LabelSelector, Labels, Name, NetworkPolicy, PolicyPeer,
-    PolicyPort, PolicyType, Protocol, RuleAction,
+    EgressRule, IngressRule, IntOrString, IpBlock, LabelSelector, Labels, Name, NetworkPolicy, NodeObject,
+    PolicyPeer, PolicyPort, PolicyType, Protocol, RuleAction,
 };
 
 use self::index::Index;
@@ -229,7 +229,7 @@ impl Policies {
     /// Compiles the NetworkPolicy and ClusterNetworkPolicy objects of the cluster.
     pub fn new(resources: &Resources) -> Self {
         let mut all = Self::default();
-        let mut builder = Builder::default();
+        let mut builder = Builder { nodes: resources.nodes().collect(), ..Builder::default() };
         let mut numbers = BTreeSet::from([UNDECIDED, DEFAULT, PASSED]);
         for (name, policy) in resources.policies() {
             let number = free_number(name, &mut numbers);
@@ -358,15 +358,16 @@ fn free_number(name: &Name, taken: &mut BTreeSet<u32>) -> u32 {
     }
 }
 
-/// Collects selectors and named ports, each once.
+/// Collects selectors and named ports, each once. `nodes` are all there are.
 #[derive(Default)]
-struct Builder {
+struct Builder<'a> {
+    nodes: Vec<&'a NodeObject>,
     pods: Vec<Pods>,
     places: BTreeMap<Pods, usize>,
     ports: Vec<(String, Protocol)>,
 }
 
-impl Builder {
+impl Builder<'_> {
     fn policy(&mut self, name: &Name, number: u32, policy: &NetworkPolicy) -> Policy {
         let spec = &policy.spec;
         let isolates = |direction| spec.policy_types.iter().any(|kind| Direction::of(*kind) == direction);

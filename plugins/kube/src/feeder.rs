@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
 use crate::balance::{Addresses, Due, due};
-use crate::ovld::{Connection, Failure, name_of, names_of};
+use crate::ovld::{Connection, Failure, names_of};
 use crate::refusals::Refusal;
 use crate::reports::Heard;
 use crate::store::{News, Store};
@@ -84,7 +84,7 @@ impl Feeder {
     }
 
     /// Hands on what watchers tell, until there are none.
-    pub(crate) async fn run(mut self, mut items: mpsc::Receiver<Item<Kind>>) {
+    pub(crate) async fn run(mut self, mut items: mpsc::Receiver<Item>) {
         let mut again = tokio::time::interval(AGAIN);
         again.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -152,7 +152,7 @@ impl Feeder {
         self.surroundings.say.try_send(Say::Refused(refusal)).ok();
     }
 
-    fn take(&mut self, item: Item<Kind>) {
+    fn take(&mut self, item: Item) {
         self.unbalanced |= matches!(
             item,
             Item::Listed(Kind::Service, ..)
@@ -214,8 +214,8 @@ impl Feeder {
         if news.is_empty() {
             return Ok(());
         }
-        let told: Vec<(Kind, Vec<Name>)> =
-            news.iter().map(|news| (news.kind, news.objects.iter().map(name_of).collect())).collect();
+        let names = |news: &News| news.objects.iter().map(|(name, _)| name.clone()).collect();
+        let told: Vec<(Kind, Vec<Name>)> = news.iter().map(|news| (news.kind, names(news))).collect();
         let failed: BTreeMap<ResourceKey, String> = connection.tell(cluster.as_deref(), news).await?;
         self.failures = 0;
         failed.iter().for_each(|(key, reason)| self.refuse(key, reason));

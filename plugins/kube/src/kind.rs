@@ -1,6 +1,6 @@
 //! The kinds that are followed: where the API server has them, and what of an object is handed on.
 
-use std::fmt::{Display, Formatter};
+use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
@@ -12,8 +12,10 @@ use serde_json::{Map, Value, json};
 use crate::status::Status;
 
 /// The kinds of the cluster's objects that one host mirrors for all. Pods are followed by the host of their node.
-pub(crate) const MIRRORED: [Kind; 6] = [
+pub(crate) const MIRRORED: [Kind; 7] = [
     Kind::Namespace,
+    // Before the policies that name them.
+    Kind::Node,
     Kind::NetworkPolicy,
     Kind::ClusterNetworkPolicy,
     Kind::ServiceCidr,
@@ -34,57 +36,14 @@ pub(crate) fn path(kind: Kind) -> String {
         Kind::NetworkPolicy => NetworkPolicy::url_path(&(), None),
         Kind::ServiceCidr => ServiceCIDR::url_path(&(), None),
         Kind::ClusterNetworkPolicy => CLUSTER_POLICIES.to_owned(),
+        Kind::Node => Node::url_path(&(), None),
     }
 }
 
-/// A kind that is followed.
-pub(crate) trait Followed: Copy + Display {
-    /// Returns the path of its objects in all namespaces.
-    fn path(self) -> String;
-
-    /// Whether an API server may not have the kind.
-    fn is_optional(self) -> bool {
-        false
-    }
-
-    /// Reads an object that the API server sent.
-    fn read(self, value: Value) -> Result<Object, Unusable>;
-}
-
-impl Followed for Kind {
-    fn path(self) -> String {
-        path(self)
-    }
-
-    fn is_optional(self) -> bool {
-        // Kubernetes has ServiceCIDRs since 1.33, and ClusterNetworkPolicies once they are defined.
-        matches!(self, Kind::ServiceCidr | Kind::ClusterNetworkPolicy)
-    }
-
-    fn read(self, value: Value) -> Result<Object, Unusable> {
-        object(self, value)
-    }
-}
-
-/// The Nodes of the API server, which are no objects of ovl.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Nodes;
-
-impl Display for Nodes {
-    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Node")
-    }
-}
-
-impl Followed for Nodes {
-    fn path(self) -> String {
-        Node::url_path(&(), None)
-    }
-
-    fn read(self, value: Value) -> Result<Object, Unusable> {
-        let (name, version) = identity(&self, &value)?;
-        Ok(Object { name, version, uid: String::new(), manifest: None, status: Status::default() })
-    }
+/// Whether an API server may not have a kind.
+pub(crate) fn is_optional(kind: Kind) -> bool {
+    // Kubernetes has ServiceCIDRs since 1.33, and ClusterNetworkPolicies once they are defined.
+    matches!(kind, Kind::ServiceCidr | Kind::ClusterNetworkPolicy)
 }
 
 /// Why an object cannot be handed on.
@@ -107,18 +66,28 @@ pub(crate) struct Object {
     pub version: u64,
     /// The unique id; may be empty.
     pub uid: String,
-    /// The manifest. `None` if the object does not concern ovl.
-    pub manifest: Option<Value>,
+    /// The manifest, as JSON: a tree of values would take many times the memory. `None` if the object does not concern ovl.
+    pub manifest: Option<Arc<str>>,
     /// The status of a Service. Empty for other kinds.
     pub status: Status,
 }
 
 /// Reads an object that the API server sent, and leaves out what ovl has no use for.
 pub(crate) fn object(kind: Kind, mut value: Value) -> Result<Object, Unusable> {
-    let (name, version) = identity(&kind, &value)?;
+    let (name, version) = identity(kind, &value)?;
     let uid = text(&value, "/metadata/uid");
     let status = if kind == Kind::Service { Status::of(&value) } else { Status::default() };
-    let manifest = if kind == Kind::Pod { pod(&value) } else { Some(others(kind, &mut value, &status)) };
+    let manifest = match kind {
+        Kind::Pod => pod(&value),
+        Kind::Node => Some(node(&value)),
+        Kind::Namespace
+        | Kind::Service
+        | Kind::EndpointSlice
+        | Kind::NetworkPolicy
+        | Kind::ServiceCidr
+        | Kind::ClusterNetworkPolicy => Some(others(kind, &mut value, &status)),
+    };
+    let manifest = manifest.map(|manifest| manifest.to_string().into());
     Ok(Object { name, version, uid, manifest, status })
 }
 
@@ -127,7 +96,7 @@ fn text(value: &Value, path: &str) -> String {
 }
 
 /// Returns the name and the version of an object.
-fn identity(kind: &dyn Display, value: &Value) -> Result<(Name, u64), Unusable> {
+fn identity(kind: Kind, value: &Value) -> Result<(Name, u64), Unusable> {
     let name = Name::new(text(value, "/metadata/namespace"), text(value, "/metadata/name"));
     if name.name.is_empty() {
         return Err(Unusable::NoName(kind.to_string()));
@@ -139,7 +108,7 @@ fn identity(kind: &dyn Display, value: &Value) -> Result<(Name, u64), Unusable> 
     }
 }
 
-/// Returns an object of a kind other than Pod, which is handed on nearly as it is.
+/// Returns an object of a kind other than Pod and Node, which is handed on nearly as it is.
 fn others(kind: Kind, value: &mut Value, status: &Status) -> Value {
     if let Some(fields) = value.as_object_mut() {
         // Lists leave them out of their items.
@@ -201,6 +170,38 @@ fn pod(value: &Value) -> Option<Value> {
     }))
 }
 
+/// Returns of a Node what policies need. The rest changes with each heartbeat.
+fn node(value: &Value) -> Value {
+    let metadata = value.get("metadata").unwrap_or(&Value::Null);
+    let status = value.get("status").unwrap_or(&Value::Null);
+    json!({
+        "apiVersion": Kind::Node.api_version(),
+        "kind": Kind::Node.name(),
+        "metadata": some_of(metadata, &["name", "resourceVersion", "creationTimestamp", "labels"]),
+        "status": some_of(status, &["addresses"]),
+    })
+}
+
+/// Whether a manifest differs from an earlier one of the same object in anything but the version.
+pub(crate) fn differs(before: &str, now: &str) -> bool {
+    let read = |manifest: &str| serde_json::from_str(manifest).unwrap_or(Value::Null);
+    before != now && values_differ(&read(before), &read(now))
+}
+
+fn values_differ(before: &Value, now: &Value) -> bool {
+    const VERSION: &str = "resourceVersion";
+    let (Some(before), Some(now)) = (before.as_object(), now.as_object()) else { return before != now };
+    let rest = |fields: &Map<String, Value>| fields.len() - usize::from(fields.contains_key(VERSION));
+    let differing = |(name, value): (&String, &Value)| {
+        name != VERSION
+            && before.get(name).is_none_or(|before| match name.as_str() {
+                "metadata" => values_differ(before, value),
+                _ => before != value,
+            })
+    };
+    rest(before) != rest(now) || now.iter().any(differing)
+}
+
 /// Returns an object with only these of its fields.
 fn some_of(value: &Value, fields: &[&str]) -> Value {
     let found = fields.iter().filter_map(|field| Some(((*field).to_owned(), value.get(*field)?.clone())));
@@ -212,6 +213,10 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
 
     use super::*;
+
+    fn read(manifest: &str) -> Value {
+        serde_json::from_str(manifest).unwrap()
+    }
 
     #[test]
     fn kinds_have_the_paths_of_the_api() {
@@ -233,7 +238,7 @@ mod tests {
         let found = object(Kind::Service, value).unwrap();
         assert_eq!((found.name, found.version, found.uid.as_str()), (Name::new("shop", "web"), 17, "u1"));
         assert_eq!(
-            found.manifest.unwrap(),
+            read(&found.manifest.unwrap()),
             json!({
                 "apiVersion": "v1", "kind": "Service",
                 "metadata": {
@@ -253,6 +258,46 @@ mod tests {
             object(Kind::Namespace, value),
             Err(Unusable::NoVersion(Name::new("", "web"), "a7".to_owned()))
         );
+    }
+
+    #[test]
+    fn nodes_are_reduced_to_labels_and_addresses() {
+        let value = |version: &str, beat: &str| {
+            json!({
+                "metadata": {
+                    "name": "n1", "resourceVersion": version, "uid": "u", "labels": { "role": "db" },
+                    "annotations": { "a": "b" }, "creationTimestamp": "2026-01-01T00:00:00Z",
+                },
+                "spec": { "podCIDR": "10.0.0.0/24" },
+                "status": {
+                    "conditions": [{ "type": "Ready", "lastHeartbeatTime": beat }],
+                    "addresses": [{ "type": "InternalIP", "address": "192.0.2.1" }],
+                },
+            })
+        };
+        let manifest = |value: Value| object(Kind::Node, value).unwrap().manifest.unwrap();
+        let first = manifest(value("3", "now"));
+        assert_eq!(
+            read(&first),
+            json!({
+                "apiVersion": "v1", "kind": "Node",
+                "metadata": {
+                    "name": "n1", "resourceVersion": "3", "labels": { "role": "db" },
+                    "creationTimestamp": "2026-01-01T00:00:00Z",
+                },
+                "status": { "addresses": [{ "type": "InternalIP", "address": "192.0.2.1" }] },
+            })
+        );
+        assert!(!differs(&first, &manifest(value("4", "later"))));
+        let mut labelled = value("5", "later");
+        labelled["metadata"]["labels"]["role"] = "web".into();
+        assert!(differs(&first, &manifest(labelled)));
+        let mut moved = value("6", "later");
+        moved["status"]["addresses"][0]["address"] = "192.0.2.2".into();
+        assert!(differs(&first, &manifest(moved)));
+        let mut bare = value("7", "later");
+        bare["metadata"].as_object_mut().unwrap().remove("labels");
+        assert!(differs(&first, &manifest(bare)));
     }
 
     #[test]
@@ -281,7 +326,7 @@ mod tests {
             ] },
         });
         assert_eq!(
-            object(Kind::Pod, value).unwrap().manifest.unwrap(),
+            read(&object(Kind::Pod, value).unwrap().manifest.unwrap()),
             json!({
                 "apiVersion": "v1", "kind": "Pod",
                 "metadata": {

@@ -2,7 +2,7 @@
 //! host is a node. It decides nothing about networks: it hands on to ovld what the API server has.
 //!
 //! * The pods of this node: labels, named ports, phase, readiness. Each host follows its own.
-//! * The cluster's objects: Namespaces, NetworkPolicies, Services, EndpointSlices. One host mirrors them for all; ovld says
+//! * The cluster's objects: Namespaces, Nodes, policies, Services, EndpointSlices. One host mirrors them for all; ovld says
 //!   whose turn it is.
 //!
 //! It writes back what the API server expects of a network: the addresses of LoadBalancers, Events about objects that are not

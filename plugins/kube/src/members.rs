@@ -16,7 +16,6 @@ use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 
-use crate::kind::Nodes;
 use crate::ovld::{Connection, Failure};
 use crate::reports::Heard;
 use crate::watcher::Item;
@@ -127,15 +126,20 @@ fn addresses(nodes: &[Value], own: &str, start: usize) -> Vec<IpAddr> {
     all.iter().cycle().skip(start).take(all.len().min(Join::MOST)).copied().collect()
 }
 
-/// Tells ovld which Nodes there are, whenever that changes.
-pub(crate) async fn tell(socket: PathBuf, mut items: mpsc::Receiver<Item<Nodes>>) {
+/// Tells ovld which Nodes there are, whenever that changes, and hands `items`, which are about Nodes, `onward`.
+pub(crate) async fn tell(socket: PathBuf, mut items: mpsc::Receiver<Item>, onward: mpsc::Sender<Item>) {
     let mut names = BTreeSet::new();
     let (mut known, mut told, mut failed) = (false, false, false);
     loop {
         let wait = if known && !told { AGAIN } else { Duration::MAX };
         match timeout(wait, items.recv()).await {
             Ok(None) => return,
-            Ok(Some(item)) => told &= !take(item, &mut names, &mut known),
+            Ok(Some(item)) => {
+                told &= !take(&item, &mut names, &mut known);
+                if onward.send(item).await.is_err() {
+                    return;
+                }
+            }
             Err(_) => {
                 let tell = async { Connection::open(&socket).await?.nodes(names.clone()).await };
                 let done: Result<(), Failure> = tell.await;
@@ -152,14 +156,14 @@ pub(crate) async fn tell(socket: PathBuf, mut items: mpsc::Receiver<Item<Nodes>>
 }
 
 /// Takes over a change. Returns whether there are other Nodes now.
-fn take(item: Item<Nodes>, names: &mut BTreeSet<String>, known: &mut bool) -> bool {
+fn take(item: &Item, names: &mut BTreeSet<String>, known: &mut bool) -> bool {
     match item {
         Item::Listed(_, _, nodes) => {
-            *names = nodes.into_iter().map(|node| node.name.name).collect();
+            *names = nodes.iter().map(|node| node.name.name.clone()).collect();
             *known = true;
             true
         }
-        Item::Changed(_, node) => names.insert(node.name.name),
+        Item::Changed(_, node) => names.insert(node.name.name.clone()),
         Item::Deleted(_, node) => names.remove(&node.name.name),
         // A mirror that does not know the Nodes forgets nothing. The watcher says why in the log.
         Item::Trouble(..) => false,
@@ -169,6 +173,8 @@ fn take(item: Item<Nodes>, names: &mut BTreeSet<String>, known: &mut bool) -> bo
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use ovl_proto::resource::Kind;
 
     use super::*;
 
@@ -198,19 +204,16 @@ mod tests {
     #[test]
     fn ovld_is_told_of_nodes_that_come_and_go_and_of_nothing_else() {
         let object = |name: &str| {
-            crate::kind::Followed::read(
-                Nodes,
-                json!({ "metadata": { "name": name, "resourceVersion": "1" } }),
-            )
-            .unwrap()
+            let value = json!({ "metadata": { "name": name, "resourceVersion": "1" } });
+            crate::kind::object(Kind::Node, value).unwrap()
         };
         let (mut names, mut known) = (BTreeSet::new(), false);
-        assert!(take(Item::Listed(Nodes, 1, vec![object("n1"), object("n2")]), &mut names, &mut known));
+        assert!(take(&Item::Listed(Kind::Node, 1, vec![object("n1"), object("n2")]), &mut names, &mut known));
         assert!(known);
         // A heartbeat.
-        assert!(!take(Item::Changed(Nodes, object("n1")), &mut names, &mut known));
-        assert!(take(Item::Deleted(Nodes, object("n1")), &mut names, &mut known));
-        assert!(take(Item::Changed(Nodes, object("n3")), &mut names, &mut known));
+        assert!(!take(&Item::Changed(Kind::Node, object("n1")), &mut names, &mut known));
+        assert!(take(&Item::Deleted(Kind::Node, object("n1")), &mut names, &mut known));
+        assert!(take(&Item::Changed(Kind::Node, object("n3")), &mut names, &mut known));
         assert_eq!(names, BTreeSet::from(["n2".to_owned(), "n3".to_owned()]));
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ovl_control::{
@@ -9,7 +10,6 @@ use ovl_control::{
     Mirrored, NetworkCreate, NetworkInfo, NodePods, Nodes, NotMirrored, OwnNode, Reply, Request,
 };
 use ovl_proto::resource::{Kind, Name, ResourceKey};
-use serde_json::Value;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
@@ -20,6 +20,8 @@ use crate::store::News;
 const WITHIN: Duration = Duration::from_secs(60);
 /// What a request has beside its documents, in bytes.
 const FRAME: usize = 1024;
+/// How many bytes of documents a request has, unless a single one has more: while it is written, they take many times that.
+const AT_ONCE: usize = 256 << 10;
 
 /// Why a request failed.
 #[derive(Debug, thiserror::Error)]
@@ -135,7 +137,9 @@ impl Connection {
         news: Vec<News>,
     ) -> Result<BTreeMap<ResourceKey, String>, Failure> {
         let Handed { staged, request } = hand_on(cluster, news)?;
-        for documents in staged {
+        for manifests in staged {
+            let documents: Vec<Document> =
+                manifests.iter().map(|manifest| document(manifest)).collect::<Result<_, _>>()?;
             self.done(&Request::Stage { documents }).await?;
         }
         let Reply::Mirrored(mirrored) = self.request(&request).await? else {
@@ -183,15 +187,17 @@ fn unexpected(reply: Reply) -> Failure {
 /// Requests that hand on what is new.
 #[derive(Debug, PartialEq)]
 struct Handed {
-    /// The documents, as many together as fit a request.
-    staged: Vec<Vec<Document>>,
+    /// Manifests, as many together as fit a request.
+    staged: Vec<Vec<Arc<str>>>,
     /// The request about them.
     request: Request,
 }
 
 /// Makes requests of what is new.
 fn hand_on(cluster: Option<&str>, news: Vec<News>) -> Result<Handed, Failure> {
-    let mut staged: Vec<Vec<Document>> = Vec::new();
+    let mut staged: Vec<Vec<Arc<str>>> = Vec::new();
+    // With a comma. What stands for the manifest is longer than nothing.
+    let around = serde_json::to_vec(&document("0")?)?.len();
     let mut space = 0;
     let mut mirror = Mirror { cluster: cluster.unwrap_or_default().to_owned(), ..Mirror::default() };
     let mut pods = NodePods::default();
@@ -206,25 +212,19 @@ fn hand_on(cluster: Option<&str>, news: Vec<News>) -> Result<Handed, Failure> {
             });
             mirror.deleted.push(DeletedObject { key: ResourceKey { kind, name }, version: deletion.version });
         }
-        for value in objects {
-            let key = ResourceKey { kind, name: name_of(&value) };
-            let document = Document {
-                file: "the Kubernetes API server".to_owned(),
-                line: 1,
-                within: String::new(),
-                value,
-            };
-            let length = serde_json::to_vec(&document)?.len() + 1;
+        for (name, manifest) in objects {
+            let length = manifest.len() + around;
             if length > MAX_REQUEST - FRAME {
+                let key = ResourceKey { kind, name };
                 let reason = format!("is {length} bytes long, more than ovld takes");
                 mirror.failed.push(NotMirrored { key, reason });
                 continue;
             }
             match staged.last_mut().filter(|_| length <= space) {
-                Some(last) => last.push(document),
+                Some(last) => last.push(manifest),
                 None => {
-                    space = MAX_REQUEST - FRAME;
-                    staged.push(vec![document]);
+                    space = length.max(AT_ONCE);
+                    staged.push(vec![manifest]);
                 }
             }
             space -= length;
@@ -235,10 +235,14 @@ fn hand_on(cluster: Option<&str>, news: Vec<News>) -> Result<Handed, Failure> {
     Ok(Handed { staged, request })
 }
 
-/// Returns the name of an object.
-pub(crate) fn name_of(object: &Value) -> Name {
-    let text = |path: &str| object.pointer(path).and_then(Value::as_str).unwrap_or_default();
-    Name::new(text("/metadata/namespace"), text("/metadata/name"))
+/// Returns what ovld takes for a manifest.
+fn document(manifest: &str) -> Result<Document, serde_json::Error> {
+    Ok(Document {
+        file: "the Kubernetes API server".to_owned(),
+        line: 1,
+        within: String::new(),
+        value: serde_json::from_str(manifest)?,
+    })
 }
 
 /// Returns the names of a kind's objects among these keys.
@@ -250,12 +254,17 @@ pub(crate) fn names_of(kind: Kind, keys: &BTreeMap<ResourceKey, String>) -> BTre
 mod tests {
     #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
     use crate::store::Deletion;
 
     fn news(kind: Kind, listed: Option<u64>, objects: Vec<Value>) -> News {
+        let named = |object: Value| {
+            let name = object["metadata"]["name"].as_str().unwrap();
+            (Name::new("shop", name), object.to_string().into())
+        };
+        let objects = objects.into_iter().map(named).collect();
         let deletion = Deletion { version: 9, uid: "u".to_owned() };
         News { kind, listed, objects, deleted: vec![(Name::new("shop", "gone"), deletion)] }
     }
@@ -263,11 +272,14 @@ mod tests {
     #[test]
     fn documents_are_divided_into_requests_that_ovld_takes() {
         let object = |n: usize, bytes: usize| json!({ "metadata": { "namespace": "shop", "name": format!("o{n}") }, "data": "x".repeat(bytes) });
-        let mut objects: Vec<Value> = (0..5).map(|n| object(n, MAX_REQUEST * 2 / 5)).collect();
+        let mut objects: Vec<Value> = (0..5).map(|n| object(n, AT_ONCE * 2 / 5)).collect();
         objects.push(object(5, MAX_REQUEST));
+        objects.push(object(6, MAX_REQUEST - FRAME - 200));
+        objects.push(object(7, 1));
         let handed = hand_on(Some("c"), vec![news(Kind::Service, Some(7), objects)]).unwrap();
-        assert_eq!(handed.staged.iter().map(Vec::len).collect::<Vec<_>>(), [2, 2, 1]);
-        for documents in handed.staged {
+        assert_eq!(handed.staged.iter().map(Vec::len).collect::<Vec<_>>(), [2, 2, 1, 1, 1]);
+        for manifests in handed.staged {
+            let documents = manifests.iter().map(|it| document(it).unwrap()).collect();
             let line = serde_json::to_vec(&Request::Stage { documents }).unwrap();
             assert!(line.len() < MAX_REQUEST, "{}", line.len());
         }

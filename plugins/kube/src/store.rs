@@ -1,11 +1,11 @@
 //! The objects of one kind as the API server has them, and what of that ovld was not told yet. Pure: no clock, no I/O.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use ovl_proto::resource::{Kind, Name};
-use serde_json::Value;
 
-use crate::kind::Object;
+use crate::kind::{Object, differs};
 
 /// A deletion.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,8 +23,8 @@ pub(crate) struct News {
     pub kind: Kind,
     /// The version of the list, if the objects are all there are.
     pub listed: Option<u64>,
-    /// The objects.
-    pub objects: Vec<Value>,
+    /// The manifests of objects.
+    pub objects: Vec<(Name, Arc<str>)>,
     /// Objects that were deleted.
     pub deleted: Vec<(Name, Deletion)>,
 }
@@ -84,7 +84,13 @@ impl Store {
     pub(crate) fn changed(&mut self, object: Object) {
         self.version = self.version.max(Some(object.version));
         self.deleted.remove(&object.name);
-        self.changed.insert(object.name.clone());
+        // Heartbeats of Nodes and most changes of Pods are about nothing that ovl reads.
+        let before = self.objects.get(&object.name).and_then(|before| before.manifest.as_deref());
+        let is_same =
+            before.zip(object.manifest.as_deref()).is_some_and(|(before, now)| !differs(before, now));
+        if !is_same {
+            self.changed.insert(object.name.clone());
+        }
         self.objects.insert(object.name.clone(), object);
     }
 
@@ -126,14 +132,19 @@ impl Store {
         let kind = self.kind;
         if std::mem::take(&mut self.whole) {
             self.failed.clear();
-            let objects = self.objects.values().filter_map(|object| object.manifest.clone()).collect();
+            let objects = self.objects.values().filter_map(told).collect();
             return Some(News { kind, listed: Some(version), objects, deleted: Vec::new() });
         }
-        let manifest = |name: &Name| self.objects.get(name)?.manifest.clone();
-        let objects: Vec<Value> = changed.iter().filter_map(manifest).collect();
+        let changed = changed.iter().filter_map(|name| self.objects.get(name));
+        let objects: Vec<_> = changed.filter_map(told).collect();
         let is_news = !objects.is_empty() || !deleted.is_empty();
         is_news.then(|| News { kind, listed: None, objects, deleted: deleted.into_iter().collect() })
     }
+}
+
+/// Returns what ovld is told of an object. `None` if it does not concern ovl.
+fn told(object: &Object) -> Option<(Name, Arc<str>)> {
+    Some((object.name.clone(), object.manifest.clone()?))
 }
 
 #[cfg(test)]
@@ -146,13 +157,37 @@ mod tests {
     use crate::status::Status;
 
     fn object(name: &str, version: u64) -> Object {
-        let manifest = Some(json!({ "name": name, "version": version }));
+        let manifest = Some(json!({ "name": name, "version": version }).to_string().into());
         let status = Status::default();
         Object { name: Name::new("shop", name), version, uid: format!("uid-{name}"), manifest, status }
     }
 
     fn names(news: &News) -> Vec<&str> {
-        news.objects.iter().map(|it| it["name"].as_str().unwrap()).collect()
+        news.objects.iter().map(|(name, _)| name.name.as_str()).collect()
+    }
+
+    #[test]
+    fn a_change_of_the_version_alone_is_not_told() {
+        let node = |version: u64, role: &str| {
+            let manifest =
+                json!({ "metadata": { "resourceVersion": version.to_string(), "labels": { "r": role } } });
+            Object { manifest: Some(manifest.to_string().into()), ..object("n1", version) }
+        };
+        let mut store = Store::new(Kind::Node);
+        store.listed(5, vec![node(5, "db")]);
+        assert!(store.take().is_some());
+        store.changed(node(6, "db"));
+        assert_eq!(store.take(), None);
+        store.changed(node(7, "web"));
+        assert_eq!(store.take().unwrap().objects.len(), 1);
+        // Another object under the name.
+        store.deleted(node(8, "web"));
+        store.changed(node(9, "web"));
+        assert_eq!(store.take().unwrap().objects.len(), 1);
+        // A later version is told with the next whole list.
+        store.changed(node(10, "web"));
+        store.tell_all();
+        assert_eq!(store.take().unwrap().listed, Some(10));
     }
 
     #[test]
@@ -168,7 +203,7 @@ mod tests {
         store.deleted(object("b", 10));
         let news = store.take().unwrap();
         assert_eq!((news.listed, news.objects.len()), (None, 1));
-        assert_eq!(news.objects[0]["version"], 9);
+        assert!(news.objects[0].1.contains("\"version\":9"), "{news:?}");
         let deletion = Deletion { version: 10, uid: "uid-b".to_owned() };
         assert_eq!(news.deleted, [(Name::new("shop", "b"), deletion)]);
         // After a restart of ovld: all, as of the last event.

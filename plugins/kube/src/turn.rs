@@ -13,7 +13,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::QUEUE;
 use crate::feeder::{Feeder, Feeds, Surroundings};
-use crate::kind::{MIRRORED, Nodes};
+use crate::kind::MIRRORED;
 use crate::members;
 use crate::ovld::{Connection, Failure};
 use crate::watcher;
@@ -146,12 +146,12 @@ impl Turns {
         }
         tracing::info!("this host mirrors the cluster's objects");
         let (tell, items) = mpsc::channel(QUEUE);
+        let (tell_nodes, nodes) = mpsc::channel(QUEUE);
         for kind in MIRRORED {
+            let tell = if kind == Kind::Node { &tell_nodes } else { &tell };
             self.mirror.spawn(watcher::follow(self.client.clone(), kind, None, tell.clone()));
         }
-        let (tell, nodes) = mpsc::channel(QUEUE);
-        self.mirror.spawn(watcher::follow(self.client.clone(), Nodes, None, tell));
-        self.mirror.spawn(members::tell(self.surroundings.socket.clone(), nodes));
+        self.mirror.spawn(members::tell(self.surroundings.socket.clone(), nodes, tell));
         let feeder = Feeder::new(Feeds::Cluster, &MIRRORED, self.surroundings.clone(), self.cluster.clone());
         self.mirror.spawn(feeder.run(items));
     }

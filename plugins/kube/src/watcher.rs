@@ -7,12 +7,13 @@ use futures_util::TryStreamExt as _;
 use kube::Client;
 use kube::api::{ListParams, WatchEvent, WatchParams};
 use kube::core::Request;
-use serde::Deserialize;
+use ovl_proto::resource::Kind;
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
-use crate::kind::{Followed, Object, Unusable};
+use crate::kind::{Object, Unusable, is_optional, object, path};
 use crate::position::{End, Position, Step};
 
 /// How many objects a page of a list has.
@@ -29,15 +30,15 @@ const ABSENT: Duration = Duration::from_secs(15);
 
 /// What a watcher tells.
 #[derive(Debug)]
-pub(crate) enum Item<K> {
+pub(crate) enum Item {
     /// All objects of a kind.
-    Listed(K, u64, Vec<Object>),
+    Listed(Kind, u64, Vec<Object>),
     /// An object was added or changed.
-    Changed(K, Object),
+    Changed(Kind, Object),
     /// An object was deleted.
-    Deleted(K, Object),
+    Deleted(Kind, Object),
     /// Why the API server cannot be followed. `None`: it can again.
-    Trouble(K, Option<String>),
+    Trouble(Kind, Option<String>),
 }
 
 /// Why a list or a watch has failed.
@@ -77,7 +78,17 @@ impl<T> From<mpsc::error::SendError<T>> for Failure {
 struct Page {
     metadata: PageMeta,
     #[serde(default)]
-    items: Option<Vec<Value>>,
+    items: Option<Vec<Text>>,
+}
+
+/// An object as JSON: as trees of values, those of a page would take many times the memory.
+#[derive(Debug)]
+struct Text(String);
+
+impl<'de> Deserialize<'de> for Text {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Value::deserialize(deserializer).map(|value| Self(value.to_string()))
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -90,12 +101,7 @@ struct PageMeta {
 }
 
 /// Follows the objects of a kind that a field selector chooses, until nobody hears any more.
-pub(crate) async fn follow<K: Followed>(
-    client: Client,
-    kind: K,
-    selector: Option<String>,
-    tell: mpsc::Sender<Item<K>>,
-) {
+pub(crate) async fn follow(client: Client, kind: Kind, selector: Option<String>, tell: mpsc::Sender<Item>) {
     let mut position = Position::default();
     let mut troubled = false;
     loop {
@@ -104,7 +110,7 @@ pub(crate) async fn follow<K: Followed>(
                 Ok(end) => (end, None),
                 Err(Failure::Stopping) => return,
                 Err(failure) if is_answered(&failure, GONE) => (End::Gone, None),
-                Err(failure) if kind.is_optional() && is_answered(&failure, NOT_FOUND) => {
+                Err(failure) if is_optional(kind) && is_answered(&failure, NOT_FOUND) => {
                     if settled(kind, &tell, &mut troubled).await.is_err() {
                         return;
                     }
@@ -127,12 +133,12 @@ pub(crate) async fn follow<K: Followed>(
 }
 
 /// Lists, or watches until the watch ends.
-async fn step<K: Followed>(
+async fn step(
     client: &Client,
-    kind: K,
+    kind: Kind,
     selector: Option<&str>,
     position: &mut Position,
-    tell: &mpsc::Sender<Item<K>>,
+    tell: &mpsc::Sender<Item>,
     troubled: &mut bool,
 ) -> Result<End, Failure> {
     if let Step::List = position.step() {
@@ -150,7 +156,7 @@ async fn step<K: Followed>(
         bookmarks: true,
         ..WatchParams::default()
     };
-    let request = Request::new(kind.path()).watch(&params, &version.to_string()).map_err(request_error)?;
+    let request = Request::new(path(kind)).watch(&params, &version.to_string()).map_err(request_error)?;
     let events = timeout(LIST_WITHIN, client.request_events::<Value>(request)).await;
     let events = events.map_err(|_| Failure::Silent)??;
     let mut events = std::pin::pin!(events);
@@ -161,14 +167,14 @@ async fn step<K: Followed>(
         };
         match event {
             WatchEvent::Added(value) | WatchEvent::Modified(value) => {
-                let object = kind.read(value)?;
-                position.seen(object.version);
-                tell.send(Item::Changed(kind, object)).await?;
+                let changed = object(kind, value)?;
+                position.seen(changed.version);
+                tell.send(Item::Changed(kind, changed)).await?;
             }
             WatchEvent::Deleted(value) => {
-                let object = kind.read(value)?;
-                position.seen(object.version);
-                tell.send(Item::Deleted(kind, object)).await?;
+                let deleted = object(kind, value)?;
+                position.seen(deleted.version);
+                tell.send(Item::Deleted(kind, deleted)).await?;
             }
             WatchEvent::Bookmark(bookmark) => {
                 let version = bookmark.metadata.resource_version;
@@ -181,11 +187,7 @@ async fn step<K: Followed>(
 }
 
 /// Tells that a trouble is over.
-async fn settled<K: Followed>(
-    kind: K,
-    tell: &mpsc::Sender<Item<K>>,
-    troubled: &mut bool,
-) -> Result<(), Failure> {
+async fn settled(kind: Kind, tell: &mpsc::Sender<Item>, troubled: &mut bool) -> Result<(), Failure> {
     if std::mem::take(troubled) {
         tracing::info!(%kind, "follows the API server again");
     }
@@ -193,20 +195,17 @@ async fn settled<K: Followed>(
 }
 
 /// Lists all objects of a kind. Returns the version of the list.
-async fn list<K: Followed>(
-    client: &Client,
-    kind: K,
-    selector: Option<&str>,
-) -> Result<(u64, Vec<Object>), Failure> {
+async fn list(client: &Client, kind: Kind, selector: Option<&str>) -> Result<(u64, Vec<Object>), Failure> {
     let mut params =
         ListParams { field_selector: selector.map(str::to_owned), ..ListParams::default() }.limit(PAGE);
     let mut objects = Vec::new();
     loop {
-        let request = Request::new(kind.path()).list(&params).map_err(request_error)?;
+        let request = Request::new(path(kind)).list(&params).map_err(request_error)?;
         let page = timeout(LIST_WITHIN, client.request::<Page>(request)).await;
         let Page { metadata, items } = page.map_err(|_| Failure::Silent)??;
-        for value in items.unwrap_or_default() {
-            objects.push(kind.read(value)?);
+        for Text(item) in items.unwrap_or_default() {
+            let value = serde_json::from_str(&item).map_err(kube::Error::SerdeError)?;
+            objects.push(object(kind, value)?);
         }
         // All pages have the version of the first one.
         let version = metadata.resource_version;

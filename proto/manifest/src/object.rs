@@ -270,8 +270,8 @@ fn remove_server_fields(kind: Kind, fields: &mut Map<String, Value>, problems: &
             metadata.remove("uid");
         }
     }
-    // ovl uses only the status of a Pod, and the addresses that another program gave a LoadBalancer.
-    if kind != Kind::Pod
+    // ovl uses only the status of a Pod and of a Node, and the addresses that another program gave a LoadBalancer.
+    if !matches!(kind, Kind::Pod | Kind::Node)
         && let Some(status) = fields.remove("status")
     {
         problems.want(status.is_null() || status.is_object(), "status", "not an object");
@@ -331,6 +331,7 @@ fn as_written(resource: &Resource) -> Result<Value, serde_json::Error> {
         Resource::NetworkPolicy(it) => serde_json::to_value(it),
         Resource::ServiceCidr(it) => serde_json::to_value(it),
         Resource::ClusterNetworkPolicy(it) => serde_json::to_value(it),
+        Resource::Node(it) => serde_json::to_value(it),
     }
 }
 
@@ -407,6 +408,7 @@ fn complete(resource: &mut Resource, terminating: bool, warnings: &mut Vec<Field
             networks.flat_map(|peer| &mut peer.networks).for_each(|net| *net = net.trunc());
             warnings.extend(cluster_policy::not_acted_on(it));
         }
+        Resource::Node(it) => it.status.addresses.retain(|address| address.ip().is_some()),
         Resource::NetworkPolicy(it) => {
             let spec = &mut it.spec;
             if spec.policy_types.is_empty() {
@@ -435,6 +437,7 @@ fn check_into(resource: &Resource, problems: &mut FieldProblems) {
         Resource::NetworkPolicy(it) => policy::check(it, problems),
         Resource::ServiceCidr(it) => service::check_cidr(it, problems),
         Resource::ClusterNetworkPolicy(it) => cluster_policy::check(it, problems),
+        Resource::Node(it) => workload::check_node(it, problems),
     }
 }
 
@@ -448,7 +451,8 @@ fn check_meta(kind: Kind, meta: &Meta, problems: &mut FieldProblems) {
         | Kind::EndpointSlice
         | Kind::NetworkPolicy
         | Kind::ServiceCidr
-        | Kind::ClusterNetworkPolicy => {
+        | Kind::ClusterNetworkPolicy
+        | Kind::Node => {
             problems.want(is_subdomain(&meta.name), "metadata.name", names::SUBDOMAIN);
         }
     }

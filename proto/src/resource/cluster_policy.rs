@@ -170,7 +170,8 @@ pub struct ClusterPeer {
     pub pods: Option<NamespacedPod>,
     /// Addresses, of egress rules only.
     pub networks: Vec<IpNet>,
-    /// Nodes, of egress rules only. ovl does not act on them.
+    /// Nodes, of egress rules only: their addresses. Without requirements: all. While no Node is known, the rule fails
+    /// closed.
     pub nodes: Option<LabelSelector>,
     /// Names of the DNS, of egress rules only. ovl does not act on them.
     pub domain_names: Vec<String>,

@@ -65,6 +65,13 @@ fn resources_round_trip_through_the_wire_codec() {
             },
             ..ServiceCidr::default()
         }),
+        Resource::Node(NodeObject {
+            status: serde_json::from_value(
+                json!({ "addresses": [{ "type": "InternalIP", "address": "192.0.2.1" }] }),
+            )
+            .unwrap(),
+            ..NodeObject::default()
+        }),
     ] {
         let object = Object { stamp: Stamp::default(), deleted: false, body: Body::Resource(resource) };
         let bytes = wire::encode_body(&object).unwrap();

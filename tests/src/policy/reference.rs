@@ -9,15 +9,16 @@ use serde_json::Value;
 use super::{PORTS, Pod, Probe, Proto, Reached, port_name};
 use crate::text;
 
-/// The peers of ClusterNetworkPolicies that ovl acts on.
+/// The peers of ClusterNetworkPolicies that ovl acts on in any case.
 const KNOWN_PEERS: [&str; 3] = ["namespaces", "networks", "pods"];
 
-/// The policies and namespaces that were applied and not deleted.
+/// The policies, namespaces and nodes that were applied and not deleted.
 #[derive(Debug, Clone, Default)]
 pub struct Reference {
     policies: BTreeMap<(String, String), Value>,
     cluster: BTreeMap<String, Value>,
     namespaces: BTreeMap<String, Value>,
+    nodes: BTreeMap<String, Value>,
 }
 
 fn key(object: &Value) -> (String, String) {
@@ -36,6 +37,7 @@ impl Reference {
                 Some("Namespace") => {
                     drop(self.namespaces.insert(key(object).1, object["metadata"]["labels"].clone()));
                 }
+                Some("Node") => drop(self.nodes.insert(key(object).1, object.clone())),
                 _ => {}
             }
         }
@@ -47,6 +49,7 @@ impl Reference {
             "networkpolicy" => drop(self.policies.remove(&(namespace.to_owned(), name.to_owned()))),
             "clusternetworkpolicy" => drop(self.cluster.remove(name)),
             "namespace" => drop(self.namespaces.remove(name)),
+            "node" => drop(self.nodes.remove(name)),
             _ => {}
         }
     }
@@ -120,7 +123,10 @@ impl Reference {
         let fitting = all.find(|rule| {
             let protocols = list(&rule["protocols"]);
             // A peer that ovl does not act on fits, unless the rule accepts.
-            let fits = |peer: &Value| match KNOWN_PEERS.iter().any(|kind| peer.get(kind).is_some()) {
+            let by_nodes = |peer: &Value| peer.get("nodes").is_some() && !self.nodes.is_empty();
+            let is_known =
+                |peer: &Value| by_nodes(peer) || KNOWN_PEERS.iter().any(|kind| peer.get(kind).is_some());
+            let fits = |peer: &Value| match is_known(peer) {
                 true => self.is_of(peer, other, attempt.v4),
                 false => rule["action"] != "Accept",
             };
@@ -137,6 +143,15 @@ impl Reference {
             return list(networks).iter().any(|net| {
                 let net = text(net).parse::<IpNet>();
                 net.is_ok_and(|net| address.is_some_and(|address| net.contains(&address)))
+            });
+        }
+        if let Some(selector) = peer.get("nodes") {
+            let address = pod.address(v4);
+            return self.nodes.values().any(|node| {
+                let labels = node["metadata"]["labels"].as_object().into_iter().flatten();
+                let labels = labels.map(|(key, value)| (key.clone(), text(value))).collect();
+                let mut addresses = list(&node["status"]["addresses"]).iter();
+                selects(selector, &labels) && addresses.any(|it| Some(text(&it["address"])) == address)
             });
         }
         if let Some(selector) = peer.get("namespaces") {

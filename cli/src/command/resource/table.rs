@@ -54,6 +54,10 @@ fn of_kind(kind: Kind, objects: &[ResourceInfo], show: Show) -> String {
         Kind::ServiceCidr => {
             table.column("CIDRS", cells(objects, |it| list_of(it, "/spec/cidrs", |range| text(Some(range)))))
         }
+        Kind::Node => table.column(
+            "ADDRESSES",
+            cells(objects, |it| list_of(it, "/status/addresses", |address| text(address.get("address")))),
+        ),
     };
     table = table.column("AGE", objects.iter().map(|it| age(it.created_ms)));
     if show.wide {
@@ -61,7 +65,7 @@ fn of_kind(kind: Kind, objects: &[ResourceInfo], show: Show) -> String {
             Kind::Service => {
                 table.column("SELECTOR", cells(objects, |it| labels(it.pointer("/spec/selector"))))
             }
-            Kind::Namespace | Kind::Pod => {
+            Kind::Namespace | Kind::Pod | Kind::Node => {
                 table.column("LABELS", cells(objects, |it| labels(it.pointer("/metadata/labels"))))
             }
             Kind::EndpointSlice | Kind::NetworkPolicy | Kind::ServiceCidr | Kind::ClusterNetworkPolicy => {

@@ -159,6 +159,7 @@ pub(crate) fn read(kind: Kind, manifest: Value) -> Resource {
         Kind::ClusterNetworkPolicy => {
             Resource::ClusterNetworkPolicy(serde_json::from_value(manifest).unwrap())
         }
+        Kind::Node => Resource::Node(serde_json::from_value(manifest).unwrap()),
     }
 }
 

@@ -74,7 +74,7 @@ impl Subsystem for Enforcement {
             Change::Resources(keys) => {
                 for key in keys {
                     match key.kind {
-                        Kind::NetworkPolicy | Kind::ClusterNetworkPolicy | Kind::Namespace => {
+                        Kind::NetworkPolicy | Kind::ClusterNetworkPolicy | Kind::Namespace | Kind::Node => {
                             self.all_changed = true;
                         }
                         Kind::Pod => self.touch_pod(cluster.view, &key.name),

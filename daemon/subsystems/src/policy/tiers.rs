@@ -7,10 +7,14 @@
 //!
 //! The module owns no state. Begin to read at [`Policies::deciding`].
 
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
 use ovl_cluster::resources::Resources;
 use ovl_proto::resource::{
     ClusterEgressRule, ClusterIngressRule, ClusterNetworkPolicy, ClusterPeer, ClusterPort, ClusterPorts,
-    ClusterProtocol, Labels, Name, NamespacedPod, PolicySubject, Protocol, RuleAction, Tier,
+    ClusterProtocol, LabelSelector, Labels, Name, NamespacedPod, NodeAddress, PolicySubject, Protocol,
+    RuleAction, Tier,
 };
 
 use super::{
@@ -204,7 +208,7 @@ fn subject(PolicySubject { namespaces, pods, .. }: &PolicySubject) -> Pods {
     }
 }
 
-impl Builder {
+impl Builder<'_> {
     /// Compiles a ClusterNetworkPolicy.
     pub(super) fn cluster_policy(
         &mut self,
@@ -291,8 +295,11 @@ impl Builder {
     /// Returns the peer's endpoints or addresses. `None` if ovl does not act on it.
     fn cluster_peer(&mut self, peer: &ClusterPeer) -> Option<Vec<RulePeer>> {
         let ClusterPeer { namespaces, pods, networks, nodes, domain_names, .. } = peer;
-        if nodes.is_some() || !domain_names.is_empty() {
+        if !domain_names.is_empty() {
             return None;
+        }
+        if let Some(selector) = nodes {
+            return self.node_peers(selector);
         }
         let mut found: Vec<RulePeer> =
             networks.iter().map(|net| RulePeer::Block { cidr: net.trunc(), except: Vec::new() }).collect();
@@ -304,6 +311,16 @@ impl Builder {
             found.push(self.pods_peer(selector_of(pods)));
         }
         Some(found).filter(|found| !found.is_empty())
+    }
+
+    /// Returns the addresses of the Nodes with these labels. `None` if no Node is known: what has none to name, as a host
+    /// to which nothing was mirrored yet, must not take a rule that denies for one about nothing.
+    fn node_peers(&self, selector: &LabelSelector) -> Option<Vec<RulePeer>> {
+        let selected = self.nodes.iter().filter(|node| selector.matches(&node.metadata.labels));
+        let addresses: BTreeSet<IpAddr> =
+            selected.flat_map(|node| &node.status.addresses).filter_map(NodeAddress::ip).collect();
+        let block = |address: IpAddr| RulePeer::Block { cidr: address.into(), except: Vec::new() };
+        (!self.nodes.is_empty()).then(|| addresses.into_iter().map(block).collect())
     }
 
     /// Returns the endpoints that may be among these peers as soon as their labels are known.

@@ -279,7 +279,8 @@ impl<'a> ServiceAllocator<'a> {
                     let reason = format!("{address} is not in the service_range {range}");
                     let is_within = self.services.iter().any(|range| range.contains(address));
                     problems.want(is_within, &path, reason);
-                    let dns = self.ranges.is_own_dns(*address);
+                    let is_mirrored = service.metadata.source.is_some();
+                    let dns = !is_mirrored && self.ranges.is_own_dns(*address);
                     problems.want(!dns, &path, format!("{address} is reserved for the cluster DNS"));
                     self.want_free(Claim::Address(*address), name, &path, problems);
                     ips.push(ClusterIp::Address(*address));

@@ -13,9 +13,9 @@ use ovl_proto::record::Signature;
 use ovl_proto::resource::{
     ClusterEgressRule, ClusterIngressRule, ClusterNetworkPolicy, ClusterPeer, ClusterPolicySpec, ClusterPort,
     ClusterPorts, ClusterProtocol, Container, ContainerPort, EgressRule, IngressRule, IntOrString, IpBlock,
-    LabelSelector, Labels, Meta, Name, Namespace, NamespacedPod, NetworkPolicy, Operator, Pod, PodSpec,
-    PolicyPeer, PolicyPort, PolicySpec, PolicySubject, PolicyType, PortRange, Protocol, Requirement,
-    Resource, RuleAction, Tier,
+    LabelSelector, Labels, Meta, Name, Namespace, NamespacedPod, NetworkPolicy, NodeAddress, NodeObject,
+    NodeStatus, Operator, Pod, PodSpec, PolicyPeer, PolicyPort, PolicySpec, PolicySubject, PolicyType,
+    PortRange, Protocol, Requirement, Resource, RuleAction, Tier,
 };
 use ovl_proto::table::{Endpoint, Entry, Key, PodIdentity};
 use ovl_proto::wire::fields::Unknown;
@@ -378,9 +378,13 @@ fn cluster_peers(is_egress: bool) -> impl Strategy<Value = ClusterPeer> {
         true => ClusterPeer { networks: all.into_iter().map(net).collect(), ..ClusterPeer::default() },
         false => ClusterPeer { namespaces: Some(LabelSelector::default()), ..ClusterPeer::default() },
     });
+    let nodes = selectors().prop_map(move |it| match is_egress {
+        true => ClusterPeer { nodes: Some(it), ..ClusterPeer::default() },
+        false => ClusterPeer { namespaces: Some(it), ..ClusterPeer::default() },
+    });
     // On which ovl does not act.
     let unknown = Just(ClusterPeer { domain_names: vec!["ovl.test".to_owned()], ..ClusterPeer::default() });
-    prop_oneof![4 => namespaces, 4 => pods, 2 => nets, 1 => unknown]
+    prop_oneof![4 => namespaces, 4 => pods, 2 => nets, 2 => nodes, 1 => unknown]
 }
 
 fn cluster_protocols() -> impl Strategy<Value = ClusterProtocol> {
@@ -451,6 +455,18 @@ fn cluster_policy(n: u8, spec: ClusterPolicySpec) -> Resource {
     })
 }
 
+/// Returns a Node with the address of an endpoint, and one of no endpoint.
+fn node(n: u8, all: Labels) -> Resource {
+    let addresses = [address(n).to_string(), "n1".to_owned(), "10.9.0.77".to_owned()];
+    let addresses =
+        addresses.map(|address| NodeAddress { kind: String::new(), address, unknown: Unknown::default() });
+    Resource::Node(NodeObject {
+        metadata: meta("", &format!("n{n}"), all),
+        status: NodeStatus { addresses: addresses.into(), unknown: Unknown::default() },
+        unknown: Unknown::default(),
+    })
+}
+
 fn namespace_of(choice: bool) -> &'static str {
     if choice { "x" } else { "y" }
 }
@@ -465,6 +481,8 @@ enum Step {
     Cluster(u8, ClusterPolicySpec),
     NoCluster(u8),
     Namespace(bool, Labels),
+    Node(u8, Labels),
+    NoNode(u8),
     Pod(u8, bool, Option<u16>, &'static str),
     Again(u8, bool, u8, &'static str, u64),
 }
@@ -484,6 +502,8 @@ fn steps() -> impl Strategy<Value = Step> {
         3 => (0..3_u8, cluster_specs()).prop_map(|(n, spec)| Step::Cluster(n, spec)),
         1 => (0..3_u8).prop_map(Step::NoCluster),
         1 => (any::<bool>(), few_labels()).prop_map(|(space, labels)| Step::Namespace(space, labels)),
+        1 => (n.clone(), few_labels()).prop_map(|(n, labels)| Step::Node(n, labels)),
+        1 => n.clone().prop_map(Step::NoNode),
         1 => (n.clone(), any::<bool>(), prop::option::of(80..83_u16), uid())
             .prop_map(|(n, space, port, uid)| Step::Pod(n, space, port, uid)),
         3 => (n.clone(), any::<bool>(), n, uid(), 0..3_u64)
@@ -530,6 +550,8 @@ fn make(view: &mut View, step: &Step) -> Option<(NetworkId, IpAddr)> {
             let metadata = meta("", namespace_of(*space), labels.clone());
             view.resources.insert(Resource::Namespace(Namespace { metadata, unknown: Unknown::default() }));
         }
+        Step::Node(n, labels) => drop(view.resources.insert(node(*n, labels.clone()))),
+        Step::NoNode(n) => drop(view.resources.remove(&node(*n, Labels::new()).key())),
         Step::Pod(n, space, port, uid) => {
             let ports = port.iter().map(|port| ContainerPort {
                 name: "web".to_owned(),

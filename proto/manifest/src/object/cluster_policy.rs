@@ -148,16 +148,11 @@ fn check_protocol(path: &str, protocol: &ClusterProtocol, problems: &mut FieldPr
 pub(super) fn not_acted_on(policy: &ClusterNetworkPolicy) -> Vec<FieldProblem> {
     let mut found = Vec::new();
     for (n, rule) in policy.spec.egress.iter().enumerate() {
-        for (m, peer) in rule.to.iter().enumerate() {
-            let fields = [("nodes", peer.nodes.is_some()), ("domainNames", !peer.domain_names.is_empty())];
-            for (field, _) in fields.into_iter().filter(|(_, given)| *given) {
-                let effect = match rule.action {
-                    Some(RuleAction::Accept) => "so the rule accepts nothing by this peer",
-                    Some(RuleAction::Deny | RuleAction::Pass) | None => "so the rule denies everything",
-                };
-                let reason = format!("ovl does not act on {field}, {effect}");
-                found.push(FieldProblem { field: format!("spec.egress[{n}].to[{m}].{field}"), reason });
-            }
+        for (m, _) in rule.to.iter().enumerate().filter(|(_, peer)| !peer.domain_names.is_empty()) {
+            // Rules with another action are refused.
+            let reason =
+                "ovl does not act on domainNames, so the rule accepts nothing by this peer".to_owned();
+            found.push(FieldProblem { field: format!("spec.egress[{n}].to[{m}].domainNames"), reason });
         }
     }
     found

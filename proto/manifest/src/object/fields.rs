@@ -142,7 +142,15 @@ fn of_kind(kind: Kind, path: &str, value: &Value) -> Treatment {
         Kind::EndpointSlice => listed(SLICE, path),
         Kind::Pod => of_pod(path, value),
         Kind::ServiceCidr => listed(SERVICE_CIDR, path),
+        Kind::Node => of_node(path),
         Kind::Service | Kind::NetworkPolicy | Kind::ClusterNetworkPolicy => Treatment::Unknown,
+    }
+}
+
+fn of_node(path: &str) -> Treatment {
+    match path.split('.').next() {
+        Some("spec" | "status") => Treatment::Informative,
+        Some(_) | None => Treatment::Unknown,
     }
 }
 

@@ -89,6 +89,30 @@ fn set(manifest: &mut Value, path: &str, value: Value) {
 }
 
 #[test]
+fn nodes_keep_labels_and_addresses() {
+    let node = json!({
+        "apiVersion": "v1", "kind": "Node",
+        "metadata": { "name": "n1", "labels": { "role": "db" } },
+        "spec": { "podCIDR": "10.0.0.0/24" },
+        "status": {
+            "capacity": { "cpu": "2" },
+            "addresses": [
+                { "type": "InternalIP", "address": "192.0.2.1" },
+                { "type": "Hostname", "address": "n1" },
+                { "type": "ExternalIP", "address": "2001:db8::1" },
+            ],
+        },
+    });
+    let Resource::Node(found) = accepted(node.clone()) else { panic!() };
+    let addresses: Vec<&str> = found.status.addresses.iter().map(|it| it.address.as_str()).collect();
+    assert_eq!(addresses, ["192.0.2.1", "2001:db8::1"]);
+    assert_eq!(found.metadata.labels.len(), 1);
+    let mut strange = node;
+    set(&mut strange, "status", json!([]));
+    assert!(read(strange, None, Validation::Ignore).is_err());
+}
+
+#[test]
 fn valid_manifests_are_read_and_completed() {
     let Resource::Service(service) = accepted(service()) else { panic!() };
     assert_eq!(service.spec.ports[0].target_port, Some(IntOrString::Int(80)));

@@ -37,7 +37,8 @@ fn fields(kind: Kind) -> &'static [(&'static [&'static str], Zero)] {
         | Kind::EndpointSlice
         | Kind::NetworkPolicy
         | Kind::ServiceCidr
-        | Kind::ClusterNetworkPolicy => &[],
+        | Kind::ClusterNetworkPolicy
+        | Kind::Node => &[],
     }
 }
 

@@ -1,9 +1,9 @@
-//! Validation of v1 Pod and EndpointSlice.
+//! Validation of v1 Pod and Node, and EndpointSlice.
 
 use std::collections::BTreeSet;
 
 use ovl_proto::resource::{
-    AddressType, ConditionStatus, EndpointSlice, Pod, PodCondition, PodIp, READY_CONDITION,
+    AddressType, ConditionStatus, EndpointSlice, NodeObject, Pod, PodCondition, PodIp, READY_CONDITION,
 };
 
 use crate::problem::FieldProblems;
@@ -20,6 +20,8 @@ const MAX_SLICE_ENDPOINTS: usize = 1000;
 /// The maximum number of addresses of a slice's endpoint, as in Kubernetes.
 const MAX_SLICE_ADDRESSES: usize = 100;
 
+/// The maximum number of addresses of a node. Kubernetes has no limit.
+const MAX_NODE_ADDRESSES: usize = 100;
 /// The maximum number of hints of a slice's endpoint of each kind, as in Kubernetes.
 const MAX_HINTS: usize = 8;
 
@@ -45,6 +47,14 @@ pub(super) fn complete(pod: &mut Pod, terminating: bool) {
         (None, Some(first)) => status.pod_ip = Some(first.ip),
         (None, None) | (Some(_), Some(_)) => {}
     }
+}
+
+pub(super) fn check_node(node: &NodeObject, problems: &mut FieldProblems) {
+    problems.want(
+        node.status.addresses.len() <= MAX_NODE_ADDRESSES,
+        "status.addresses",
+        format!("exceed the limit of {MAX_NODE_ADDRESSES}"),
+    );
 }
 
 pub(super) fn check_pod(pod: &Pod, problems: &mut FieldProblems) {

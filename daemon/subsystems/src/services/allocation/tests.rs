@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use ovl_proto::alloc::AllocMap;
 use ovl_proto::clock::Stamp;
 use ovl_proto::id::NodeId;
-use ovl_proto::resource::{Created, Kind, Resource, ResourceKey, TrafficPolicy};
+use ovl_proto::resource::{Created, Kind, Resource, ResourceKey, Source, TrafficPolicy};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -245,6 +245,18 @@ fn families_follow_the_policy_and_the_given_addresses() {
     assert_eq!(try_v4(json!({ "ipFamilies": ["IPv6"] })).unwrap_err()[0].field, "spec.ipFamilies[0]");
     // Without a pool, a LoadBalancer gets no address.
     assert!(try_v4(one("LoadBalancer")).unwrap().status.load_balancer.ingress.is_empty());
+}
+
+#[test]
+fn a_service_of_an_api_server_may_have_an_address_of_the_cluster_dns_and_another_one() {
+    let spec = json!({ "clusterIPs": ["10.96.0.10", "fd00:10:96::7"], "ipFamilyPolicy": "PreferDualStack" });
+    let mut mirrored = service("kube-dns", spec);
+    mirrored.metadata.source = Some(Box::new(Source { cluster: "c".to_owned(), version: 1 }));
+    let addresses: Vec<String> = allocated(&Resources::default(), mirrored)
+        .cluster_addresses()
+        .map(|address| address.to_string())
+        .collect();
+    assert_eq!(addresses, ["10.96.0.10", "fd00:10:96::7"]);
 }
 
 #[test]
