@@ -116,6 +116,13 @@ impl Detours {
         self.open.is_empty()
     }
 
+    /// Takes that a peer still sends through the socket of an ended detour, without a member.
+    pub(crate) fn linger(&mut self, peer: NodeId, now: Instant) {
+        if let Some((at, _)) = self.ended.get_mut(&peer) {
+            *at = now;
+        }
+    }
+
     /// Takes that a peer sends through a member: its answers to this host go the same way.
     pub(crate) fn asked(&mut self, peer: NodeId, relay: NodeId, now: Instant) -> Option<Turn> {
         (!self.open.contains_key(&peer)).then(|| self.begin(peer, relay, now))
@@ -160,7 +167,10 @@ impl Detours {
                 through.filter(|relay| is_reached(relay) && !is_tried_in_vain(*relay)).or_else(|| {
                     // Another one, if the peer answers at all.
                     let other = |relay: &&NodeId| {
-                        is_reached(relay) && links.has(**relay, peer) && !is_tried_in_vain(**relay)
+                        **relay != peer
+                            && is_reached(relay)
+                            && links.has(**relay, peer)
+                            && !is_tried_in_vain(**relay)
                     };
                     answers.and_then(|_| relays.iter().find(other).copied())
                 });

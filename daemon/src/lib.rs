@@ -31,6 +31,7 @@ mod kubernetes;
 mod limits;
 mod links;
 mod log;
+mod maps;
 mod metrics;
 mod modes;
 mod multicast;

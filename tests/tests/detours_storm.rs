@@ -136,9 +136,11 @@ fn storm(length: Duration, least: usize, seed: u64) {
         lab.heal().unwrap();
         lab.cut(&cut.iter().map(names).collect::<Vec<_>>(), false).unwrap();
         for ((one, other), connection) in &mut connections {
-            let took = connection.echo().unwrap_or_else(|error| {
-                panic!("round {round} (seed {seed}), cut {cut:?}: {one} to {other}: {error}")
-            });
+            let round = || {
+                let ways = ways(&lab).map_or_else(|error| error.to_string(), |ways| format!("{ways:?}"));
+                format!("round {round} (seed {seed}), cut {cut:?}: {one} to {other}; {ways}")
+            };
+            let took = connection.echo().with_context(round).unwrap();
             longest = longest.max(took);
         }
         let before = wait_for_ways(&lab, &cut);

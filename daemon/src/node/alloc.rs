@@ -1,7 +1,6 @@
 //! The consensus replica's I/O: its messages, and the requests that wait for it. Also leases: addresses from a block of
 //! another host.
 
-use std::collections::HashMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -22,19 +21,6 @@ use crate::saving::AfterSave;
 const LEASE_TIMEOUT: Duration = Duration::from_secs(3);
 /// How many times a change is requested while a majority is alive but does not answer in time.
 const AGREE_TRIES: u32 = 4;
-/// Time without a verified map after which a map that cannot be verified is reported, in milliseconds.
-const UNPROVED_MS: u64 = 10_000;
-/// What this host waits for in the agreement on the allocation map.
-#[derive(Debug, Default)]
-pub(crate) struct Maps {
-    /// Requests for changes that are in flight.
-    changes: HashMap<u64, oneshot::Sender<Result<u64, Refusal>>>,
-    /// The version of the map at the last tick, if peers announced a later one.
-    behind_since: Option<u64>,
-    /// A later map that could not be verified: its version, and the time of the first try, in milliseconds of this run.
-    unproved: Option<(u64, u64)>,
-}
-
 /// Whether an address satisfies a lease request.
 fn fits(wish: LeaseWish, address: IpAddr) -> bool {
     match wish {
@@ -45,10 +31,7 @@ fn fits(wish: LeaseWish, address: IpAddr) -> bool {
 
 /// Reports a map that this host cannot verify, unless it learns another one soon.
 fn note_unproved(state: &mut State, now: u64) {
-    let Some((version, since)) = state.maps.unproved else { return };
-    if now.saturating_sub(since) < UNPROVED_MS {
-        return;
-    }
+    let Some(version) = state.maps.unproved(now) else { return };
     let known = state.view.alloc.version;
     let sentence = format!(
         "peers have version {version} of the allocation map, and this host, which has version {known}, cannot verify it: \
@@ -108,10 +91,7 @@ impl Node {
                 later.retain(|id| connected.contains(id));
             }
             let turn = usize::try_from(state.now() / 200).unwrap_or(0);
-            let again = state.maps.behind_since.replace(version) == Some(version);
-            if later.is_empty() {
-                state.maps.behind_since = None;
-            }
+            let again = state.maps.is_behind(version, !later.is_empty());
             later.get(turn % later.len().max(1)).copied().filter(|_| again)
         };
         if let Some(peer) = peer {
@@ -141,7 +121,7 @@ impl Node {
             let (now, alive) = (state.now(), state.alive());
             let (id, output) = state.allocator.request(now, change, &alive);
             if let Some(waiting) = waiting {
-                state.maps.changes.insert(id, waiting);
+                state.maps.request(id, waiting);
             }
             output
         };
@@ -246,7 +226,7 @@ impl Node {
             match event {
                 Event::Learned => self.on_learned(),
                 Event::Done { id, result } => {
-                    if let Some(waiting) = self.state.borrow_mut().maps.changes.remove(&id) {
+                    if let Some(waiting) = self.state.borrow_mut().maps.take_requester(id) {
                         // The requester may have timed out.
                         waiting.send(result).ok();
                     }
@@ -264,7 +244,7 @@ impl Node {
                 Event::Unproved { version } => {
                     let mut state = self.state.borrow_mut();
                     let now = state.now();
-                    state.maps.unproved.get_or_insert((version, now));
+                    state.maps.note_unproved(version, now);
                     tracing::debug!(version, "refused an allocation map: it is not proved");
                 }
             }
@@ -277,7 +257,7 @@ impl Node {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             let was_member = state.is_member();
-            state.maps.unproved = None;
+            state.maps.proved();
             state.problems.set(Code::MapNotVerified, "", None);
             let before = state.view.learn(state.allocator.map().clone());
             if before.members != state.view.alloc.members {

@@ -117,8 +117,13 @@ impl Node {
         }
         let is_at = |node: &&ovl_cluster::view::Node| relay_at(node) == Some(sender);
         let relay = state.view.nodes.values().find(is_at).map(|node| node.record.id);
-        // The peer itself sends so for a moment after it has come back to the direct path.
-        let Some(relay) = relay.filter(|relay| *relay != peer) else { return };
+        let Some(relay) = relay else { return };
+        if relay == peer {
+            // The kernel's WireGuard sends to where the last datagram came from, so it may not have left the detour.
+            state.detours.linger(peer, Instant::now());
+            self.detour_turn.notify_one();
+            return;
+        }
         let Some(turn) = state.detours.asked(peer, relay, Instant::now()) else { return };
         self.tell_turn(state, peer, turn);
         drop(guard);

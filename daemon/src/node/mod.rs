@@ -642,7 +642,7 @@ fn first_state(
             durable,
             u64::from_le_bytes(random(&**environment)),
         ),
-        maps: alloc::Maps::default(),
+        maps: crate::maps::Maps::default(),
         recovery: recover::Recovery::default(),
         leases: Asked::new(first()),
         questions: asking::Questions::new(first()),

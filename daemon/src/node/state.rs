@@ -79,7 +79,7 @@ pub(crate) struct State {
     /// Consensus replica for the allocation map.
     pub allocator: Allocator,
     /// Changes of the allocation map that are waited for.
-    pub maps: super::alloc::Maps,
+    pub maps: crate::maps::Maps,
     /// The recovery that is under way.
     pub recovery: super::recover::Recovery,
     /// Addresses that other hosts were asked for.

@@ -102,7 +102,7 @@ impl<B: Backend> RunningInterface<B> {
         if self.config.listen != config.listen {
             let sockets = open_sockets(backend, config, self.devices.len())?;
             let threads = ThreadGroup::new()?;
-            self.interface.set_sockets(sockets.clone());
+            self.interface.set_sockets(config.listen.ip(), sockets.clone());
             // Ends the old threads, and closes the old sockets with them.
             self.socket_threads = threads;
             if let Err(error) = self.spawn_socket_threads(name, sockets) {

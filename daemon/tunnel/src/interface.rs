@@ -81,6 +81,8 @@ pub(crate) struct Interface<B: Backend> {
     name: String,
     address: Ipv6Addr,
     vxlan_port: u16,
+    /// The address of the sockets.
+    own: RwLock<IpAddr>,
     identity: RwLock<Identity>,
     /// The sockets to send from; none after [`Interface::close`].
     sockets: RwLock<Vec<Arc<B::Socket>>>,
@@ -107,6 +109,7 @@ impl<B: Backend> Interface<B> {
             name: name.to_owned(),
             address: config.address,
             vxlan_port: config.vxlan_port,
+            own: RwLock::new(config.listen.ip()),
             identity: RwLock::new(Identity::new(config.key.0)),
             sockets: RwLock::new(sockets),
             peers: RwLock::default(),
@@ -121,8 +124,10 @@ impl<B: Backend> Interface<B> {
         reading(&self.peers)
     }
 
-    /// Sends from other sockets from now on. Waits until no thread sends from the old ones.
-    pub(crate) fn set_sockets(&self, sockets: Vec<Arc<B::Socket>>) {
+    /// Sends from other sockets at this address from now on. Waits until no thread sends from the old ones.
+    pub(crate) fn set_sockets(&self, own: IpAddr, sockets: Vec<Arc<B::Socket>>) {
+        *writing(&self.own) = own;
+        self.peers().all().for_each(|peer| peer.session().own = own);
         *writing(&self.sockets) = sockets;
         self.has_segmentation.store(true, Ordering::Relaxed);
     }
@@ -155,7 +160,7 @@ impl<B: Backend> Interface<B> {
         let slot = peers.free_slot();
         let limiter = Some(Arc::clone(&identity.limiter));
         let tunn = Tunn::new(identity.secret.clone(), X25519PublicKey::from(key), None, None, slot, limiter);
-        let peer = Arc::new(WireguardPeer::new(key, slot, tunn, config.endpoint));
+        let peer = Arc::new(WireguardPeer::new(key, slot, tunn, config.endpoint, *reading(&self.own)));
         peers.put(&peer, config);
         drop((peers, identity));
         // At once, not with the first packet: after a restart of ovld the peer still has a session that this
@@ -593,7 +598,7 @@ impl<'a, B: Backend> Opener<'a, B> {
             }
         }
         peer.heard.fetch_add(1, Ordering::Relaxed);
-        session.endpoint = from;
+        session.follow(from);
         if session.has_queued {
             self.send_queued(&mut session);
         }
@@ -646,7 +651,7 @@ impl<'a, B: Backend> Opener<'a, B> {
                 // A response to an authenticated initiation, or the first data after an authenticated
                 // response: the peer is where the datagram came from.
                 peer.heard.fetch_add(1, Ordering::Relaxed);
-                session.endpoint = from;
+                session.follow(from);
                 let is_first_data = message.first() == Some(&DATA);
                 self.interface.send_one(from, message);
                 if is_first_data {

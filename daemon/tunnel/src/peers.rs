@@ -31,6 +31,8 @@ pub(crate) struct WireguardPeer {
 pub(crate) struct Session {
     pub(crate) tunn: Tunn,
     pub(crate) endpoint: SocketAddr,
+    /// The address of this interface.
+    pub(crate) own: IpAddr,
     /// `tunn` has queued packets until there is a session.
     pub(crate) has_queued: bool,
     /// When a handshake was last begun because the peer's clock had gone back.
@@ -39,14 +41,26 @@ pub(crate) struct Session {
     pub(crate) segments: SegmentTrial,
 }
 
+impl Session {
+    /// Takes that the peer is where an authentic datagram came from. A socket of this host that stands in for it, which is at the
+    /// address of this interface, is taken and left by configuration alone: while one end has left such a detour, the other one
+    /// still sends through it, and both would follow each other.
+    pub(crate) fn follow(&mut self, from: SocketAddr) {
+        if from.ip() != self.own && self.endpoint.ip() != self.own {
+            self.endpoint = from;
+        }
+    }
+}
+
 impl WireguardPeer {
-    pub(crate) fn new(key: PublicKey, slot: u32, tunn: Tunn, endpoint: SocketAddr) -> Self {
+    pub(crate) fn new(key: PublicKey, slot: u32, tunn: Tunn, endpoint: SocketAddr, own: IpAddr) -> Self {
         Self {
             key,
             slot,
             session: Mutex::new(Session {
                 tunn,
                 endpoint,
+                own,
                 has_queued: false,
                 turned_at: None,
                 segments: SegmentTrial::new(),
@@ -234,7 +248,13 @@ mod tests {
             u32::from(n),
             None,
         );
-        Arc::new(WireguardPeer::new([n; 32], u32::from(n), tunn, "192.0.2.1:1".parse().unwrap()))
+        Arc::new(WireguardPeer::new(
+            [n; 32],
+            u32::from(n),
+            tunn,
+            "192.0.2.1:1".parse().unwrap(),
+            [192, 0, 2, 9].into(),
+        ))
     }
 
     fn config(allowed: &[&str]) -> PeerConfig {

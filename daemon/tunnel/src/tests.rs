@@ -350,6 +350,26 @@ fn a_peer_may_send_from_its_allowed_ips_alone() {
 }
 
 #[test]
+fn a_socket_that_stands_in_for_a_peer_is_taken_and_left_by_configuration_alone() {
+    let (network, a, b) = pair();
+    a.send(&packet(1, 2, b"directly"));
+    assert!(b.receive().ends_with(b"directly"));
+    let at_b = || b.engine.state().interfaces[0].peers[0].endpoint;
+    // What `a` sends comes out of a socket of the host of `b`, at its address.
+    let detour = SocketAddr::new(endpoint(2).ip(), 40_000);
+    let datagram = catch(&network, &a, &packet(1, 2, b"on the detour"));
+    network.deliver(Datagram { from: detour, ..datagram });
+    assert!(b.receive().ends_with(b"on the detour"));
+    assert_eq!(at_b(), endpoint(1), "it is not configured");
+    let allowed = b.engine.state().interfaces[0].peers[0].config.allowed.clone();
+    b.engine.set_peer(DEVICE, public_key(&key(1)), &PeerConfig { endpoint: detour, allowed }).unwrap();
+    network.remove_filter();
+    a.send(&packet(1, 2, b"directly again"));
+    assert!(b.receive().ends_with(b"directly again"));
+    assert_eq!(at_b(), detour, "it is still configured");
+}
+
+#[test]
 fn a_new_port_and_a_new_key_need_no_new_device() {
     let (_network, a, b) = pair();
     let listen = SocketAddr::from(([192, 0, 2, 1], 51945));

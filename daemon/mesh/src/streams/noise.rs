@@ -14,14 +14,13 @@
 //! place of chunks, see [`super::relayed`].
 
 use anyhow::{Context, bail, ensure};
-use ovl_proto::id::ClusterKeyId;
+use ovl_proto::id::{ClusterKeyId, NodeId};
 use ovl_proto::record::{Domain, NodeRecord, Signature, SignedRecord};
 use ovl_proto::wire;
 use snow::{Builder, HandshakeState, TransportState};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use zeroize::Zeroizing;
 
-use super::relayed::Onward;
 use crate::keys::{self, ClusterKey, Identity, Keyring};
 use crate::transport::Stream;
 
@@ -54,6 +53,16 @@ struct Hello {
 }
 
 ovl_proto::fields! { Hello { 1 record, 2 signature, 3 onward } }
+
+/// A request to pass a stream on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Onward {
+    pub(super) to: NodeId,
+    /// The number of members that may follow.
+    pub(super) hop_limit: u8,
+}
+
+ovl_proto::fields! { Onward { 1 to, 2 hop_limit } }
 
 /// An authenticated stream.
 pub(super) struct AuthenticatedStream {

@@ -12,7 +12,7 @@ use anyhow::{Context, bail, ensure};
 use ovl_proto::id::NodeId;
 use tokio::time::timeout;
 
-use super::noise::{self, AuthenticatedStream};
+use super::noise::{self, AuthenticatedStream, Onward};
 use super::{HANDSHAKE, Shared};
 use crate::keys::ClusterKey;
 use crate::transport::{Side, Stream};
@@ -32,16 +32,6 @@ pub struct Ways {
     /// The address of the member through which each host is dialled that is not reached directly.
     pub through: BTreeMap<NodeId, SocketAddr>,
 }
-
-/// A request to pass a stream on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Onward {
-    to: NodeId,
-    /// The number of members that may follow.
-    hop_limit: u8,
-}
-
-ovl_proto::fields! { Onward { 1 to, 2 hop_limit } }
 
 /// The streams that this host passes on.
 #[derive(Debug, Default)]
