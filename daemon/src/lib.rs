@@ -37,6 +37,7 @@ mod modes;
 mod multicast;
 mod names;
 mod networks;
+mod newer;
 mod node;
 mod objects;
 mod page;

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use ovl_consensus::RecoveryEnd;
 use ovl_proto::alloc::Refusal;
 use tokio::sync::oneshot;
 
@@ -20,6 +21,8 @@ pub(crate) struct Maps {
     behind_since: Option<u64>,
     /// A later map that could not be verified: its version, and the time of the first try, in milliseconds of this run.
     unproved: Option<(u64, u64)>,
+    /// The request for the recovery that is under way on this host.
+    recovery: Option<oneshot::Sender<RecoveryEnd>>,
 }
 
 impl Maps {
@@ -31,6 +34,21 @@ impl Maps {
     /// Returns the requester of a change that is decided, once. `None` if there is none.
     pub(crate) fn take_requester(&mut self, id: u64) -> Option<Requester> {
         self.changes.remove(&id)
+    }
+
+    /// Whether a request waits for the end of a recovery.
+    pub(crate) fn is_recovering(&self) -> bool {
+        self.recovery.as_ref().is_some_and(|waiting| !waiting.is_closed())
+    }
+
+    /// Notes the request for a recovery.
+    pub(crate) fn recover(&mut self, requester: oneshot::Sender<RecoveryEnd>) {
+        self.recovery = Some(requester);
+    }
+
+    /// Returns the request for the recovery that has ended, once. `None` if there is none.
+    pub(crate) fn take_recovery(&mut self) -> Option<oneshot::Sender<RecoveryEnd>> {
+        self.recovery.take()
     }
 
     /// Notes the version of the map at a tick, and whether peers announced a later one. Returns whether they did so at the last

@@ -26,16 +26,6 @@ const OFFER_WITHIN: Duration = Duration::from_secs(5);
 /// How often it asks for it.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
-/// The recovery that is under way on this host, with the request that waits for its end.
-#[derive(Debug, Default)]
-pub(crate) struct Recovery(Option<oneshot::Sender<RecoveryEnd>>);
-
-impl Recovery {
-    fn is_waited_for(&self) -> bool {
-        self.0.as_ref().is_some_and(|waiting| !waiting.is_closed())
-    }
-}
-
 impl Node {
     /// Answers [`ovl_control::Request::Recover`].
     pub(super) async fn recover(&self, step: RecoverStep) -> Result<RecoveryPlan, Failed> {
@@ -165,13 +155,13 @@ impl Node {
         let (tell, end) = oneshot::channel();
         let output = {
             let mut state = self.state.borrow_mut();
-            if state.recovery.is_waited_for() {
+            if state.maps.is_recovering() {
                 return Err(Failed::conflict("a recovery is under way on this host: wait for its end"));
             }
             let (now, wall) = (state.now(), state.wall_ms());
             let output = state.allocator.recover(now, cluster, wall);
             let output = output.map_err(|why| Failed::conflict(dissent(&state, None, &why)))?;
-            state.recovery.0 = Some(tell);
+            state.maps.recover(tell);
             output
         };
         let lost: Vec<&str> =
@@ -357,7 +347,7 @@ impl Node {
 
     /// Passes the end of a recovery on to the request that waits for it.
     pub(super) fn on_recovery_ended(&self, end: RecoveryEnd) {
-        if let Some(waiting) = self.state.borrow_mut().recovery.0.take() {
+        if let Some(waiting) = self.state.borrow_mut().maps.take_recovery() {
             // The requester may have timed out.
             waiting.send(end).ok();
         }

@@ -80,8 +80,6 @@ pub(crate) struct State {
     pub allocator: Allocator,
     /// Changes of the allocation map that are waited for.
     pub maps: crate::maps::Maps,
-    /// The recovery that is under way.
-    pub recovery: super::recover::Recovery,
     /// Addresses that other hosts were asked for.
     pub leases: Asked<Result<IpAddr, String>>,
     /// Questions of hosts to one another that are waited for.
@@ -111,7 +109,7 @@ pub(crate) struct State {
     /// Problems that last until they are cleared.
     pub problems: Problems,
     /// What is not understood of other hosts.
-    pub newer: super::newer::Newer,
+    pub newer: crate::newer::Newer,
     /// Progress of saving the state file.
     pub save: Save,
     /// Peers whose tables are to be cached in the run directory.
