@@ -275,7 +275,9 @@ mod tests {
         assert_eq!(world.after(0, 900, Some((RELAY, 100))), [], "not silent yet");
         assert_eq!(world.after(200, 1100, None), [], "dead, or nothing reaches it");
         assert_eq!(world.after(200, 1300, Some((RELAY, 3100))), [], "long ago");
+        let relays = std::mem::take(&mut world.relays);
         assert_eq!(world.after(200, 1500, Some((PEER, 10))), [], "no relay");
+        world.relays = relays;
         world.relays_heard = ms(1601);
         assert_eq!(world.after(0, 1500, Some((RELAY, 10))), [], "not reached itself");
         world.relays_heard = ms(1600);

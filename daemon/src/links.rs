@@ -128,10 +128,10 @@ mod tests {
                 costs[usize::from(id.0[1]).wrapping_mul(31 + usize::from(at.0[1])) % costs.len()]
             };
             let next = links.paths(at, cost).get(&to).and_then(|path| path.first().copied());
-            at = next.unwrap_or(to);
             if next.is_none() && !links.has(at, to) {
                 return None;
             }
+            at = next.unwrap_or(to);
         }
         None
     }
