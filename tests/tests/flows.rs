@@ -238,6 +238,7 @@ fn flows_of_other_hosts_come_over_the_streams_and_end_with_the_client() {
     .unwrap();
     let output = h1.ctl(&["flows", "--all-hosts"]).unwrap();
     assert!(!output.status.success() && output.stderr.contains("h3: no flows"), "{output:?}");
+    assert_eq!(all.errors().iter().filter(|(host, _)| host == "h3").count(), 1, "{:?}", all.errors());
     h3.signal(Signal::SIGCONT).unwrap();
     let api = attach(h3, "api", "net", &["--label", "app=api"]).unwrap();
     api.workload.ping_until(web.address(), SOON).ok();
@@ -251,7 +252,6 @@ fn flows_of_other_hosts_come_over_the_streams_and_end_with_the_client() {
         Ok(())
     })
     .unwrap();
-    assert_eq!(all.errors().iter().filter(|(host, _)| host == "h3").count(), 1, "{:?}", all.errors());
 
     // Nothing is left on any host once the clients are gone, also if the daemon that asked is killed.
     named.end();
