@@ -4,6 +4,7 @@
 pub mod browser;
 mod capture;
 pub mod cni;
+mod connection;
 mod flow;
 pub mod frames;
 pub mod inject;
@@ -22,6 +23,7 @@ use std::thread;
 use std::time::Duration;
 
 pub use capture::{Capture, Captured};
+pub use connection::Connection;
 pub use flow::{Flow, FlowReport};
 
 use anyhow::{Context as _, Result, bail, ensure};

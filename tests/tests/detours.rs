@@ -2,17 +2,14 @@
 
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
-use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpStream};
-use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use netns_lab::{EchoServer, Host, Lab, LabConfig, Underlay, wait_until};
+use netns_lab::{Host, Lab, LabConfig, Underlay, wait_until};
 use ovl_tests::routed::create_routed_network;
 use ovl_tests::{
-    Attached, Flow, FlowReport, SOON, attach, create_network, peer, ping_all_pairs, start_lab_with,
-    wait_clean,
+    Attached, Connection, Flow, FlowReport, SOON, attach, create_network, peer, ping_all_pairs,
+    start_lab_with, wait_clean,
 };
 
 /// Time in which traffic flows another way after a direct path is cut.
@@ -59,33 +56,9 @@ fn wait_via(host: &Host, other: &str, relays: &[&str]) {
     .unwrap();
 }
 
-/// A connection of a workload to an echo server of another one.
-struct Connection {
-    stream: TcpStream,
-    _echo: EchoServer,
-}
-
-impl Connection {
-    fn open(from: &Attached, to: &Attached) -> Self {
-        let address: IpAddr = to.address().parse().unwrap();
-        let echo = to.workload.tcp_echo_on(SocketAddr::new(address, 0)).unwrap();
-        let to = SocketAddr::new(address, echo.port());
-        let stream = from.workload.run(|| TcpStream::connect_timeout(&to, SOON)).unwrap().unwrap();
-        stream.set_read_timeout(Some(SOON)).unwrap();
-        Self { stream, _echo: echo }
-    }
-
-    /// Sends 100 KiB and reads them back.
-    fn echo(&mut self) {
-        let sent: Vec<u8> = (0..100 * 1024).map(|n: u32| n.to_le_bytes()[0]).collect();
-        let mut back = vec![0; sent.len()];
-        let mut writer = self.stream.try_clone().unwrap();
-        thread::scope(|scope| {
-            scope.spawn(|| writer.write_all(&sent).unwrap());
-            self.stream.read_exact(&mut back).unwrap();
-        });
-        assert!(sent == back);
-    }
+/// Checks that a connection carries data.
+fn carries(connection: &mut Connection) {
+    connection.echo(100 * 1024).unwrap();
 }
 
 /// The longest time for which a flow got no replies.
@@ -103,13 +76,13 @@ fn detour_carries_traffic_and_ends(underlay: Underlay) {
     let World { lab, blue, pods } = world(3, underlay);
     let (h1, h2) = (&lab["h1"], &lab["h2"]);
     let flows: Vec<Flow> = [&blue, &pods].map(|all| Flow::start(&all[0], &all[1]).unwrap()).into();
-    let mut connections = [&blue, &pods].map(|all| Connection::open(&all[0], &all[1]));
-    connections.iter_mut().for_each(Connection::echo);
+    let mut connections = [&blue, &pods].map(|all| Connection::open(&all[0], &all[1], SOON).unwrap());
+    connections.iter_mut().for_each(carries);
 
     lab.partition(&[&["h1"], &["h2"]]).unwrap();
     wait_via(h1, "h2", &["h3"]);
     wait_via(h2, "h1", &["h3"]);
-    connections.iter_mut().for_each(Connection::echo);
+    connections.iter_mut().for_each(carries);
     for all in [&blue, &pods] {
         ping_all_pairs(all, SOON).unwrap();
     }
@@ -121,7 +94,7 @@ fn detour_carries_traffic_and_ends(underlay: Underlay) {
     lab.heal().unwrap();
     wait_via(h1, "h2", &[]);
     wait_via(h2, "h1", &[]);
-    connections.iter_mut().for_each(Connection::echo);
+    connections.iter_mut().for_each(carries);
     for flow in flows {
         let report = flow.finish().unwrap();
         assert!(report.lost.is_empty(), "nothing is lost on the way back: {:?}", report.lost);
@@ -145,8 +118,8 @@ fn five_hosts_in_a_chain_that_reach_only_their_neighbours_are_one_cluster() {
     let names = ["h1", "h2", "h3", "h4", "h5"];
     let cut: Vec<(&str, &str)> =
         (0..5).flat_map(|one| (one + 2..5).map(move |other| (names[one], names[other]))).collect();
-    let mut connections = [&blue, &pods].map(|all| Connection::open(&all[0], &all[4]));
-    connections.iter_mut().for_each(Connection::echo);
+    let mut connections = [&blue, &pods].map(|all| Connection::open(&all[0], &all[4], SOON).unwrap());
+    connections.iter_mut().for_each(carries);
     lab.cut(&cut, false).unwrap();
     for one in 0..5 {
         for other in 0..5 {
@@ -160,7 +133,7 @@ fn five_hosts_in_a_chain_that_reach_only_their_neighbours_are_one_cluster() {
             }
         }
     }
-    connections.iter_mut().for_each(Connection::echo);
+    connections.iter_mut().for_each(carries);
     for all in [&blue, &pods] {
         ping_all_pairs(all, SOON).unwrap();
     }
@@ -186,7 +159,7 @@ fn five_hosts_in_a_chain_that_reach_only_their_neighbours_are_one_cluster() {
             wait_via(&lab[one], other, &[]);
         }
     }
-    connections.iter_mut().for_each(Connection::echo);
+    connections.iter_mut().for_each(carries);
     ping_all_pairs(&pods, SOON).unwrap();
     wait_clean(lab.hosts(), SOON).unwrap();
 }

@@ -3,15 +3,13 @@
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use netns_lab::{EchoServer, Lab, LabConfig, wait_until};
+use netns_lab::{Lab, LabConfig, wait_until};
 use ovl_tests::random::Random;
 use ovl_tests::routed::create_routed_network;
-use ovl_tests::{Attached, SOON, attach, ping_all_pairs, rows, start_lab_with, wait_clean};
+use ovl_tests::{Attached, Connection, SOON, attach, ping_all_pairs, rows, start_lab_with, wait_clean};
 
 const HOSTS: usize = 5;
 /// The most members that a path goes through.
@@ -50,32 +48,6 @@ fn random_cut(random: &mut Random) -> BTreeSet<Pair> {
         if pairs().all(is_short) {
             return cut;
         }
-    }
-}
-
-/// A connection that stays open, to an echo server.
-struct Connection {
-    stream: TcpStream,
-    _echo: EchoServer,
-}
-
-impl Connection {
-    fn open(from: &Attached, to: &Attached) -> Self {
-        let address: IpAddr = to.address().parse().unwrap();
-        let echo = to.workload.tcp_echo_on(SocketAddr::new(address, 0)).unwrap();
-        let to = SocketAddr::new(address, echo.port());
-        let stream = from.workload.run(|| TcpStream::connect_timeout(&to, SOON)).unwrap().unwrap();
-        stream.set_read_timeout(Some(STALL)).unwrap();
-        stream.set_nodelay(true).unwrap();
-        Self { stream, _echo: echo }
-    }
-
-    fn echo(&mut self) -> Result<Duration> {
-        let start = Instant::now();
-        self.stream.write_all(&[7; 2000])?;
-        let mut back = [0; 2000];
-        self.stream.read_exact(&mut back)?;
-        Ok(start.elapsed())
     }
 }
 
@@ -125,8 +97,9 @@ fn storm(length: Duration, least: usize, seed: u64) {
         .map(|host| attach(host, &format!("p{}", host.name()), "pods", &[]).unwrap())
         .collect();
     ping_all_pairs(&pods, SOON).unwrap();
-    let mut connections: Vec<(Pair, Connection)> =
-        pairs().map(|(one, other)| ((one, other), Connection::open(&pods[one], &pods[other]))).collect();
+    let mut connections: Vec<(Pair, Connection)> = pairs()
+        .map(|(one, other)| ((one, other), Connection::open(&pods[one], &pods[other], STALL).unwrap()))
+        .collect();
     let (mut random, start, mut round) = (Random::new(seed), Instant::now(), 0);
     let mut longest = Duration::ZERO;
     while start.elapsed() < length || round < least {
@@ -140,7 +113,7 @@ fn storm(length: Duration, least: usize, seed: u64) {
                 let ways = ways(&lab).map_or_else(|error| error.to_string(), |ways| format!("{ways:?}"));
                 format!("round {round} (seed {seed}), cut {cut:?}: {one} to {other}; {ways}")
             };
-            let took = connection.echo().with_context(round).unwrap();
+            let took = connection.echo(2000).with_context(round).unwrap();
             longest = longest.max(took);
         }
         let before = wait_for_ways(&lab, &cut);
@@ -148,7 +121,7 @@ fn storm(length: Duration, least: usize, seed: u64) {
         let steady = Instant::now();
         while steady.elapsed() < Duration::from_secs(2) {
             for ((one, other), connection) in &mut connections {
-                let took = connection.echo().unwrap();
+                let took = connection.echo(2000).unwrap();
                 assert!(took < Duration::from_secs(1), "{one} to {other}: {took:?} on a steady path");
             }
         }
