@@ -55,17 +55,18 @@ fn random_cut(random: &mut Random) -> BTreeSet<Pair> {
 fn ways(lab: &Lab) -> Result<BTreeMap<(String, String), Vec<String>>> {
     let mut ways = BTreeMap::new();
     for host in lab.hosts() {
-        for row in rows(host, &["peers"])?.iter().filter(|row| row["own"] == false) {
+        for row in rows(host, &["peers"])?.iter().filter(|row| row["name"] != host.name()) {
             ensure!(row["state"] == "alive", "{} says {row}", host.name());
             let via = row["via"].as_array().context("no path")?;
             let via = via.iter().filter_map(|name| Some(name.as_str()?.to_owned())).collect();
             ways.insert((host.name().to_owned(), row["name"].as_str().unwrap_or_default().to_owned()), via);
         }
     }
+    ensure!(ways.len() == HOSTS * (HOSTS - 1), "{ways:?}");
     Ok(ways)
 }
 
-/// Waits until each host has a path to each other one over links that are there, as short as there is.
+/// Waits until each host has a path to each other one over links that are there.
 fn wait_for_ways(lab: &Lab, cut: &BTreeSet<Pair>) -> BTreeMap<(String, String), Vec<String>> {
     let mut found = BTreeMap::new();
     let number = |name: &str| name[1..].parse::<usize>().unwrap() - 1;
@@ -76,9 +77,11 @@ fn wait_for_ways(lab: &Lab, cut: &BTreeSet<Pair>) -> BTreeMap<(String, String), 
                 [from].into_iter().chain(via).chain([to]).map(|name| number(name)).collect();
             let is_cut = |pair: &[usize]| cut.contains(&(pair[0].min(pair[1]), pair[0].max(pair[1])));
             ensure!(!hops.windows(2).any(is_cut), "{from} reaches {to} via {via:?}");
+            // A direct path that was cut lately is not used again at once, so the path may be longer than the shortest.
+            let shortest = distance(cut, number(from), number(to)).context("there is no path")?;
             ensure!(
-                distance(cut, number(from), number(to)) == Some(via.len()),
-                "{from} reaches {to} via {via:?}, which is not the shortest path"
+                via.len() >= shortest && via.len() <= MOST_RELAYS,
+                "{from} reaches {to} via {via:?}, and the shortest path has {shortest} members"
             );
         }
         Ok(())
@@ -125,11 +128,14 @@ fn storm(length: Duration, least: usize, seed: u64) {
                 assert!(took < Duration::from_secs(1), "{one} to {other}: {took:?} on a steady path");
             }
         }
-        assert_eq!(
-            ways(&lab).unwrap(),
-            before,
-            "round {round} (seed {seed}): a path changed without a cause"
-        );
+        for (pair, via) in ways(&lab).unwrap() {
+            let was = &before[&pair];
+            let is_better = via.len() < was.len();
+            assert!(
+                via == *was || is_better,
+                "round {round} (seed {seed}): {pair:?} had {was:?} and now has {via:?} without a cause"
+            );
+        }
     }
     println!("{round} rounds (seed {seed}), the longest wait of a connection was {longest:?}");
     lab.heal().unwrap();

@@ -209,8 +209,13 @@ impl Node {
         let (set, unset) = {
             let state = self.state.borrow();
             let Some(own) = state.view.own() else { return };
-            let wanted: BTreeSet<NodeId> = state.detours.all().map(|(peer, _)| peer).collect();
             let known: BTreeSet<NodeId> = own.table.unreached().collect();
+            // One that counts as dead meanwhile is not reached either, or others would take this host for a way to it.
+            let lost = known.iter().copied().filter(|id| {
+                let is_dead = state.view.nodes.get(id).is_some_and(|node| node.state != PeerState::Alive);
+                is_dead && state.view.alloc.members.contains(id)
+            });
+            let wanted: BTreeSet<NodeId> = state.detours.all().map(|(peer, _)| peer).chain(lost).collect();
             let set: Vec<Entry> = wanted.difference(&known).copied().map(Entry::Unreached).collect();
             let unset: Vec<Key> = known.difference(&wanted).copied().map(Key::Unreached).collect();
             (set, unset)
