@@ -105,6 +105,12 @@ impl Detours {
         self.open.iter().map(|(peer, detour)| (*peer, detour.relay))
     }
 
+    /// The peers that do not answer directly. Others have a detour until the direct path has proved itself, and are a way for third
+    /// hosts already.
+    pub(crate) fn unreached(&self) -> impl Iterator<Item = NodeId> + '_ {
+        self.open.iter().filter(|(_, detour)| detour.direct.is_none()).map(|(peer, _)| *peer)
+    }
+
     /// The peers whose detour has just ended, from which datagrams may still come through a member.
     pub(crate) fn lingering(&self, now: Instant) -> impl Iterator<Item = NodeId> + '_ {
         let recent = move |at: Instant| now.saturating_duration_since(at) < LINGER;
@@ -316,7 +322,9 @@ mod tests {
     fn direct_path_is_used_at_once_when_the_way_through_the_member_is_cut() {
         let mut world = World::new();
         assert_eq!(world.after(0, 1100, Some((RELAY, 10))), [(PEER, Turn::Through(RELAY))]);
+        assert_eq!(world.detours.unreached().collect::<Vec<_>>(), [PEER]);
         assert_eq!(world.after(200, 100, None), [], "not steady yet");
+        assert_eq!(world.detours.unreached().next(), None);
         world.relays_heard = ms(1001);
         assert_eq!(world.after(200, 100, None), [(PEER, Turn::Direct)]);
 

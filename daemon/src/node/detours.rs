@@ -215,7 +215,7 @@ impl Node {
                 let is_dead = state.view.nodes.get(id).is_some_and(|node| node.state != PeerState::Alive);
                 is_dead && state.view.alloc.members.contains(id)
             });
-            let wanted: BTreeSet<NodeId> = state.detours.all().map(|(peer, _)| peer).chain(lost).collect();
+            let wanted: BTreeSet<NodeId> = state.detours.unreached().chain(lost).collect();
             let set: Vec<Entry> = wanted.difference(&known).copied().map(Entry::Unreached).collect();
             let unset: Vec<Key> = known.difference(&wanted).copied().map(Key::Unreached).collect();
             (set, unset)
