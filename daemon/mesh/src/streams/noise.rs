@@ -52,7 +52,8 @@ struct Hello {
     onward: Option<Onward>,
 }
 
-ovl_proto::fields! { Hello { 1 record, 2 signature, 3 onward } }
+// A release without relayed streams must not take such a stream for one to itself.
+ovl_proto::fields! { Hello { 1 record, 2 signature, 3 onward marked } }
 
 /// A request to pass a stream on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -214,4 +215,32 @@ async fn read_frame(stream: &mut dyn Stream, most: usize) -> anyhow::Result<Vec<
     let mut frame = vec![0; length];
     stream.read_exact(&mut frame).await?;
     Ok(frame)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A hello of a release without relayed streams.
+    #[derive(Debug)]
+    struct EarlierHello {
+        record: SignedRecord,
+        signature: Signature,
+    }
+
+    ovl_proto::fields! { EarlierHello { 1 record, 2 signature } }
+
+    #[test]
+    fn releases_without_relayed_streams_understand_a_hello_unless_it_asks_for_one() {
+        let signature = Signature([7; 64]);
+        let record = SignedRecord { body: vec![1, 2, 3], signature };
+        let earlier = wire::encode(&EarlierHello { record: record.clone(), signature }).unwrap();
+        let hello: Hello = wire::decode(&earlier).unwrap();
+        assert!(hello.onward.is_none() && hello.record == record);
+        assert_eq!(wire::encode(&hello).unwrap(), earlier);
+        let onward = Some(Onward { to: NodeId([1; 10]), hop_limit: 3 });
+        let asking = wire::encode(&Hello { onward, ..hello }).unwrap();
+        assert_eq!(wire::decode::<Hello>(&asking).unwrap().onward, onward);
+        assert!(wire::decode::<EarlierHello>(&asking).is_err(), "it must not act on it");
+    }
 }
