@@ -23,4 +23,22 @@ impl Random {
         // Below `bound`, so it fits.
         ((self.0 >> 11) % bound as u64) as usize
     }
+
+    /// One of the values.
+    ///
+    /// # Panics
+    ///
+    /// If there is none.
+    pub fn pick<'a, T>(&mut self, all: &'a [T]) -> &'a T {
+        &all[self.below(all.len())]
+    }
+
+    /// True once in so many times.
+    ///
+    /// # Panics
+    ///
+    /// If `of` is zero.
+    pub fn chance(&mut self, of: usize) -> bool {
+        self.below(of) == 0
+    }
 }

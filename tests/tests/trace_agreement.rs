@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{EchoServer, Host, Lab, Workload, wait_until};
+use ovl_tests::random::Random;
 use ovl_tests::routed::create_routed_network;
 use ovl_tests::{Attached, SOON, attach, create_network, start_lab, text, wait_clean};
 use serde_json::{Value, json};
@@ -33,26 +34,6 @@ const NETWORKS: [&str; 2] = ["flat", "pods"];
 /// The networks of the backends of each Service.
 const SERVICES: [&str; 3] = ["flat", "pods", "pods"];
 const APPS: [&str; 3] = ["web", "api", "db"];
-
-/// A generator of random numbers (Marsaglia, "Xorshift RNGs").
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        usize::try_from(self.0 % bound as u64).unwrap()
-    }
-
-    fn pick<'a, T>(&mut self, all: &'a [T]) -> &'a T {
-        &all[self.below(all.len())]
-    }
-
-    fn chance(&mut self, of: usize) -> bool {
-        self.below(of) == 0
-    }
-}
 
 struct World {
     pods: Vec<(Attached, &'static str)>,
@@ -297,7 +278,7 @@ fn number(variable: &str, default: usize) -> usize {
 fn traces_of_random_pairs_agree_with_packets() {
     let world = world().unwrap();
     let (pairs, seed) = (number("OVL_TRACE_PAIRS", PAIRS), number("OVL_TRACE_SEED", 1));
-    let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ seed as u64);
+    let mut random = Random::new(seed as u64);
     let mut tally = Tally::default();
     while tally.pairs < pairs {
         redraw(&world, &mut random).unwrap();
