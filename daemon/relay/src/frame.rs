@@ -26,7 +26,8 @@ const TAG: usize = 8;
 /// Unlike the first byte of WireGuard's messages (1 to 4), of DNS, STUN and VXLAN.
 const MAGIC: u8 = 0xd7;
 const HOP_LIMIT_AT: usize = 1;
-const CHANNEL_AT: usize = 2;
+/// Where what the tag covers begins, after the magic and the hop limit.
+pub(crate) const CHANNEL_AT: usize = 2;
 const FROM_AT: usize = 4;
 const TO_AT: usize = FROM_AT + 10;
 const KEY_AT: usize = TO_AT + 10;

@@ -4,11 +4,8 @@ use std::sync::OnceLock;
 
 use ring::rand::{SecureRandom as _, SystemRandom};
 
-use crate::frame::{self, COVERED, Channel, HEADER, HOP_LIMIT, Header, RelayKey};
+use crate::frame::{self, CHANNEL_AT, COVERED, Channel, HEADER, HOP_LIMIT, Header, RelayKey};
 use crate::run::{Kind, Run};
-
-/// The least and the greatest place in a datagram that the tag covers are between these, but for the hop limit.
-const FIRST_COVERED: usize = 2;
 
 /// Reads bytes as a datagram, as the payload of one that a host of the cluster made and others changed, and as the lengths of
 /// datagrams that are sent together.
@@ -34,7 +31,7 @@ pub fn frame(bytes: &[u8]) {
     if let Some(byte) = datagram.get_mut(at) {
         *byte ^= 1 << (bit % 8);
     }
-    let is_covered = at == 0 || (FIRST_COVERED..HEADER + COVERED).contains(&at);
+    let is_covered = at == 0 || (CHANNEL_AT..HEADER + COVERED).contains(&at);
     assert_eq!(is_made(&datagram), !is_covered, "byte {at}");
     run(payload, channel);
 }

@@ -127,7 +127,7 @@ impl Node {
         let Some(turn) = state.detours.asked(peer, relay, Instant::now()) else { return };
         self.tell_turn(state, peer, turn);
         drop(guard);
-        self.note_path_mtu(peer, self.gossip().path_mtu(peer).unwrap_or(u16::MAX));
+        self.renew_path_mtu(peer);
     }
 
     /// Decides about all peers, and carries it out.
@@ -137,15 +137,11 @@ impl Node {
             let state = &mut *guard;
             let (now, ping_every) = (Instant::now(), self.gossip().ping_every());
             let evidence = self.evidence(state, now);
-            let offers = |node: &ovl_cluster::view::Node| node.record.relays && relay_at(node).is_some();
-            let relays: BTreeSet<NodeId> =
-                evidence.keys().filter(|id| state.view.nodes.get(id).is_some_and(offers)).copied().collect();
+            let relays = live_members(state).filter(|node| is_relay(node)).map(|node| node.record.id);
+            let relays: BTreeSet<NodeId> = relays.filter(|id| *id != state.view.me).collect();
             let silent = evidence.iter().filter(|(_, peer)| peer.is_silent(ping_every)).map(|(id, _)| *id);
             let links = links(state, silent);
-            let contacts = self.gossip().contacts();
-            let paths = links.paths(state.view.me, |id| {
-                contacts.get(&id).and_then(|contact| contact.rtt).unwrap_or(Duration::MAX)
-            });
+            let paths = links.paths(state.view.me, |id| self.gossip().rtt(id).unwrap_or(Duration::MAX));
             let turns = state.detours.decide(&evidence, &relays, (&links, &paths), ping_every, now);
             for &(peer, turn) in &turns {
                 self.tell_turn(state, peer, turn);
@@ -178,7 +174,7 @@ impl Node {
         }
         self.publish_unreached();
         for (peer, _) in turned {
-            self.note_path_mtu(peer, self.gossip().path_mtu(peer).unwrap_or(u16::MAX));
+            self.renew_path_mtu(peer);
         }
         let before = std::mem::take(&mut known.open);
         for (&(peer, channel), &wireguard) in &wanted {
@@ -229,12 +225,8 @@ impl Node {
     fn evidence(&self, state: &State, now: Instant) -> BTreeMap<NodeId, Evidence> {
         let (gossip, tunnel) = (self.gossip(), self.tunnel.borrow());
         let since = |at: Instant| now.saturating_duration_since(at);
-        let peers = state.view.nodes.values().filter(|node| {
-            node.record.id != state.view.me
-                && node.state == PeerState::Alive
-                && state.view.alloc.members.contains(&node.record.id)
-        });
-        peers
+        live_members(state)
+            .filter(|node| node.record.id != state.view.me)
             .map(|node| {
                 let id = node.record.id;
                 let heard = gossip.last_heard(id).map(since);
@@ -270,16 +262,23 @@ fn relay_at(node: &ovl_cluster::view::Node) -> Option<SocketAddr> {
     (node.record.relay_port != 0).then(|| SocketAddr::new(node.record.vtep, node.record.relay_port))
 }
 
+/// Whether a host passes on what others send each other.
+fn is_relay(node: &ovl_cluster::view::Node) -> bool {
+    node.record.relays && relay_at(node).is_some()
+}
+
+/// The members that are alive, this host among them.
+fn live_members(state: &State) -> impl Iterator<Item = &ovl_cluster::view::Node> {
+    let members = &state.view.alloc.members;
+    let nodes = state.view.nodes.values();
+    nodes.filter(|node| node.state == PeerState::Alive && members.contains(&node.record.id))
+}
+
 /// The links between live members, of which this host knows itself that these do not answer.
 fn links(state: &State, silent: impl Iterator<Item = NodeId>) -> Links {
-    let view = &state.view;
-    let live = || {
-        let nodes = view.nodes.values();
-        nodes.filter(|node| node.state == PeerState::Alive && view.alloc.members.contains(&node.record.id))
-    };
-    let members = live().map(|node| (node.record.id, node.record.relays && relay_at(node).is_some()));
-    let said = live().flat_map(|node| node.table.unreached().map(|peer| (node.record.id, peer)));
-    Links::new(members, said.chain(silent.map(|peer| (view.me, peer))))
+    let members = live_members(state).map(|node| (node.record.id, is_relay(node)));
+    let said = live_members(state).flat_map(|node| node.table.unreached().map(|peer| (node.record.id, peer)));
+    Links::new(members, said.chain(silent.map(|peer| (state.view.me, peer))))
 }
 
 /// The next hop to each member: the member that relays, or the host itself.

@@ -236,7 +236,7 @@ impl Node {
             path_faults.keep(|id| view.nodes.contains_key(id));
             path_faults.note_limit(host, mtu);
         }
-        self.note_path_mtu(host, self.gossip().path_mtu(host).unwrap_or(u16::MAX));
+        self.renew_path_mtu(host);
     }
 
     /// Raises and clears the problems of all paths.

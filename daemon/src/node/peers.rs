@@ -509,6 +509,11 @@ impl Node {
         }
     }
 
+    /// Publishes the path MTU to a peer after what limits it has changed.
+    pub(super) fn renew_path_mtu(&self, peer: NodeId) {
+        self.note_path_mtu(peer, self.gossip().path_mtu(peer).unwrap_or(u16::MAX));
+    }
+
     /// Publishes the path MTU to a peer if it is smaller than the MTU of the underlay device. `mtu` is what gossip found; a
     /// limit that path probes found may be smaller, and so may be what a detour carries.
     pub(super) fn note_path_mtu(&self, peer: NodeId, mut mtu: u16) {

@@ -583,6 +583,11 @@ impl PeerBook {
         self.peers.iter().filter_map(contact).collect()
     }
 
+    /// The round-trip time to a peer. `None` if it is not known.
+    pub(super) fn rtt(&self, node: NodeId) -> Option<Duration> {
+        self.peers.get(&node)?.rtt
+    }
+
     /// The path MTU to a peer, in bytes. `None` if it is not known.
     pub(super) fn path_mtu(&self, node: NodeId) -> Option<u16> {
         self.peers.get(&node).and_then(Peer::path_mtu)

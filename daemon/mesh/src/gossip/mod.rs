@@ -330,6 +330,11 @@ impl Gossip {
         self.hub.lock().book.set_hops(hops);
     }
 
+    /// The round-trip time to a peer. `None` if it is not known.
+    pub fn rtt(&self, peer: NodeId) -> Option<Duration> {
+        self.hub.lock().book.rtt(peer)
+    }
+
     /// The path MTU to a peer, in bytes. `None` if it is not known.
     pub fn path_mtu(&self, peer: NodeId) -> Option<u16> {
         self.hub.lock().book.path_mtu(peer)

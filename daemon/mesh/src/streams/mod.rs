@@ -118,7 +118,7 @@ struct Shared {
     ways: Mutex<Ways>,
     /// The addresses of all peers.
     addresses: Mutex<BTreeMap<NodeId, SocketAddr>>,
-    passed: Arc<Passed>,
+    passed: Passed,
     /// The number of dialled connections, without those that are being closed to rest.
     open: AtomicUsize,
 }
@@ -156,7 +156,7 @@ impl Streams {
         let local_addr = listener.local_addr()?;
         let (record, keyring, inbound) = (Mutex::new(record), Mutex::new(keyring), Inbound::default());
         let open = AtomicUsize::new(0);
-        let (ways, addresses, passed) = (Mutex::default(), Mutex::default(), Arc::default());
+        let (ways, addresses, passed) = (Mutex::default(), Mutex::default(), Passed::default());
         let shared = Arc::new(Shared {
             transport,
             identity,

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, bail, ensure};
 use ovl_proto::id::NodeId;
@@ -17,8 +17,8 @@ use super::{HANDSHAKE, Shared};
 use crate::keys::ClusterKey;
 use crate::transport::{Side, Stream};
 
-/// The number of members that a stream passes, at most.
-const HOP_LIMIT: u8 = 4;
+/// The number of members that a stream passes, at most: as many as a path of relayed datagrams has.
+const HOP_LIMIT: u8 = 3;
 /// The maximum number of streams that this host passes on, each of which takes two descriptors.
 const MAX_PASSED: usize = 512;
 /// The maximum number of those that one host has dialled.
@@ -39,14 +39,14 @@ pub(super) struct Passed(Mutex<BTreeMap<NodeId, usize>>);
 
 impl Passed {
     /// Counts a stream of a host until the returned place is dropped. `None` if there are too many.
-    fn enter(self: &Arc<Self>, from: NodeId) -> Option<Place> {
+    fn enter(&self, from: NodeId) -> Option<Place<'_>> {
         let mut counts = self.counts();
         let own = counts.get(&from).copied().unwrap_or_default();
         if own >= MAX_PASSED_FROM || counts.values().sum::<usize>() >= MAX_PASSED {
             return None;
         }
         counts.insert(from, own + 1);
-        Some(Place { passed: Arc::clone(self), from })
+        Some(Place { passed: self, from })
     }
 
     /// The number of streams of each host.
@@ -56,12 +56,12 @@ impl Passed {
 }
 
 /// The place of one stream.
-struct Place {
-    passed: Arc<Passed>,
+struct Place<'a> {
+    passed: &'a Passed,
     from: NodeId,
 }
 
-impl Drop for Place {
+impl Drop for Place<'_> {
     fn drop(&mut self) {
         let mut counts = self.passed.counts();
         if let Some(count) = counts.get_mut(&self.from) {
@@ -142,14 +142,14 @@ mod tests {
 
     #[test]
     fn each_host_and_all_of_them_have_a_limit_of_streams_that_are_passed_on() {
-        let passed = Arc::new(Passed::default());
-        let enter = |host: usize, count: usize| -> Vec<Place> {
+        let passed = Passed::default();
+        let enter = |host: usize, count: usize| -> Vec<Place<'_>> {
             let from = NodeId([u8::try_from(host).unwrap(); 10]);
             (0..count).map_while(|_| passed.enter(from)).collect()
         };
         let first = enter(1, 100);
         assert_eq!(first.len(), MAX_PASSED_FROM);
-        let others: Vec<Vec<Place>> = (2..20).map(|host| enter(host, 50)).collect();
+        let others: Vec<Vec<Place<'_>>> = (2..20).map(|host| enter(host, 50)).collect();
         assert_eq!(first.len() + others.iter().map(Vec::len).sum::<usize>(), MAX_PASSED);
         drop(first);
         assert_eq!(enter(20, 100).len(), MAX_PASSED_FROM);
