@@ -141,7 +141,7 @@ impl Node {
                 Err(RecordError::NotUnderstood { head, why }) => self.take_unread_record(*head, signed, why),
                 Err(error) => tracing::warn!(%from, %error, "refused a record"),
             },
-            Message::Table(update) => self.take_table(from, update),
+            Message::Table(update) => self.receive_table(from, update),
             Message::TablePull(owner) => self.send_table(from, owner),
             Message::TableUnknown(owner) => tracing::debug!(%from, %owner, "has not that table either"),
             Message::Objects(objects) => self.take_objects(from, objects),
@@ -271,6 +271,7 @@ impl Node {
         if let Some(whole) = whole {
             self.links().send(peer, &Message::Table(whole));
         }
+        self.tell_of_unreached(peer);
         let offers = {
             let mut state = self.state.borrow_mut();
             state.exchanges.greet(peer);

@@ -44,7 +44,8 @@ const RELAYS: usize = 3;
 /// The maximum number of pings a second that are sent sooner than the interval, because earlier ones were not answered.
 /// Where many peers are silent at once, this host or the network is overloaded, and more pings make that worse.
 const EARLY_PINGS: u32 = 30;
-/// The maximum number of requests a second to ping a peer. Each costs four datagrams and a signature.
+/// The maximum number of requests a second to ping a peer, beside those to the hosts on known ways. Each costs four datagrams
+/// and a signature.
 const RELAYED_PINGS: u32 = 10;
 /// The time for which a peer that gossip has just named, or that was alive until now, is pinged without being dialled.
 const EAGER: Duration = Duration::from_secs(3);
@@ -489,6 +490,8 @@ impl PeerBook {
         // One that does not answer itself is of no help.
         let helpers = self.peers.iter().filter(|(_, peer)| peer.alive && !is_silent(peer));
         let live: Vec<(NodeId, SocketAddr)> = helpers.map(|(node, peer)| (*node, peer.addr)).collect();
+        // The more are reached through others, the rarer: as for peers that answer themselves.
+        let relay_every = (PING_EACH * u32::try_from(self.hops.len()).unwrap_or(u32::MAX)).max(RELAY_EVERY);
         let nodes: Vec<NodeId> = self.peers.keys().copied().collect();
         for node in nodes {
             let Some(peer) = self.peers.get_mut(&node) else { continue };
@@ -509,7 +512,7 @@ impl PeerBook {
                 }
             }
             if is_relayed {
-                peer.next_relay = now + RELAY_EVERY;
+                peer.next_relay = now + relay_every;
                 // Unlike the nonce of the ping: the answers differ in what they prove.
                 let nonce = nonce.wrapping_add(1);
                 peer.relayed = Some(nonce);
@@ -521,7 +524,7 @@ impl PeerBook {
                 let others = live.iter().cycle().skip(first).take(if is_silent { live.len() } else { 0 });
                 let others = last.into_iter().chain(others.filter(|other| Some(*other) != last));
                 let others = others.filter(|(other, _)| *other != node).take(RELAYS);
-                let others = others.filter(|_| self.relayed_pings.take(now));
+                let others = others.filter(|(other, _)| Some(*other) == hop || self.relayed_pings.take(now));
                 due.extend(others.map(|(_, to)| Due::PingFor { to: *to, node, nonce }));
             }
         }
