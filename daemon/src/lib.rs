@@ -50,6 +50,7 @@ mod ports;
 mod problems;
 mod progress;
 mod publish;
+mod reach;
 mod sandboxes;
 mod saving;
 mod slots;

@@ -485,7 +485,9 @@ impl Node {
                 let expired =
                     !signs.gossip && now.saturating_sub(signs.silent_since) > millis(self.config.keep);
                 let quiet = signs.gossip && heard && node.record.presence == Presence::Running;
-                if quiet || expired || node.record.presence == Presence::Left {
+                // No kernel answers at an address that NAT hides.
+                let hidden = state.view.crosses_nat(node);
+                if quiet || expired || hidden || node.record.presence == Presence::Left {
                     continue;
                 }
                 if now.saturating_sub(peer.probe_sent_at()) >= liveness::PROBE_INTERVAL_MS {
@@ -525,7 +527,8 @@ impl Node {
             if let Some(limit) = state.path_faults.limit_to(peer) {
                 mtu = mtu.min(limit.saturating_add(vxlan_overhead(own.record.vtep)));
             }
-            if let Some(relay) = state.detours.relay(peer) {
+            let is_framed = state.view.nodes.get(&peer).is_some_and(|node| state.view.crosses_nat(node));
+            if let Some(relay) = state.detours.relay(peer).or(is_framed.then_some(peer)) {
                 let on_the_way = state.detours.path(peer).into_iter().chain([peer]);
                 let links = on_the_way.filter_map(|id| Some(state.view.nodes.get(&id)?.record.link_mtu));
                 let first = self.gossip().path_mtu(relay).unwrap_or(u16::MAX);

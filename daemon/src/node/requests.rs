@@ -261,7 +261,7 @@ impl Node {
                 );
                 sentences.push(Code::Unreachable.about(&record.name, sentence));
             }
-            if record.vtep.is_ipv4() != own.vtep.is_ipv4() {
+            if record.vtep.is_ipv4() != own.vtep.is_ipv4() && !state.view.crosses_nat(node) {
                 let sentence = format!(
                     "host {} has the VTEP {} and this one {}: overlay traffic between them needs one address family",
                     record.name, record.vtep, own.vtep

@@ -130,7 +130,9 @@ impl Node {
             let mut record = own.record.clone();
             record.generation = next_generation(record.generation, self.wall_ms());
             record.revision = 1;
-            record.address = SocketAddr::new(address, record.address.port());
+            if !record.is_behind_nat() {
+                record.address = SocketAddr::new(address, record.address.port());
+            }
             record.vtep = address;
             let signed = self.identity.sign_record(&record)?;
             (record, signed, Arc::clone(state.keys.ring()))

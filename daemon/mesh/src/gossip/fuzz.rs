@@ -39,7 +39,10 @@ pub fn message(bytes: &[u8]) {
             | Packet::PairPing { .. }
             | Packet::PingFor { .. }
             | Packet::Probe { .. }
-            | Packet::ProbeAck { .. } => {}
+            | Packet::ProbeAck { .. }
+            | Packet::Meet { .. }
+            | Packet::Seek { .. }
+            | Packet::RelayProbe { .. } => {}
         }
     }
     exchange(bytes, now);

@@ -21,7 +21,7 @@ use tokio::time::{Instant, timeout};
 use tracing::{debug, warn};
 
 use super::frame::Sealing;
-use super::noise::{self, AuthenticatedStream};
+use super::noise::{self, AuthenticatedStream, Purpose};
 use super::relayed;
 use super::{HANDSHAKE, Shared, StreamEvent};
 use crate::keys::{ClusterKey, Keyring};
@@ -380,7 +380,7 @@ async fn dial_with(
     let connecting = relayed::connect(shared, peer.node, addr, key);
     let (mut stream, through) = connecting.await.map_err(DialError::Connect)?;
     let record = shared.record();
-    let secured = noise::dial(&mut *stream, key, &shared.identity, &record, None)
+    let secured = noise::dial(&mut *stream, key, &shared.identity, &record, Purpose::Messages)
         .await
         .map_err(DialError::Handshake)?;
     if secured.record.id != peer.node {

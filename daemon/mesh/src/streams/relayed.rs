@@ -14,7 +14,7 @@ use ovl_proto::id::NodeId;
 use tokio::time::timeout;
 
 use super::Shared;
-use super::noise::{self, AuthenticatedStream, Onward};
+use super::noise::{self, AuthenticatedStream, Onward, Purpose};
 use crate::keys::ClusterKey;
 use crate::transport::{Side, Stream};
 
@@ -99,11 +99,11 @@ async fn connect_by(
     key: &ClusterKey,
     hop_limit: u8,
 ) -> anyhow::Result<Box<dyn Stream>> {
-    let mut stream = shared.transport.connect(through.unwrap_or(direct)).await?;
+    let mut stream = shared.connect(through.unwrap_or(direct)).await?;
     stream.tune(Side::Dialled)?;
     if through.is_some() {
         let Some(hop_limit) = hop_limit.checked_sub(1) else { bail!("it has passed too many hosts") };
-        let onward = Some(Onward { to, hop_limit });
+        let onward = Purpose::Onward(Onward { to, hop_limit });
         noise::dial(&mut *stream, key, &shared.identity, &shared.record(), onward)
             .await
             .context("the relay refuses the stream")?;
