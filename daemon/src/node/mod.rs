@@ -289,7 +289,7 @@ impl Node {
             generation: next_generation(saved.generation, environment.wall_ms()),
             revision: 1,
             cluster: saved.alloc.as_ref().map_or(0, |alloc| alloc.learned.cluster),
-            address: match config.behind_nat {
+            address: match config.behind_nat.unwrap_or(saved.behind_nat) {
                 true => SocketAddr::new(name_address(me).into(), config.advertise.port()),
                 false => config.advertise,
             },
@@ -662,7 +662,7 @@ fn first_state(
         reconcile: Progress::new(),
         phase: Phase::default(),
         detours: Detours::default(),
-        reach: Reach::default(),
+        reach: Reach::new(record.is_behind_nat()),
         path_faults: PathFaults::default(),
         problems: Problems::default(),
         newer: crate::newer::Newer::default(),

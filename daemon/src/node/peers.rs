@@ -50,6 +50,7 @@ impl Node {
             GossipEvent::Gone(node) => {
                 self.set_gossip_alive(node, false);
             }
+            GossipEvent::Seen(at) => self.note_seen(at),
             GossipEvent::PathMtu { node, mtu } => self.note_path_mtu(node, mtu),
             GossipEvent::Clash { node, addresses, generations } => {
                 self.on_clash(node, addresses, generations)

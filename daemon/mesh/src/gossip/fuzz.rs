@@ -42,6 +42,8 @@ pub fn message(bytes: &[u8]) {
             | Packet::ProbeAck { .. }
             | Packet::Meet { .. }
             | Packet::Seek { .. }
+            | Packet::WhereAmI { .. }
+            | Packet::SeenAt { .. }
             | Packet::RelayProbe { .. } => {}
         }
     }

@@ -57,6 +57,8 @@ const STRANGER_SIGNATURES: u32 = 256;
 const MAX_RELAYS: usize = 256;
 /// The maximum number of hosts a second that this host tells, and is told, where another one behind NAT is seen.
 const MEETINGS: u32 = 50;
+/// The maximum number of questions for the own address that wait for an answer.
+const MAX_ASKED: usize = 64;
 
 /// The maximum number of remembered sources of datagrams with an unknown key, and of addresses that were introduced to.
 const MAX_ADDRESSES: usize = 1024;
@@ -111,6 +113,8 @@ pub(super) struct State {
     verifications: Budget,
     strange_signatures: Budget,
     meetings: Budget,
+    /// The questions for the own address that wait for an answer, each with the host that was asked.
+    asked: HashMap<u64, SocketAddr>,
     ends: Ends,
     /// Where the sockets of relayed datagrams of hosts behind NAT are seen from here.
     relay_ends: BTreeMap<NodeId, SocketAddr>,
@@ -156,6 +160,7 @@ impl Hub {
             verifications: Budget::new(PEER_VERIFICATIONS, now),
             strange_signatures: Budget::new(STRANGER_SIGNATURES, now),
             meetings: Budget::new(MEETINGS, now),
+            asked: HashMap::new(),
             ends: Ends::default(),
             relay_ends: BTreeMap::new(),
             suggested: BTreeMap::new(),
@@ -248,6 +253,19 @@ impl Hub {
         let mut state = self.lock();
         let hosts = state.book.len();
         state.rounds.permits(to, hosts, Instant::now())
+    }
+
+    /// Asks a host to join for the address at which it sees this host.
+    pub(super) fn ask_where(&self, to: SocketAddr) {
+        let mut state = self.lock();
+        let Some(nonce) = state.book.nonce() else { return };
+        if state.asked.len() >= MAX_ASKED {
+            state.asked.clear();
+        }
+        state.asked.insert(nonce, to);
+        if let Err(error) = state.send(&*self.socket, to, &Packet::WhereAmI { nonce }) {
+            debug!(%to, %error, "cannot ask for the own address");
+        }
     }
 
     /// Sends the record of the local host to a host that may not know it.
@@ -381,7 +399,7 @@ impl Hub {
             Sender::Asked(at) if now.saturating_duration_since(at) < CHALLENGE_EVERY => None,
             Sender::Asked(_) | Sender::New => state.challenge(&run, now),
         };
-        let answer = pinged.or_else(|| self.answer(state, run, sender, packet, from, now));
+        let answer = pinged.or_else(|| self.answer(state, run, sender, packet, (from, at), now));
         for packet in [answer, challenge].into_iter().flatten() {
             if let Err(error) = state.send(&*self.socket, from, &packet) {
                 debug!(%from, %error, "cannot send a reply");
@@ -417,14 +435,14 @@ impl Hub {
         self.lock().own_record = Some(record);
     }
 
-    /// Handles a packet. Returns the reply.
+    /// Handles a packet from a host that is known at `from`, and whose datagram came from `at`. Returns the reply.
     fn answer(
         &self,
         state: &mut State,
         run: RunId,
         sender: Sender,
         packet: Packet,
-        from: SocketAddr,
+        (from, at): (SocketAddr, SocketAddr),
         now: Instant,
     ) -> Option<Packet> {
         let proved = match sender {
@@ -455,7 +473,7 @@ impl Hub {
                 let known = |node: &NodeId| state.book.pair(*node).is_some_and(|shared| shared.id() == pair);
                 let Some(node) = proved.filter(known) else {
                     // A run with another key, or none: it learns the key from a signed answer.
-                    return self.answer(state, run, sender, Packet::Ping { nonce }, from, now);
+                    return self.answer(state, run, sender, Packet::Ping { nonce }, (from, at), now);
                 };
                 let ping = state.book.ping_along(node, now);
                 let statement = self.statement(state, Some(Answer { nonce, run: run_id }), None);
@@ -524,6 +542,17 @@ impl Hub {
             }
             Packet::Seek { node } => {
                 state.introduce_both(&*self.socket, (proved?, node), now);
+                None
+            }
+            Packet::WhereAmI { nonce } => {
+                let budget = proved.is_some() || state.strange_signatures.take(now);
+                budget.then_some(Packet::SeenAt { nonce, at })
+            }
+            Packet::SeenAt { nonce, at: own } => {
+                if state.asked.remove(&nonce) == Some(at) && state.queue.len() < MAX_QUEUE {
+                    state.queue.push_back(GossipEvent::Seen(own));
+                    self.news.notify_one();
+                }
                 None
             }
             // Such a probe is not gossip.
@@ -680,6 +709,10 @@ impl State {
                 debug!(%to, %error, "cannot ping a host behind NAT");
             }
         }
+    }
+
+    pub(super) fn end(&self, known_as: SocketAddr) -> Option<SocketAddr> {
+        self.ends.of(known_as)
     }
 
     pub(super) fn set_relay_ends(&mut self, ends: BTreeMap<NodeId, SocketAddr>) {

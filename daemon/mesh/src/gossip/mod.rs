@@ -124,6 +124,8 @@ pub enum GossipEvent {
         /// What is not known.
         why: String,
     },
+    /// A host to join says at which address it sees this host.
+    Seen(SocketAddr),
     /// The path MTU of a peer was measured.
     PathMtu {
         /// The peer.
@@ -330,6 +332,11 @@ impl Gossip {
     /// Sets the peer through which each one is reached that is not reached directly: it passes pings on, also those of others.
     pub fn set_hops(&self, hops: BTreeMap<NodeId, NodeId>) {
         self.hub.lock().book.set_hops(hops);
+    }
+
+    /// Where a host is reached that is known by an address. `None` if it is behind NAT and was not heard.
+    pub fn end(&self, known_as: SocketAddr) -> Option<SocketAddr> {
+        self.hub.lock().end(known_as)
     }
 
     /// Asks members to tell this host and another one, both behind NAT, where they see the other one. Both then send to each other at

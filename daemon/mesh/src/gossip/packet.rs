@@ -51,6 +51,10 @@ pub(super) enum Packet {
         /// Its socket of relayed datagrams, if that was heard.
         relay_at: Option<SocketAddr>,
     },
+    /// A question for the address that this datagram came from.
+    WhereAmI { nonce: u64 },
+    /// The answer.
+    SeenAt { nonce: u64, at: SocketAddr },
     /// A request to introduce this host and another one, both behind NAT, to each other: see [`Self::Meet`].
     Seek { node: NodeId },
     /// A probe between the sockets of relayed datagrams.

@@ -28,7 +28,7 @@ async fn node_at(listen: SocketAddr, identity: Arc<Identity>, keys: &[u8]) -> No
     let record = identity.sign_record(&record_of(&identity, "node")).unwrap();
     let (sender, events) = mpsc::channel(64);
     let id = identity.id();
-    let transport = Arc::new(crate::transport::HostTransport);
+    let transport = Arc::new(crate::transport::HostTransport::default());
     let links = Streams::start(
         StreamsConfig { listen, identity, keyring, record, transport, behind_nat: false },
         sender,
