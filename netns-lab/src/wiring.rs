@@ -61,7 +61,7 @@ pub(crate) fn change(old: &LabState, new: &LabState) -> Result<()> {
 pub(crate) fn forget(lab: &LabState, of: &BoxState) -> Result<()> {
     let netns = Netns::new(box_namespace(&lab.name, &of.name));
     netns
-        .exec_input(["nft", "-f", "-"], Some(&ruleset::script(&of.nat, of.v4)))
+        .exec_input(["nft", "-f", "-"], Some(&ruleset::script(&of.nat, of.outer_v4())))
         .context("NAT boxes need the kernel's NFT_NAT and NFT_CT (modprobe -a nft_nat nft_ct)")?;
     netns.run(|| -> Result<()> {
         // Connection tracking must not remember what the box forgets.
