@@ -6,7 +6,6 @@
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
 use std::collections::BTreeSet;
-use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
@@ -55,16 +54,11 @@ fn open_at(host: &Netns, address: SocketAddr) -> UdpSocket {
     socket
 }
 
-/// Receives one datagram. `None` if there is none at the moment.
+/// Receives one datagram. `None` if there is none at the moment, or an earlier one was refused.
 fn receive(socket: &UdpSocket) -> Option<(Vec<u8>, SocketAddr)> {
     let mut buffer = [0; 512];
-    match uninterrupted(|| socket.recv_from(&mut buffer)) {
-        Ok((length, from)) => Some((buffer[..length].to_vec(), from)),
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
-        // Of an earlier datagram that was refused.
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => None,
-        Err(error) => panic!("{error}"),
-    }
+    let (length, from) = uninterrupted(|| socket.recv_from(&mut buffer)).ok()?;
+    Some((buffer[..length].to_vec(), from))
 }
 
 /// The servers on the switch: the sockets of each address and port.
