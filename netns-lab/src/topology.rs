@@ -11,7 +11,9 @@ use crate::addresses::{
 use crate::nat::{Access, Nat};
 use crate::ruleset::{LAN, WAN};
 use crate::state::{BoxState, HostState, LabState};
-use crate::switch::NIC;
+
+/// Name of the host's side of its link.
+pub(crate) const NIC: &str = "eth0";
 
 /// The most carriers' boxes: their underlay addresses are above those of hosts.
 const MOST_CARRIERS: u8 = 4;
