@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::addresses::Underlay;
 
 /// What a mapping or a filter depends on (RFC 4787, sections 4.1 and 5).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Behavior {
     /// On the inner address and port only.
     EndpointIndependent,
@@ -69,6 +69,32 @@ impl Nat {
         self
     }
 
+    /// Returns what two boxes do in a row, seen from outside: the more dependent mapping and filtering.
+    fn behind(&self, outer: &Nat) -> Self {
+        Nat {
+            mapping: self.mapping.max(outer.mapping),
+            filtering: self.filtering.max(outer.filtering),
+            hairpin: outer.hairpin,
+            keeps_ports: self.keeps_ports && outer.keeps_ports,
+            udp: self.udp && outer.udp,
+            lifetime: self.lifetime.min(outer.lifetime),
+            translates: self.translates || outer.translates,
+        }
+    }
+
+    /// Returns whether what a host behind the other box sends to the endpoint that a third one sees reaches the host behind this
+    /// one, which sends to the endpoint that the third one sees of the other box.
+    fn admits(&self, sender: &Nat) -> bool {
+        let is_predictable = |nat: &Nat| nat.mapping == Behavior::EndpointIndependent;
+        match self.filtering {
+            Behavior::EndpointIndependent => true,
+            // What it sends leaves from another port, which is open for the other box.
+            _ if !is_predictable(self) => false,
+            Behavior::AddressDependent => true,
+            Behavior::AddressAndPortDependent => is_predictable(sender),
+        }
+    }
+
     const fn keeps_ports(mut self) -> Self {
         self.keeps_ports = true;
         self
@@ -112,6 +138,34 @@ pub enum Access {
 impl Access {
     /// On the switch, with all address families of the underlay.
     pub const PUBLIC: Access = Access::Switch(Underlay::Dual);
+}
+
+impl Access {
+    /// Returns whether UDP can pass directly between two hosts over IPv4, if both send to the endpoint at which a third one sees
+    /// the other, and answer where they hear it from. Behind one carrier its hairpinning is needed too. `false` for hosts that
+    /// share the box of another one, whose kind is not known here.
+    pub fn allows_direct(&self, other: &Access) -> bool {
+        let (Some(one), Some(two)) = (self.seen_from_outside(), other.seen_from_outside()) else {
+            return false;
+        };
+        let share_carrier = match (self, other) {
+            (Access::Carrier { carrier: one, .. }, Access::Carrier { carrier: two, .. }) => one == two,
+            _ => false,
+        };
+        one.udp && two.udp && (one.admits(&two) || two.admits(&one)) && (!share_carrier || one.hairpin)
+    }
+
+    /// Returns all boxes as one. `None` if they are those of another host, or there is no IPv4.
+    fn seen_from_outside(&self) -> Option<Nat> {
+        match self {
+            Access::Switch(families) => families.has_v4().then(|| {
+                Nat::new(Behavior::EndpointIndependent, Behavior::EndpointIndependent).without_translation()
+            }),
+            Access::Nat(nat) => Some(nat.clone()),
+            Access::Carrier { home, carrier } => Some(home.behind(carrier)),
+            Access::With(_) => None,
+        }
+    }
 }
 
 impl Default for Access {

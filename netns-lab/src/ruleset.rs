@@ -3,7 +3,8 @@
 //! Connection tracking translates, but leaves two questions open that the kinds of RFC 4787 answer differently. Which port does a
 //! new connection get? The map `outward` remembers the outer port of each inner endpoint (and of its peer's address, if mapping
 //! depends on that). Who may begin one from outside? The map `inward` leads from an outer port to the inner endpoint, and the set
-//! `contacted` has the endpoints that sent something, each with as much of its peer as filtering depends on.
+//! `contacted` has the outer ports that something was sent from (without translation: the inner endpoints), each with as much of
+//! the peer as filtering depends on.
 //!
 //! All three are learned after translation, from packets that leave. What is filtered then is dropped before connection tracking
 //! confirms it, so it leaves no entry that would take the port of a later connection.
@@ -43,7 +44,7 @@ const V6: Family = Family { name: "ip6", address: "ipv6_addr", icmp: "ipv6-icmp"
 
 fn table(nat: &Nat, family: &Family, translates: bool, translation: &str) -> String {
     let name = family.name;
-    let set = contacted(nat, family);
+    let set = contacted(nat, family, translates);
     let filter = filter(nat, family, translates);
     // The first line ensures that there is a table to delete.
     format!(
@@ -57,12 +58,13 @@ fn options(nat: &Nat) -> String {
     format!("flags dynamic,timeout; timeout {seconds}s; size {MOST_ENTRIES};")
 }
 
-fn contacted(nat: &Nat, Family { address, .. }: &Family) -> String {
-    let entry = format!("{address} . inet_service");
+fn contacted(nat: &Nat, Family { address, .. }: &Family, translates: bool) -> String {
+    let end = format!("{address} . inet_service");
+    let own = if translates { "inet_service" } else { &end };
     let key = match nat.filtering {
-        Behavior::EndpointIndependent => entry,
-        Behavior::AddressDependent => format!("{entry} . {address}"),
-        Behavior::AddressAndPortDependent => format!("{entry} . {entry}"),
+        Behavior::EndpointIndependent => own.to_owned(),
+        Behavior::AddressDependent => format!("{own} . {address}"),
+        Behavior::AddressAndPortDependent => format!("{own} . {end}"),
     };
     format!("set contacted {{ type {key}; {} }}\n", options(nat))
 }
@@ -108,6 +110,8 @@ fn translation(nat: &Nat, outer: Ipv4Addr) -> String {
 fn filter(nat: &Nat, Family { name, icmp, .. }: &Family, translates: bool) -> String {
     let udp = if nat.udp { "" } else { "meta l4proto udp drop\n" };
     let arrived = if translates { "ct status dnat " } else { "" };
+    let own =
+        if translates { "ct original proto-dst".to_owned() } else { format!("{name} daddr . udp dport") };
     let peer = match nat.filtering {
         Behavior::EndpointIndependent => String::new(),
         Behavior::AddressDependent => format!(" . {name} saddr"),
@@ -126,7 +130,7 @@ fn filter(nat: &Nat, Family { name, icmp, .. }: &Family, translates: bool) -> St
          chain learn {{\n{learn}}}\n\
          chain deliver {{ type filter hook postrouting priority {AFTER_TRANSLATION};\n\
          meta mark 1 jump learn\n\
-         oifname {LAN} meta l4proto udp ct state new {name} daddr . udp dport{peer} != @contacted drop\n}}\n"
+         oifname {LAN} meta l4proto udp ct state new {own}{peer} != @contacted drop\n}}\n"
     )
 }
 
@@ -140,10 +144,12 @@ fn learn(nat: &Nat, name: &str, direction: &str, translates: bool) -> String {
         )
     };
     let (inside, peer, peer_address) = (end("s"), end("d"), format!("ct {direction} {name} daddr"));
+    // A mapping that depends on its destination is open for no other one.
+    let own = if translates { "udp sport" } else { &inside };
     let contacted = match nat.filtering {
-        Behavior::EndpointIndependent => inside.clone(),
-        Behavior::AddressDependent => format!("{inside} . {peer_address}"),
-        Behavior::AddressAndPortDependent => format!("{inside} . {peer}"),
+        Behavior::EndpointIndependent => own.to_owned(),
+        Behavior::AddressDependent => format!("{own} . {peer_address}"),
+        Behavior::AddressAndPortDependent => format!("{own} . {peer}"),
     };
     let outward = match nat.mapping {
         Behavior::EndpointIndependent => format!(" update @outward {{ {inside} : udp sport }}"),

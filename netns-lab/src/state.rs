@@ -48,7 +48,7 @@ pub(crate) struct BoxState {
     pub(crate) nat: Nat,
     /// The box that its cable leads to. `None`: the switch.
     pub(crate) uplink: Option<String>,
-    /// Its outer address, if it translates.
+    /// Its address towards its uplink, which hosts behind it seem to have if it translates.
     pub(crate) v4: Option<Ipv4Addr>,
 }
 
@@ -82,6 +82,13 @@ pub(crate) struct HostState {
     pub(crate) env: Vec<(String, String)>,
     pub(crate) daemon: Option<ProcId>,
     pub(crate) workloads: Vec<String>,
+}
+
+impl BoxState {
+    /// Returns the address that it translates to. `None` if it does not translate.
+    pub(crate) fn outer_v4(&self) -> Option<Ipv4Addr> {
+        self.v4.filter(|_| self.nat.translates)
+    }
 }
 
 impl LabState {

@@ -10,12 +10,8 @@ use crate::netns::{NETNS_DIR, Netns};
 use crate::ruleset::LAN;
 use crate::state::{HostState, LabState};
 use crate::tool::{self, ip_batch};
-use crate::topology;
+use crate::topology::{self, NIC};
 use crate::wait::wait_until;
-use crate::wiring;
-
-/// Name of the host's side of its link.
-pub(crate) const NIC: &str = "eth0";
 
 const BRIDGE: &str = "br0";
 
@@ -93,21 +89,23 @@ pub(crate) fn bridge_line(name: &str) -> String {
     format!("link add {name} type bridge forward_delay 0 stp_state 0 mcast_snooping 0")
 }
 
-/// Creates the switch, the NAT boxes and all hosts. Uses a few processes regardless of the number of hosts, because
-/// starting a process costs more than its work.
-pub(crate) fn build(lab: &LabState) -> Result<()> {
-    let switch = switch_namespace(&lab.name);
-    let namespaces: Vec<String> = std::iter::once(switch.clone())
-        .chain(lab.hosts.iter().map(|host| host_namespace(&lab.name, &host.name)))
-        .collect();
+/// Creates the switch.
+pub(crate) fn build_switch(lab: &LabState) -> Result<()> {
+    let namespace = switch_namespace(&lab.name);
+    add_namespaces(std::slice::from_ref(&namespace))?;
+    Netns::new(namespace.clone()).run(plain_bridges)??;
+    let lines = ["link set lo up".to_owned(), bridge_line(BRIDGE), format!("link set {BRIDGE} up")];
+    ip_batch(Some(&namespace), &lines)
+}
+
+/// Creates all hosts and their cables to the switch and to the NAT boxes. Uses a few processes regardless of the number of
+/// hosts, because starting a process costs more than its work.
+pub(crate) fn build_hosts(lab: &LabState) -> Result<()> {
+    let namespaces: Vec<String> =
+        lab.hosts.iter().map(|host| host_namespace(&lab.name, &host.name)).collect();
     add_namespaces(&namespaces)?;
-    Netns::new(switch.clone()).run(plain_bridges)??;
-    let mut lines = vec!["link set lo up".to_owned(), bridge_line(BRIDGE), format!("link set {BRIDGE} up")];
-    lines.extend(ports_of(lab, None));
-    ip_batch(Some(&switch), &lines)?;
-    wiring::build_boxes(lab)?;
-    for each in &lab.boxes {
-        ip_batch(Some(&box_namespace(&lab.name, &each.name)), &ports_of(lab, Some(&each.name)))?;
+    for nat_box in std::iter::once(None).chain(lab.boxes.iter().map(|each| Some(each.name.as_str()))) {
+        ip_batch(Some(&Socket::of(&lab.name, nat_box).namespace), &ports_of(lab, nat_box))?;
     }
     lab.hosts.iter().try_for_each(|host| configure_host(lab, host))?;
     wait_connected(lab, &lab.hosts.iter().collect::<Vec<_>>())

@@ -11,7 +11,9 @@ use crate::addresses::{
 use crate::nat::{Access, Nat};
 use crate::ruleset::{LAN, WAN};
 use crate::state::{BoxState, HostState, LabState};
-use crate::switch::NIC;
+
+/// Name of the host's side of its link.
+pub(crate) const NIC: &str = "eth0";
 
 /// The most carriers' boxes: their underlay addresses are above those of hosts.
 const MOST_CARRIERS: u8 = 4;
@@ -89,7 +91,7 @@ impl LabState {
     /// Returns the addresses at which the other hosts see a host.
     pub(crate) fn outer_addresses(&self, host: &HostState) -> Vec<IpAddr> {
         let boxes = self.boxes_of(host);
-        let v4 = boxes.iter().rev().find_map(|each| each.v4).or(host.v4);
+        let v4 = boxes.iter().rev().find_map(|each| each.outer_v4()).or(host.v4);
         [v4.map(IpAddr::V4), host.v6.map(IpAddr::V6)].into_iter().flatten().collect()
     }
 
@@ -181,6 +183,14 @@ impl LabState {
         }
         self.boxes = carriers;
         self.boxes.extend(own);
+        if self.underlay.has_v4() {
+            // A box that does not translate leaves its host the address, but needs one for its ARP requests.
+            for at in 0..self.boxes.len() {
+                if self.boxes[at].v4.is_none() {
+                    self.boxes[at].v4 = Some(underlay_v4(self.free_number(MOST_HOSTS)?));
+                }
+            }
+        }
         Ok(())
     }
 
@@ -209,12 +219,13 @@ impl LabState {
         Ok(name)
     }
 
-    /// Gives a box the outer address that it has already, and none if it does not translate.
+    /// Gives a box the address that it has already, and none yet if it does not translate.
     fn keep(&self, mut new: BoxState) -> BoxState {
-        if let Some(old) = self.find_box(&new.name).filter(|old| old.uplink == new.uplink) {
-            new.v4 = old.v4.or(new.v4);
+        let same = |old: &&BoxState| old.uplink == new.uplink && old.nat.translates == new.nat.translates;
+        match self.find_box(&new.name).filter(same) {
+            Some(old) => new.v4 = old.v4,
+            None => new.v4 = new.v4.filter(|_| self.underlay.has_v4() && new.nat.translates),
         }
-        new.v4 = new.v4.filter(|_| self.underlay.has_v4() && new.nat.translates);
         new
     }
 
@@ -231,7 +242,7 @@ impl LabState {
             let gateway = host.behind.as_deref().and_then(|name| boxes.iter().find(|each| each.name == name));
             let number = host.number;
             host.v4 = (has_v4 && families.has_v4()).then(|| {
-                let inside = gateway.is_some_and(|gateway| gateway.v4.is_some());
+                let inside = gateway.is_some_and(|gateway| gateway.nat.translates);
                 let current = host.v4.filter(|address| is_underlay_v4(*address) && !inside);
                 current.unwrap_or_else(|| if inside { lan_v4(number) } else { underlay_v4(number) })
             });
@@ -247,11 +258,15 @@ impl LabState {
         let current = self.outer_addresses(&self.hosts[index]);
         let current =
             current.first().with_context(|| format!("{} has no address", self.hosts[index].name))?;
-        let number = self.free_number(*current)?;
+        let current = match *current {
+            IpAddr::V4(v4) => v4.octets()[3],
+            IpAddr::V6(v6) => (1..=MOST_HOSTS).find(|number| underlay_v6(*number) == v6).unwrap_or(0),
+        };
+        let number = self.free_number(current)?;
         let outermost = names
             .iter()
             .rev()
-            .find_map(|name| self.boxes.iter().position(|each| each.name == *name && each.v4.is_some()));
+            .find_map(|name| self.boxes.iter().position(|each| each.name == *name && each.nat.translates));
         let host = &mut self.hosts[index];
         let v4 = outermost.map_or(&mut host.v4, |at| &mut self.boxes[at].v4);
         *v4 = v4.map(|_| underlay_v4(number));
@@ -261,11 +276,7 @@ impl LabState {
     }
 
     /// Returns the next number of an underlay address that is neither used nor some host's first one.
-    fn free_number(&self, current: IpAddr) -> Result<u8> {
-        let after = match current {
-            IpAddr::V4(v4) => v4.octets()[3],
-            IpAddr::V6(v6) => (1..=MOST_HOSTS).find(|number| underlay_v6(*number) == v6).unwrap_or(0),
-        };
+    fn free_number(&self, after: u8) -> Result<u8> {
         let v4: Vec<Ipv4Addr> = self.hosts.iter().filter_map(|host| host.v4).collect();
         let v6: Vec<Ipv6Addr> = self.hosts.iter().filter_map(|host| host.v6).collect();
         let is_free = |number: &u8| {
@@ -291,7 +302,7 @@ impl LabState {
         let mut settings = Vec::new();
         if let Some(v4) = host.v4 {
             // The prefix of an address that is not translated is on the other side of the box.
-            let prefix = if gateway.v4.is_some() { 24 } else { 32 };
+            let prefix = if gateway.nat.translates { 24 } else { 32 };
             settings.push(Setting::address(v4.into(), prefix, NIC));
             settings.push(Setting::route(format!("default via {LAN_GATEWAY} dev {NIC} onlink")));
         }
@@ -308,16 +319,11 @@ impl LabState {
         let mut settings = vec![Setting::address(GATEWAY_V6.into(), 64, LAN)];
         if self.underlay.has_v4() {
             let gateway = if is_carrier { CARRIER_GATEWAY } else { LAN_GATEWAY };
-            let mut inner = Setting::address(gateway.into(), 24, LAN);
+            settings.push(Setting::address(gateway.into(), 24, LAN));
             settings.extend(of.v4.map(|v4| on_link(v4.into(), WAN)));
-            if of.v4.is_none() {
-                // Without an address of the underlay its ARP requests must have none at all, as in RFC 5227.
-                inner.words += " scope link";
-                settings.push(Setting::route(format!("{}/24 dev {WAN}", underlay_v4(0))));
-            } else if of.uplink.is_some() {
+            if of.uplink.is_some() {
                 settings.push(Setting::route(format!("default via {CARRIER_GATEWAY} dev {WAN}")));
             }
-            settings.push(inner);
         }
         if self.underlay.has_v6() {
             let own = router_v6(of.number);
@@ -343,7 +349,7 @@ impl LabState {
             let boxes = self.boxes_of(host);
             let Some(at) = boxes.iter().position(|each| each.name == of.name) else { continue };
             let through = &boxes[..=at];
-            let v4 = host.v4.filter(|_| through.iter().all(|each| each.v4.is_none()));
+            let v4 = host.v4.filter(|_| through.iter().all(|each| !each.nat.translates));
             addresses.extend([v4.map(IpAddr::V4), host.v6.map(IpAddr::V6)].into_iter().flatten());
         }
         addresses

@@ -1,4 +1,4 @@
-//! The NAT boxes in the kernel: their namespaces and cables, and the change from one topology to another.
+//! A lab in the kernel as a whole: its creation, and the change from one topology of NAT boxes to another.
 
 use anyhow::{Context, Result};
 
@@ -7,15 +7,20 @@ use crate::netns::Netns;
 use crate::ruleset::{self, LAN, WAN};
 use crate::state::{BoxState, HostState, LabState};
 use crate::switch::{
-    self, NIC, Socket, box_namespace, enable_ipv6, host_namespace, host_socket, plain_bridges, set_sysctl,
+    self, Socket, box_namespace, enable_ipv6, host_namespace, host_socket, plain_bridges, set_sysctl,
 };
 use crate::tool::ip_batch;
-use crate::topology;
+use crate::topology::{self, NIC};
 
-/// Creates all boxes of a lab.
-pub(crate) fn build_boxes(lab: &LabState) -> Result<()> {
-    lab.boxes.iter().try_for_each(|each| create(lab, each))?;
-    lab.boxes.iter().try_for_each(|each| configure(None, lab, each))
+/// Creates the switch, the boxes and all hosts of a lab.
+pub(crate) fn build(lab: &LabState) -> Result<()> {
+    switch::build_switch(lab)?;
+    for each in &lab.boxes {
+        create_namespace(lab, each)?;
+        plug(lab, each)?;
+        configure(None, lab, each)?;
+    }
+    switch::build_hosts(lab)
 }
 
 /// Changes boxes and hosts from an old topology to a new one. Hosts keep their interfaces: a cable is plugged in elsewhere.
@@ -61,7 +66,7 @@ pub(crate) fn change(old: &LabState, new: &LabState) -> Result<()> {
 pub(crate) fn forget(lab: &LabState, of: &BoxState) -> Result<()> {
     let netns = Netns::new(box_namespace(&lab.name, &of.name));
     netns
-        .exec_input(["nft", "-f", "-"], Some(&ruleset::script(&of.nat, of.v4)))
+        .exec_input(["nft", "-f", "-"], Some(&ruleset::script(&of.nat, of.outer_v4())))
         .context("NAT boxes need the kernel's NFT_NAT and NFT_CT (modprobe -a nft_nat nft_ct)")?;
     netns.run(|| -> Result<()> {
         // Connection tracking must not remember what the box forgets.
@@ -71,11 +76,6 @@ pub(crate) fn forget(lab: &LabState, of: &BoxState) -> Result<()> {
         }
         conntrack::flush()
     })?
-}
-
-fn create(lab: &LabState, of: &BoxState) -> Result<()> {
-    create_namespace(lab, of)?;
-    plug(lab, of)
 }
 
 fn create_namespace(lab: &LabState, of: &BoxState) -> Result<()> {
