@@ -13,8 +13,16 @@ use ovl_tests::{
 };
 
 /// Kinds of NAT, by the presets of the lab.
-const KINDS: [&str; 7] =
-    ["full-cone", "restricted", "port-restricted", "address-dependent", "symmetric", "cgn", "cgn-symmetric"];
+const KINDS: [&str; 8] = [
+    "firewall",
+    "full-cone",
+    "restricted",
+    "port-restricted",
+    "address-dependent",
+    "symmetric",
+    "cgn",
+    "cgn-symmetric",
+];
 
 /// A lab whose first host is public, and whose others are behind these kinds of NAT.
 fn lab(kinds: &[&str]) -> Lab {
