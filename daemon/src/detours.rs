@@ -236,6 +236,8 @@ impl Detours {
 
 #[cfg(test)]
 mod tests {
+    mod network;
+
     use super::*;
 
     const PING: Duration = Duration::from_millis(600);
