@@ -2,15 +2,27 @@
 
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Access, Behavior, Nat};
 use netns_lab::{Host, Lab, LabConfig, wait_until};
 use ovl_tests::routed::create_routed_network;
-use ovl_tests::{Attached, SOON, attach, create_network, peer, ping_all_pairs, start_lab_with, wait_clean};
+use ovl_tests::{
+    Attached, Connection, SOON, attach, create_network, peer, ping_all_pairs, start_lab_with, wait_clean,
+};
 
 /// Kinds of NAT, by the presets of the lab.
-const KINDS: [&str; 7] =
-    ["full-cone", "restricted", "port-restricted", "address-dependent", "symmetric", "cgn", "cgn-symmetric"];
+const KINDS: [&str; 8] = [
+    "firewall",
+    "full-cone",
+    "restricted",
+    "port-restricted",
+    "address-dependent",
+    "symmetric",
+    "cgn",
+    "cgn-symmetric",
+];
 
 /// A lab whose first host is public, and whose others are behind these kinds of NAT.
 fn lab(kinds: &[&str]) -> Lab {
@@ -111,4 +123,63 @@ fn hosts_behind_two_nats_of_one_kind_talk() {
         "symmetric",
         "symmetric",
     ]);
+}
+
+/// What a connection may wait for after a host has another address: three seconds, and what TCP's backoff adds.
+const MOVED: Duration = Duration::from_secs(7);
+
+/// How long it takes until a ping arrives. The pods' addresses are those of the routed network.
+fn time_to_ping(from: &Attached, to: &Attached) -> Duration {
+    let start = Instant::now();
+    from.workload.ping_until(to.address(), SOON).unwrap();
+    start.elapsed()
+}
+
+#[test]
+fn connections_outlive_another_address_and_mappings_that_are_forgotten() {
+    let lab = lab(&["port-restricted", "full-cone", "symmetric"]);
+    let options = ["--encrypted", "--subnet", "10.60.0.0/16", "--subnet", "fd60::/48"];
+    create_routed_network(&lab, "pods", &options).unwrap();
+    let pods = attach_all(&lab, "pods");
+    ping_all_pairs(&pods, SOON).unwrap();
+    let pairs = [(0, 1), (1, 2), (1, 3), (3, 0)];
+    let mut connections =
+        pairs.map(|(one, other)| Connection::open(&pods[one], &pods[other], MOVED).unwrap());
+    let mut all_carry = |what: &str| {
+        for ((one, other), connection) in pairs.iter().zip(&mut connections) {
+            connection
+                .echo(2000)
+                .with_context(|| format!("h{} to h{} after {what}", one + 1, other + 1))
+                .unwrap();
+        }
+    };
+    all_carry("the start");
+    for host in ["h2", "h4"] {
+        lab[host].renumber().unwrap();
+        let took = time_to_ping(&pods[0], &pods[host[1..].parse::<usize>().unwrap() - 1]);
+        assert!(took < Duration::from_secs(3), "{host} has another address since {took:?}");
+        all_carry(&format!("{host} had another address"));
+    }
+    for host in ["h2", "h3", "h4"] {
+        lab[host].forget_mappings().unwrap();
+        all_carry(&format!("the NAT of {host} forgot its mappings"));
+    }
+    wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+#[test]
+fn hosts_behind_one_nat_reach_each_other_in_their_own_network() {
+    let lab = lab(&["port-restricted", "h2", "symmetric", "h4"]);
+    create_network(&lab, "blue", &["--encrypted", "--subnet", "10.99.0.0/24"]).unwrap();
+    ping_all_pairs(&attach_all(&lab, "blue"), SOON).unwrap();
+    wait_until(SOON, "neighbours to be direct", || -> Result<()> {
+        for (one, other) in [("h2", "h3"), ("h4", "h5")] {
+            for (from, to) in [(one, other), (other, one)] {
+                let via = via(&lab[from], to)?;
+                ensure!(via.is_empty(), "{from} reaches {to} via {via:?}");
+            }
+        }
+        Ok(())
+    })
+    .unwrap();
 }

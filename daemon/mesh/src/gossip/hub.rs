@@ -115,6 +115,8 @@ pub(super) struct State {
     meetings: Budget,
     /// The questions for the own address that wait for an answer, each with the host that was asked.
     asked: HashMap<u64, SocketAddr>,
+    /// Whether this host knocks.
+    knocks: bool,
     ends: Ends,
     /// Where the sockets of relayed datagrams of hosts behind NAT are seen from here.
     relay_ends: BTreeMap<NodeId, SocketAddr>,
@@ -161,6 +163,7 @@ impl Hub {
             strange_signatures: Budget::new(STRANGER_SIGNATURES, now),
             meetings: Budget::new(MEETINGS, now),
             asked: HashMap::new(),
+            knocks: false,
             ends: Ends::default(),
             relay_ends: BTreeMap::new(),
             suggested: BTreeMap::new(),
@@ -545,12 +548,25 @@ impl Hub {
                 None
             }
             Packet::WhereAmI { nonce } => {
-                let budget = proved.is_some() || state.strange_signatures.take(now);
-                budget.then_some(Packet::SeenAt { nonce, at })
+                if !state.strange_signatures.take(now) {
+                    return None;
+                }
+                if state.knocks {
+                    state.knock(nonce, at);
+                    self.news.notify_one();
+                }
+                Some(Packet::SeenAt { nonce, at, knocks: state.knocks })
             }
-            Packet::SeenAt { nonce, at: own } => {
-                if state.asked.remove(&nonce) == Some(at) && state.queue.len() < MAX_QUEUE {
-                    state.queue.push_back(GossipEvent::Seen(own));
+            Packet::SeenAt { nonce, at: own, knocks } => {
+                if state.asked.get(&nonce) == Some(&at) && state.queue.len() < MAX_QUEUE {
+                    state.queue.push_back(GossipEvent::Seen(own, knocks));
+                    self.news.notify_one();
+                }
+                None
+            }
+            Packet::Knock { nonce } => {
+                if state.asked.remove(&nonce).is_some() && state.queue.len() < MAX_QUEUE {
+                    state.queue.push_back(GossipEvent::Knocked);
                     self.news.notify_one();
                 }
                 None
@@ -669,6 +685,20 @@ impl State {
                 name
             }
             None => at,
+        }
+    }
+
+    pub(super) fn set_knocks(&mut self, knocks: bool) {
+        self.knocks = knocks;
+    }
+
+    /// Has a datagram sent to an address from another socket.
+    fn knock(&mut self, nonce: u64, at: SocketAddr) {
+        let Ok(plain) = Packet::Knock { nonce }.encode() else { return };
+        let mut datagram = Vec::new();
+        let sealed = self.sealing.seal(at, (wire::version(), &plain), None, &mut datagram);
+        if sealed.is_ok() && self.queue.len() < MAX_QUEUE {
+            self.queue.push_back(GossipEvent::Knock { at, datagram });
         }
     }
 
