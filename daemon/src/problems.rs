@@ -107,6 +107,8 @@ pub(crate) enum Code {
     TunnelBroken,
     /// The port of relayed datagrams cannot be opened.
     RelayPort,
+    /// A network that is not encrypted has endpoints on two hosts between which there is NAT.
+    PlainAcrossNat,
     /// A network is not encrypted although encryption is configured.
     NotEncrypted,
     /// Datagrams of the tunnel that the kernel divides arrive damaged, so it divides none.
@@ -176,7 +178,7 @@ pub(crate) enum Code {
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    pub(crate) const ALL: [Self; 81] = [
+    pub(crate) const ALL: [Self; 82] = [
         Self::HostDown,
         Self::NoMajority,
         Self::VersionsDiffer,
@@ -226,6 +228,7 @@ impl Code {
         Self::TunnelKeyCopied,
         Self::TunnelBroken,
         Self::RelayPort,
+        Self::PlainAcrossNat,
         Self::NotEncrypted,
         Self::SegmentsDamaged,
         Self::PublishedPort,
@@ -317,6 +320,7 @@ impl Code {
             Self::NotEncrypted => "OVL-E054",
             Self::SegmentsDamaged => "OVL-E055",
             Self::RelayPort => "OVL-E056",
+            Self::PlainAcrossNat => "OVL-E057",
             Self::PublishedPort => "OVL-E060",
             Self::HealthPort => "OVL-E061",
             Self::Firewall => "OVL-E062",
@@ -384,6 +388,7 @@ impl Code {
             | Self::TunnelKeyCopied
             | Self::TunnelBroken
             | Self::RelayPort
+            | Self::PlainAcrossNat
             | Self::PublishedPort
             | Self::HealthPort
             | Self::Firewall
