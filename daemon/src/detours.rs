@@ -179,13 +179,14 @@ impl Detours {
         for (&peer, evidence) in peers {
             let is_silent = evidence.is_silent(ping_every);
             let answers = evidence.through.filter(|(_, ago)| *ago < FRESH);
-            let by = answers.and_then(|(by, _)| if leads(by, peer) { Some(by) } else { first(&peer) });
             let is_tried_in_vain = |relay: NodeId| refused.contains(&(peer, relay));
             let pick = |is_usable: &dyn Fn(NodeId) -> bool| {
                 let is_usable = |relay: &NodeId| *relay != peer && is_reached(relay) && is_usable(*relay);
                 // Another one, if the peer answers at all.
                 let other = |relay: &&NodeId| is_usable(relay) && links.has(**relay, peer);
-                by.filter(is_usable).or_else(|| answers.and_then(|_| relays.iter().find(other).copied()))
+                let (by, _) = answers?;
+                let by = Some(by).filter(|by| leads(*by, peer)).filter(is_usable);
+                by.or_else(|| first(&peer).filter(is_usable)).or_else(|| relays.iter().find(other).copied())
             };
             let works = |relay: NodeId| leads(relay, peer) && is_reached(&relay);
             let through = pick(&|relay| !is_tried_in_vain(relay)).or_else(|| {

@@ -104,6 +104,11 @@ struct Table {
     detours: HashMap<(HostId, Channel), Arc<Detour>>,
 }
 
+/// Told of a host to which there is no detour, with the address that sent its datagram.
+type Heard = Box<dyn Fn(HostId, SocketAddr) + Send + Sync>;
+/// Given a probe: the address that sent it, and its payload.
+type Probed = Box<dyn Fn(SocketAddr, &[u8]) + Send + Sync>;
+
 struct Shared {
     me: HostId,
     forwards: bool,
@@ -113,8 +118,8 @@ struct Shared {
     counted: Counted,
     /// Hosts from which datagrams come and to which there is no detour, with the relay that sent them.
     named: Mutex<HashMap<HostId, (SocketAddr, Instant)>>,
-    heard: Box<dyn Fn(HostId, SocketAddr) + Send + Sync>,
-    probed: Box<dyn Fn(SocketAddr, &[u8]) + Send + Sync>,
+    heard: Heard,
+    probed: Probed,
 }
 
 /// A running relay. Dropping it ends its threads and closes its sockets.

@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::Node;
-use super::reach::{Probing, nat_pairs};
+use super::reach::{Probing, live_members, nat_pairs, relay_at};
 use super::state::State;
 use crate::detours::{Evidence, Turn};
 use crate::links::Links;
@@ -145,15 +145,16 @@ impl Node {
     async fn turn_ways(&self, relay: &Relay, known: &mut Known) {
         // It is another one after the host has another address.
         self.gossip().set_knocks(true);
-        let (wanted, turned, hops, ways) = {
+        let (wanted, turned, hops, ways, silent) = {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             let (now, ping_every) = (Instant::now(), self.gossip().ping_every());
             let evidence = self.evidence(state, now);
             let relays = live_members(state).filter(|node| is_relay(node)).map(|node| node.record.id);
             let relays: BTreeSet<NodeId> = relays.filter(|id| *id != state.view.me).collect();
-            let silent = evidence.iter().filter(|(_, peer)| peer.is_silent(ping_every)).map(|(id, _)| *id);
-            let links = links(state, silent);
+            let is_silent = |(_, peer): &(&NodeId, &Evidence)| peer.is_silent(ping_every);
+            let silent: Vec<NodeId> = evidence.iter().filter(is_silent).map(|(id, _)| *id).collect();
+            let links = links(state, silent.iter().copied());
             let paths = links.paths(state.view.me, |id| self.gossip().rtt(id).unwrap_or(Duration::MAX));
             let turns = state.detours.decide(&evidence, &relays, (&links, &paths), ping_every, now);
             for &(peer, turn) in &turns {
@@ -179,14 +180,14 @@ impl Node {
                 relays: self.config.relay.is_on(),
                 through: borrowed.into_iter().chain(state.detours.all()).filter_map(through).collect(),
             };
-            (wanted_sockets(state, now), turns, state.detours.all().collect(), ways)
+            (wanted_sockets(state, now), turns, state.detours.all().collect(), ways, silent)
         };
         if known.ways != ways {
             self.gossip().set_hops(hops);
             self.links().set_ways(ways.clone());
             known.ways = ways;
         }
-        self.publish_unreached();
+        self.publish_unreached(&silent);
         for (peer, _) in turned {
             self.renew_path_mtu(peer);
         }
@@ -218,18 +219,22 @@ impl Node {
         }
     }
 
-    /// Tells all hosts which ones this one does not reach directly.
-    fn publish_unreached(&self) {
+    /// Tells all hosts which ones this one does not reach directly. While any live host is not reached by another one, those count as
+    /// well that may be dead, or others would take this host for a way to them.
+    fn publish_unreached(&self, silent: &[NodeId]) {
         let (set, unset) = {
             let state = self.state.borrow();
             let Some(own) = state.view.own() else { return };
             let known: BTreeSet<NodeId> = own.table.unreached().collect();
-            // One that counts as dead meanwhile is not reached either, or others would take this host for a way to it.
-            let lost = known.iter().copied().filter(|id| {
-                let is_dead = state.view.nodes.get(id).is_some_and(|node| node.state != PeerState::Alive);
-                is_dead && state.view.alloc.members.contains(id)
-            });
-            let wanted: BTreeSet<NodeId> = state.detours.unreached().chain(lost).collect();
+            let mut wanted: BTreeSet<NodeId> = state.detours.unreached().collect();
+            let alive: BTreeSet<NodeId> = live_members(&state).map(|node| node.record.id).collect();
+            let mut others = live_members(&state).filter(|node| node.record.id != state.view.me);
+            if !wanted.is_empty() || others.any(|node| node.table.unreached().any(|id| alive.contains(&id))) {
+                let is_dead = |node: &&ovl_cluster::view::Node| node.state == PeerState::Dead;
+                let members = &state.view.alloc.members;
+                let dead = state.view.nodes.values().filter(is_dead).map(|node| node.record.id);
+                wanted.extend(dead.filter(|id| members.contains(id)).chain(silent.iter().copied()));
+            }
             let set: Vec<Entry> = wanted.difference(&known).copied().map(Entry::Unreached).collect();
             let unset: Vec<Key> = known.difference(&wanted).copied().map(Key::Unreached).collect();
             (set, unset)
@@ -299,11 +304,6 @@ struct Known {
     ways: Ways,
 }
 
-/// The socket of relayed datagrams of a host. `None` if it has none.
-pub(super) fn relay_at(node: &ovl_cluster::view::Node) -> Option<SocketAddr> {
-    (node.record.relay_port != 0).then(|| SocketAddr::new(node.record.vtep, node.record.relay_port))
-}
-
 /// Where the socket of relayed datagrams of a host is reached. `None` if it has none, or is behind NAT and was not heard.
 fn relay_end(state: &State, node: &ovl_cluster::view::Node) -> Option<SocketAddr> {
     let at = relay_at(node)?;
@@ -313,13 +313,6 @@ fn relay_end(state: &State, node: &ovl_cluster::view::Node) -> Option<SocketAddr
 /// Whether a host passes on what others send each other. One behind NAT does not: others could not dial it for their streams.
 fn is_relay(node: &ovl_cluster::view::Node) -> bool {
     node.record.relays && relay_at(node).is_some() && !node.record.is_behind_nat()
-}
-
-/// The members that are alive, this host among them.
-pub(super) fn live_members(state: &State) -> impl Iterator<Item = &ovl_cluster::view::Node> {
-    let members = &state.view.alloc.members;
-    let nodes = state.view.nodes.values();
-    nodes.filter(|node| node.state == PeerState::Alive && members.contains(&node.record.id))
 }
 
 /// The links between live members, of which this host knows itself that these do not answer.

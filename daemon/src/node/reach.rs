@@ -5,12 +5,12 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use ovl_cluster::view::Node as Host;
+use ovl_control::PeerState;
 use ovl_proto::id::NodeId;
 use ovl_relay::Relay;
 use tokio::time::Instant;
 
 use super::Node;
-use super::detours::{live_members, relay_at};
 use super::state::State;
 
 /// The interval of probes, at least. It follows that of pings.
@@ -109,4 +109,16 @@ impl Node {
 /// The live peers that are behind NAT, or all if this host is.
 pub(super) fn nat_pairs(state: &State) -> impl Iterator<Item = &Host> {
     live_members(state).filter(|node| node.record.id != state.view.me && state.view.crosses_nat(node))
+}
+
+/// The members that are alive, this host among them.
+pub(super) fn live_members(state: &State) -> impl Iterator<Item = &Host> {
+    let members = &state.view.alloc.members;
+    let nodes = state.view.nodes.values();
+    nodes.filter(|node| node.state == PeerState::Alive && members.contains(&node.record.id))
+}
+
+/// The socket of relayed datagrams of a host. `None` if it has none.
+pub(super) fn relay_at(node: &Host) -> Option<SocketAddr> {
+    (node.record.relay_port != 0).then(|| SocketAddr::new(node.record.vtep, node.record.relay_port))
 }

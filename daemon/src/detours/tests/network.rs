@@ -164,7 +164,6 @@ impl Network {
             let hears = self.hosts[*by].hears(to, self.round, self.ping_every);
             let hop = self.hosts[*by].detours.relay(id(to)).map(index);
             *by != to
-                && self.relays[*by]
                 && self.up[from][*by]
                 && hop.filter(|_| !hears) != Some(from)
                 && matches!(self.fate(*by, to), Fate::Arrives(_))
