@@ -21,8 +21,12 @@ pub fn zone() -> Zone {
         zone.set(1, &web, Records { v4, ..Records::default() });
         zone.set(1, &Name::reverse_of(FROM), Records { names: [web.into()].into(), ..Records::default() });
     }
-    let context =
-        ClientContext { networks: Arc::from([1]), search: Name::parse("default.svc"), external: true };
+    let context = ClientContext {
+        networks: Arc::from([1]),
+        search: Name::parse("default.svc"),
+        external: true,
+        watched: Arc::from([]),
+    };
     zone.set_clients(HashMap::from([(FROM, context)]));
     zone
 }

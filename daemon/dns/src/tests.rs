@@ -174,8 +174,12 @@ mod search_lists {
         zone.set_cluster(&name("_pg._tcp.db.shop.svc.cluster.local"), srv.into());
         let unready = Records { unready: true, ..Records::default() };
         zone.set_cluster(&name("late.shop.svc.cluster.local"), unready);
-        let context =
-            ClientContext { networks: Arc::from([]), search: Some(name("shop.svc")), external: true };
+        let context = ClientContext {
+            networks: Arc::from([]),
+            search: Some(name("shop.svc")),
+            external: true,
+            watched: Arc::from([]),
+        };
         zone.set_clients(HashMap::from([(CLIENT, context)]));
         zone
     }
@@ -297,8 +301,12 @@ mod search_lists {
     #[test]
     fn a_client_on_internal_networks_alone_gets_no_external_names() {
         let mut zone = zone(true);
-        let context =
-            ClientContext { networks: Arc::from([]), search: Some(name("shop.svc")), external: false };
+        let context = ClientContext {
+            networks: Arc::from([]),
+            search: Some(name("shop.svc")),
+            external: false,
+            watched: Arc::from([]),
+        };
         zone.set_clients(HashMap::from([(CLIENT, context)]));
         for (text, expected) in [
             ("db.shop.svc.cluster.local", "NOERROR 10.96.0.50"),

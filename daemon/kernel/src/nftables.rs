@@ -11,6 +11,7 @@ use super::CountedElement;
 use super::attribute::{Attributes, attributes, text, u8_at};
 use super::error::Result;
 use super::socket::{Batch, Netlink, Refusal};
+use super::timed::{self, Step, TimedChange, TimedElement};
 
 /// The subsystem of nftables, in the upper half of a message type.
 pub(super) const SUBSYSTEM: u16 = libc::NFNL_SUBSYS_NFTABLES as u16;
@@ -43,17 +44,17 @@ const CHAIN_NAME: u16 = 3;
 const RULE_CHAIN: u16 = 2;
 const SET_NAME: u16 = 2;
 const SET_FLAGS: u16 = 3;
-const ELEMENTS_SET: u16 = 2;
-const ELEMENTS_LIST: u16 = 3;
-const ELEMENT: u16 = 1;
-const ELEMENT_KEY: u16 = 1;
+pub(super) const ELEMENTS_SET: u16 = 2;
+pub(super) const ELEMENTS_LIST: u16 = 3;
+pub(super) const ELEMENT: u16 = 1;
+pub(super) const ELEMENT_KEY: u16 = 1;
 const ELEMENT_DATA: u16 = 2;
 const ELEMENT_FLAGS: u16 = 3;
-const ELEMENT_EXPIRATION: u16 = 5;
+pub(super) const ELEMENT_EXPIRATION: u16 = 5;
 const ELEMENT_EXPRESSION: u16 = 7;
 const ELEMENT_KEY_END: u16 = 10;
 const EXPRESSION_DATA: u16 = 2;
-const DATA_VALUE: u16 = 1;
+pub(super) const DATA_VALUE: u16 = 1;
 const DATA_VERDICT: u16 = 2;
 const VERDICT_CODE: u16 = 1;
 const VERDICT_CHAIN: u16 = 2;
@@ -70,7 +71,7 @@ const ANONYMOUS: u32 = libc::NFT_SET_ANONYMOUS as u32;
 const INTERVAL_END: u32 = libc::NFT_SET_ELEM_INTERVAL_END as u32;
 
 /// The size in bytes at which a list of elements is split: an attribute has at most 64 KiB.
-const LIST: usize = 56 * 1024;
+pub(super) const LIST: usize = 56 * 1024;
 
 /// The length of `nfgenmsg`, the fixed part of a message.
 pub(super) const FIXED: usize = 4;
@@ -212,6 +213,43 @@ impl Nftables {
 
     fn counts_in(&mut self, mut question: Attributes, table: &str, set: &str) -> Result<Vec<CountedElement>> {
         question.put_text(ELEMENTS_SET, set);
+        self.elements_in(&question, table, set, counted)
+    }
+
+    /// Reads the elements that end by themselves of a set; empty if there is no set.
+    pub(super) fn timed(&mut self, table: Table, set: &str) -> Result<Vec<TimedElement>> {
+        let mut question = in_table(table);
+        question.put_text(ELEMENTS_SET, set);
+        self.elements_in(&question, table.name(), set, |element| timed::read(set, element))
+    }
+
+    /// Changes elements of one set that end by themselves, in one transaction.
+    pub(super) fn change_timed(
+        &mut self,
+        table: Table,
+        set: &str,
+        changes: &[&TimedChange],
+    ) -> Result<Result<(), Refusal>> {
+        let mut batch = begin();
+        for (step, kind, flags) in [
+            (Step::Ensure, NEW_ELEMENTS, NLM_F_CREATE),
+            (Step::Delete, DEL_ELEMENTS, 0),
+            (Step::Put, NEW_ELEMENTS, NLM_F_CREATE),
+        ] {
+            for message in timed::messages(table, set, step, changes) {
+                batch.push_built(kind, flags, message.bytes());
+            }
+        }
+        self.commit(batch)
+    }
+
+    fn elements_in<T>(
+        &mut self,
+        question: &Attributes,
+        table: &str,
+        set: &str,
+        read: impl Fn(&[u8]) -> Option<T>,
+    ) -> Result<Vec<T>> {
         let mut batch = Batch::default();
         batch.push_built(GET_ELEMENTS, 0, question.bytes());
         let dump = match self.0.dump(batch)? {
@@ -224,7 +262,7 @@ impl Nftables {
                 .filter(|(kind, _)| *kind == ELEMENTS_LIST)
                 .map(|(_, list)| list)
         });
-        Ok(lists.flat_map(|list| attributes(list, 0)).filter_map(|(_, element)| counted(element)).collect())
+        Ok(lists.flat_map(|list| attributes(list, 0)).filter_map(|(_, element)| read(element)).collect())
     }
 
     /// Changes elements of sets, in one transaction.
@@ -333,7 +371,7 @@ fn counted(element: &[u8]) -> Option<CountedElement> {
 }
 
 /// The first attribute of a type.
-fn find(payload: &[u8], fixed: usize, wanted: u16) -> Option<&[u8]> {
+pub(super) fn find(payload: &[u8], fixed: usize, wanted: u16) -> Option<&[u8]> {
     attributes(payload, fixed).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
 }
 
@@ -348,7 +386,7 @@ fn number_in(payload: &[u8], wanted: u16) -> Option<u32> {
 /// Runs bytes through the parsers of this module.
 #[cfg(any(test, fuzzing))]
 pub(super) fn fuzz(bytes: &[u8]) {
-    let _ = counted(bytes);
+    let _ = (counted(bytes), timed::read("set", bytes));
     let _ = (name_in(bytes, SET_NAME), number_in(bytes, OBJECT_TYPE), is_in(Table::Publish, bytes));
     let elements = || attributes(bytes, 0).filter_map(|(_, element)| DumpedElement::of(element));
     let contents = pair(elements().collect());
@@ -364,7 +402,7 @@ pub(super) fn is_in(table: Table, payload: &[u8]) -> bool {
         && attributes(payload, FIXED).any(|(kind, value)| kind == IN_TABLE && text(value) == table.name())
 }
 
-fn in_table(table: Table) -> Attributes {
+pub(super) fn in_table(table: Table) -> Attributes {
     let mut message = Attributes::after(&[family(table), 0, 0, 0]);
     message.put_text(IN_TABLE, table.name());
     message

@@ -33,6 +33,9 @@ use crate::problems::Code;
 const RESERVE: usize = 1 << 20;
 /// The number of documents from which on their memory is given back to the kernel.
 const MANY: usize = 1000;
+/// Why a policy with domain names is not in force as a whole.
+const UNHEARD: &str = "it has domainNames, and queries to the cluster DNS go to a Service of the cluster: ovl does not see its \
+                       answers, so the rules accept nothing by the names that are asked for there";
 /// How many problems of an object its sentence has.
 const MOST_REASONS: usize = 3;
 
@@ -253,9 +256,9 @@ impl Node {
         let policy = stand_in(&key, &value);
         let mut resource = match manifest::read(value, None, Validation::Ignore) {
             Ok(read) => {
-                // It is in force, but without some of its peers.
-                if key.kind == Kind::ClusterNetworkPolicy && !read.warnings.is_empty() {
-                    taken.fail(&key, sentence(&read.warnings));
+                if self.has_unheard_names(&read.resource) {
+                    // It is in force, but without these peers.
+                    taken.fail(&key, UNHEARD);
                 }
                 read.resource
             }
@@ -273,6 +276,15 @@ impl Node {
         // What a server keeps for its clients is no use here, and may be long.
         resource.meta_mut().annotations.retain(|name, _| !is_bookkeeping(name));
         Some(resource)
+    }
+
+    /// Whether an object is a policy with domain names, while queries to the cluster DNS go to another program than ovl.
+    fn has_unheard_names(&self, resource: &Resource) -> bool {
+        let Resource::ClusterNetworkPolicy(policy) = resource else { return false };
+        let mut peers = policy.spec.egress.iter().flat_map(|rule| &rule.to);
+        let state = self.state.borrow();
+        peers.any(|peer| !peer.domain_names.is_empty())
+            && !state.subsystems.names.handed_over(&state.view.resources).is_empty()
     }
 
     /// Whether an object is stored exactly so.

@@ -207,6 +207,8 @@ impl Node {
         };
         problems.extend(self.resolver.problems(called));
         problems.extend(crate::names::ambiguous_names(&state.view));
+        problems.extend(state.admitted.problems(state.clock.elapsed()));
+        problems.extend(state.unheard_names());
         problems.extend(state.reconcile.problems());
         let starting = !state.is_member() || !state.phase.is_caught_up();
         Status {

@@ -16,6 +16,7 @@ use ovl_proto::resource::{
     ClusterProtocol, LabelSelector, Labels, Name, NamespacedPod, NodeAddress, PolicySubject, Protocol,
     RuleAction, Tier,
 };
+use ovl_zone::NamePattern;
 
 use super::{
     Builder, DEFAULT, Direction, Namespaces, Pods, Policies, Policy, Rule, RulePeer, RulePort, UNDECIDED,
@@ -61,6 +62,12 @@ impl ClusterPolicy {
             Direction::Ingress => &self.ingress,
             Direction::Egress => &self.egress,
         }
+    }
+
+    /// Whether a rule has a domain name as a peer.
+    pub fn has_patterns(&self) -> bool {
+        let mut peers = self.egress.iter().flat_map(|rule| &rule.rule.peers);
+        peers.any(|peer| matches!(peer, RulePeer::Name(_)))
     }
 
     fn denies(&self, direction: Direction) -> bool {
@@ -262,7 +269,8 @@ impl Builder<'_> {
         peers: &[ClusterPeer],
         protocols: &[ClusterProtocol],
     ) -> Vec<(RuleAction, Rule)> {
-        let found: Vec<Option<Vec<RulePeer>>> = peers.iter().map(|peer| self.cluster_peer(peer)).collect();
+        let found: Vec<Option<Vec<RulePeer>>> =
+            peers.iter().map(|peer| self.cluster_peer(peer, action)).collect();
         let ports: Vec<Option<Vec<RulePort>>> =
             protocols.iter().map(|protocol| self.cluster_ports(protocol)).collect();
         let is_whole =
@@ -293,10 +301,13 @@ impl Builder<'_> {
     }
 
     /// Returns the peer's endpoints or addresses. `None` if ovl does not act on it.
-    fn cluster_peer(&mut self, peer: &ClusterPeer) -> Option<Vec<RulePeer>> {
+    fn cluster_peer(&mut self, peer: &ClusterPeer, action: RuleAction) -> Option<Vec<RulePeer>> {
         let ClusterPeer { namespaces, pods, networks, nodes, domain_names, .. } = peer;
         if !domain_names.is_empty() {
-            return None;
+            // Only what is allowed may depend on addresses of which some may be unknown.
+            let patterns = domain_names.iter().filter_map(|text| NamePattern::parse(text));
+            return (action == RuleAction::Accept)
+                .then(|| patterns.map(|pattern| self.name_peer(pattern)).collect());
         }
         if let Some(selector) = nodes {
             return self.node_peers(selector);
