@@ -5,6 +5,7 @@ use std::rc::Rc;
 use ovl_dataplane::nft::Table;
 use ovl_dns::Told;
 use ovl_kernel::TimedChange;
+use ovl_subsystems::names::resolver::ADDRESS_V4;
 use ovl_subsystems::policy::Policies;
 use ovl_subsystems::policy::admitted::AdmittedAt;
 use ovl_subsystems::policy::names::SETS;
@@ -87,11 +88,16 @@ impl State {
         self.admitted.at(self.clock.elapsed())
     }
 
-    /// Returns a problem for each policy with domain names that selects an endpoint of this host, if queries to the cluster DNS
-    /// go to another program than ovl.
-    pub(super) fn unheard_names(&self) -> Vec<Problem> {
+    /// Returns a problem for each policy with domain names that selects an endpoint of this host, if queries of endpoints go to
+    /// another program than ovl. `answers` says whether ovl answers any here.
+    pub(super) fn unheard_names(&self, answers: bool) -> Vec<Problem> {
         let policies: &Policies = self.subsystems.policy.policies();
-        if !policies.has_patterns() || self.subsystems.names.handed_over(&self.view.resources).is_empty() {
+        let why = match answers {
+            false => "endpoints of this host have no resolver of ovl (dns = \"off\")",
+            true => "queries to the cluster DNS go to a Service of the cluster",
+        };
+        let is_heard = answers && self.subsystems.names.handed_over(&self.view.resources).is_empty();
+        if is_heard || !policies.has_patterns() {
             return Vec::new();
         }
         let selects = |name: &ovl_proto::resource::Name| {
@@ -106,10 +112,9 @@ impl State {
             .filter(|policy| selects(&policy.name))
             .map(|policy| {
                 let sentence = format!(
-                    "ClusterNetworkPolicy {} has domain names, and queries to the cluster DNS go to a Service of the cluster: \
-                     ovl does not see its answers, so nothing is admitted for names that are asked for there. Set dns = \"on\" \
-                     in ovld.toml, or let the pods ask 169.254.79.53",
-                    policy.name
+                    "ClusterNetworkPolicy {} has domain names, and {why}: ovl does not see the answers, so nothing is admitted \
+                     for names that are asked for there. Set dns = \"on\" in ovld.toml, or let the pods ask ovl at {}",
+                    policy.name, ADDRESS_V4
                 );
                 Code::NamesUnheard.about(policy.name.to_string(), sentence)
             })
