@@ -144,7 +144,7 @@ impl Engine {
         let (sender, receiver) = oneshot::channel();
         let message = question(0, name, kind, 0, Some(false));
         let job = Job { message, alias: None, asker: Client::Host, to: Waiter::Lookup(sender) };
-        self.jobs.send(Work::Forward(job)).await.ok()?;
+        self.jobs.send(Work::Forward(Box::new(job))).await.ok()?;
         receiver.await.ok()
     }
 

@@ -55,7 +55,7 @@ pub(crate) struct Job {
 #[derive(Debug)]
 pub(crate) enum Work {
     /// To forward a query.
-    Forward(Job),
+    Forward(Box<Job>),
     /// To make addresses known, and then to send an answer of the zone with them to a client over UDP.
     Tell { found: Found, asker: Client, answer: Vec<u8>, to: Waiter },
 }
@@ -126,7 +126,7 @@ impl Forwarder {
         loop {
             tokio::select! {
                 job = jobs.recv() => match job {
-                    Some(Work::Forward(job)) => self.take(job),
+                    Some(Work::Forward(job)) => self.take(*job),
                     Some(Work::Tell { found, asker, answer, to }) => {
                         self.send(Some(found), asker, to, answer);
                     }

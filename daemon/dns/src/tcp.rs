@@ -123,7 +123,7 @@ async fn converse(
             Outcome::Forward | Outcome::Alias(_) => {
                 let (sender, receiver) = oneshot::channel();
                 let job = Job { message, alias: outcome.alias(), asker, to: Waiter::Tcp(sender) };
-                jobs.send(Work::Forward(job)).await.map_err(io::Error::other)?;
+                jobs.send(Work::Forward(Box::new(job))).await.map_err(io::Error::other)?;
                 forwarded = receiver.await.map_err(io::Error::other)?;
                 &forwarded
             }

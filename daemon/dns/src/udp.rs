@@ -61,7 +61,7 @@ pub(crate) fn serve(sockets: &[(Arc<UdpSocket>, ListenRole)], shared: &Shared, j
                         let to = Waiter::Udp(Arc::clone(socket), from);
                         let job = Job { message: query.to_vec(), alias: outcome.alias(), asker, to };
                         // If the queue is full, the client retries.
-                        if jobs.try_send(Work::Forward(job)).is_err() {
+                        if jobs.try_send(Work::Forward(Box::new(job))).is_err() {
                             ignored += 1;
                         }
                     }

@@ -11,7 +11,6 @@ use super::CountedElement;
 use super::attribute::{Attributes, attributes, text, u8_at};
 use super::error::Result;
 use super::socket::{Batch, Netlink, Refusal};
-use super::timed::{self, Step, TimedChange, TimedElement};
 
 /// The subsystem of nftables, in the upper half of a message type.
 pub(super) const SUBSYSTEM: u16 = libc::NFNL_SUBSYS_NFTABLES as u16;
@@ -25,9 +24,9 @@ const GET_RULE: u16 = message_type(libc::NFT_MSG_GETRULE);
 const DEL_RULE: u16 = message_type(libc::NFT_MSG_DELRULE);
 const GET_SET: u16 = message_type(libc::NFT_MSG_GETSET);
 const DEL_SET: u16 = message_type(libc::NFT_MSG_DELSET);
-const NEW_ELEMENTS: u16 = message_type(libc::NFT_MSG_NEWSETELEM);
+pub(super) const NEW_ELEMENTS: u16 = message_type(libc::NFT_MSG_NEWSETELEM);
 const GET_ELEMENTS: u16 = message_type(libc::NFT_MSG_GETSETELEM);
-const DEL_ELEMENTS: u16 = message_type(libc::NFT_MSG_DELSETELEM);
+pub(super) const DEL_ELEMENTS: u16 = message_type(libc::NFT_MSG_DELSETELEM);
 const GET_OBJECT: u16 = message_type(libc::NFT_MSG_GETOBJ);
 const DEL_OBJECT: u16 = message_type(libc::NFT_MSG_DELOBJ);
 
@@ -216,31 +215,16 @@ impl Nftables {
         self.elements_in(&question, table, set, counted)
     }
 
-    /// Reads the elements that end by themselves of a set; empty if there is no set.
-    pub(super) fn timed(&mut self, table: Table, set: &str) -> Result<Vec<TimedElement>> {
-        let mut question = in_table(table);
-        question.put_text(ELEMENTS_SET, set);
-        self.elements_in(&question, table.name(), set, |element| timed::read(set, element))
-    }
-
-    /// Changes elements of one set that end by themselves, in one transaction.
-    pub(super) fn change_timed(
+    /// Reads the elements of a set of which `read` makes something; empty if there is no set.
+    pub(super) fn elements<T>(
         &mut self,
         table: Table,
         set: &str,
-        changes: &[&TimedChange],
-    ) -> Result<Result<(), Refusal>> {
-        let mut batch = begin();
-        for (step, kind, flags) in [
-            (Step::Ensure, NEW_ELEMENTS, NLM_F_CREATE),
-            (Step::Delete, DEL_ELEMENTS, 0),
-            (Step::Put, NEW_ELEMENTS, NLM_F_CREATE),
-        ] {
-            for message in timed::messages(table, set, step, changes) {
-                batch.push_built(kind, flags, message.bytes());
-            }
-        }
-        self.commit(batch)
+        read: impl Fn(&[u8]) -> Option<T>,
+    ) -> Result<Vec<T>> {
+        let mut question = in_table(table);
+        question.put_text(ELEMENTS_SET, set);
+        self.elements_in(&question, table.name(), set, read)
     }
 
     fn elements_in<T>(
@@ -351,7 +335,8 @@ impl Nftables {
         Ok(())
     }
 
-    fn commit(&mut self, mut batch: Batch) -> Result<Result<(), Refusal>> {
+    /// Ends a transaction that [`begin`] began.
+    pub(super) fn commit(&mut self, mut batch: Batch) -> Result<Result<(), Refusal>> {
         batch.close_transaction(BATCH_END, &about_tables());
         let (results, _) = self.0.execute(batch)?;
         Ok(results.into_iter().find_map(Result::err).map_or(Ok(()), Err))
@@ -386,7 +371,7 @@ fn number_in(payload: &[u8], wanted: u16) -> Option<u32> {
 /// Runs bytes through the parsers of this module.
 #[cfg(any(test, fuzzing))]
 pub(super) fn fuzz(bytes: &[u8]) {
-    let _ = (counted(bytes), timed::read("set", bytes));
+    let _ = counted(bytes);
     let _ = (name_in(bytes, SET_NAME), number_in(bytes, OBJECT_TYPE), is_in(Table::Publish, bytes));
     let elements = || attributes(bytes, 0).filter_map(|(_, element)| DumpedElement::of(element));
     let contents = pair(elements().collect());
@@ -412,7 +397,8 @@ fn about_tables() -> [u8; FIXED] {
     [0, 0, 0, SUBSYSTEM as u8]
 }
 
-fn begin() -> Batch {
+/// Begins a transaction.
+pub(super) fn begin() -> Batch {
     let mut batch = Batch::default();
     batch.push_built(BATCH_BEGIN, 0, &about_tables());
     batch

@@ -14,7 +14,7 @@ use super::CountedElement;
 use super::error::{KernelError, Result};
 use super::filter::{self, NftRun};
 use super::nftables::{Change, Nftables, ObjectNames, fits};
-use super::timed::{TimedChange, TimedElement};
+use super::timed::{self, TimedChange, TimedElement};
 use super::watch::Watch;
 
 /// The maximum age of a cached skeleton.
@@ -251,7 +251,7 @@ impl Tables {
     pub(super) fn timed(&mut self, table: Table, prefix: &str) -> Result<Vec<TimedElement>> {
         let mut all = Vec::new();
         for set in self.nftables.names(table)?.sets.iter().filter(|set| set.starts_with(prefix)) {
-            all.extend(self.nftables.timed(table, set)?);
+            all.extend(timed::of_set(&mut self.nftables, table, set)?);
         }
         Ok(all)
     }
@@ -264,7 +264,7 @@ impl Tables {
         }
         let mut first = Ok(());
         for (set, changes) in sets {
-            let result = self.nftables.change_timed(table, set, &changes)?;
+            let result = timed::change(&mut self.nftables, table, set, &changes)?;
             let result = result
                 .map_err(|refusal| refusal.into_error(format!("cannot change elements of {table} {set}")));
             first = first.and(result);

@@ -3,12 +3,16 @@
 //! The kernel alone counts their time down, also while ovld is down. They are in no desired data plane, and a table that is
 //! written anew keeps them, as it keeps what packets add.
 
+use netlink_packet_core::NLM_F_CREATE;
 use ovl_dataplane::nft::Table;
 
 use super::attribute::{Attributes, attributes};
+use super::error::Result;
 use super::nftables::{
-    DATA_VALUE, ELEMENT, ELEMENT_EXPIRATION, ELEMENT_KEY, ELEMENTS_LIST, ELEMENTS_SET, LIST, find, in_table,
+    DATA_VALUE, DEL_ELEMENTS, ELEMENT, ELEMENT_EXPIRATION, ELEMENT_KEY, ELEMENTS_LIST, ELEMENTS_SET, LIST,
+    NEW_ELEMENTS, Nftables, begin, find, in_table,
 };
+use super::socket::Refusal;
 
 const ELEMENT_TIMEOUT: u16 = 4;
 const ELEMENT_USERDATA: u16 = 6;
@@ -58,7 +62,7 @@ impl TimedChange {
 
 /// A step of a change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Step {
+enum Step {
     /// Adds it, so that there is something to delete: the kernel may have ended it meanwhile.
     Ensure,
     /// Deletes it. No kernel can be told to put another end in its place.
@@ -67,8 +71,33 @@ pub(super) enum Step {
     Put,
 }
 
+/// Reads the elements that end by themselves of a set; empty if there is no set.
+pub(super) fn of_set(nftables: &mut Nftables, table: Table, set: &str) -> Result<Vec<TimedElement>> {
+    nftables.elements(table, set, |element| read(set, element))
+}
+
+/// Changes elements of one set, in one transaction.
+pub(super) fn change(
+    nftables: &mut Nftables,
+    table: Table,
+    set: &str,
+    changes: &[&TimedChange],
+) -> Result<std::result::Result<(), Refusal>> {
+    let mut batch = begin();
+    for (step, kind, flags) in [
+        (Step::Ensure, NEW_ELEMENTS, NLM_F_CREATE),
+        (Step::Delete, DEL_ELEMENTS, 0),
+        (Step::Put, NEW_ELEMENTS, NLM_F_CREATE),
+    ] {
+        for message in messages(table, set, step, changes) {
+            batch.push_built(kind, flags, message.bytes());
+        }
+    }
+    nftables.commit(batch)
+}
+
 /// Returns the messages of a step for the changes of one set, as many as their size needs.
-pub(super) fn messages(table: Table, set: &str, step: Step, changes: &[&TimedChange]) -> Vec<Attributes> {
+fn messages(table: Table, set: &str, step: Step, changes: &[&TimedChange]) -> Vec<Attributes> {
     let part = |change: &&&TimedChange| step != Step::Put || matches!(change, TimedChange::Put(_));
     let mut changes = changes.iter().filter(part).peekable();
     let mut messages = Vec::new();
@@ -115,7 +144,7 @@ fn comment_of(data: &[u8]) -> Option<&str> {
 }
 
 /// Reads an element of a dump. `None` if it is none that ends.
-pub(super) fn read(set: &str, element: &[u8]) -> Option<TimedElement> {
+fn read(set: &str, element: &[u8]) -> Option<TimedElement> {
     let left = find(element, 0, ELEMENT_EXPIRATION)?;
     let key = find(find(element, 0, ELEMENT_KEY)?, 0, DATA_VALUE)?;
     let userdata = attributes(element, 0).find(|(kind, _)| *kind == ELEMENT_USERDATA);
@@ -125,6 +154,12 @@ pub(super) fn read(set: &str, element: &[u8]) -> Option<TimedElement> {
         left_ms: u64::from_be_bytes(left.try_into().ok()?),
         comment: userdata.and_then(|(_, data)| comment_of(data)).unwrap_or_default().to_owned(),
     })
+}
+
+/// Runs bytes through the parser of this module.
+#[cfg(any(test, fuzzing))]
+pub(super) fn fuzz(bytes: &[u8]) {
+    let _ = read("set", bytes);
 }
 
 #[cfg(test)]

@@ -253,7 +253,8 @@ mod tests {
     fn an_address_lives_for_its_ttl_and_the_grace() {
         let mut admitted = Admitted::default();
         let www = pattern(NAME);
-        let changes = admitted.admit(seconds(100), &[www.clone()], NAME, &[(ip(1), 60), (ip(2), 0)]);
+        let changes =
+            admitted.admit(seconds(100), std::slice::from_ref(&www), NAME, &[(ip(1), 60), (ip(2), 0)]);
         let key = NameKey::of(&www);
         let put = |n, left| Change::Put { key, address: ip(n), left: seconds(left), name: NAME.to_owned() };
         assert_eq!(changes, [put(1, 70), put(2, 15)]);

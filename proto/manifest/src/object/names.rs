@@ -70,3 +70,20 @@ pub(crate) fn is_port_name(name: &str) -> bool {
 fn is_framed(name: &str, outer: impl Fn(char) -> bool, inner: impl Fn(char) -> bool) -> bool {
     name.starts_with(&outer) && name.ends_with(&outer) && name.chars().all(|c| outer(c) || inner(c))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn domain_names_are_those_of_the_api() {
+        for good in ["a.b", "*.a.b", "www.Example.com.", "_dmarc.x.y", "a_b-c.d0", "0.1"] {
+            assert!(is_domain_name(good), "{good}");
+        }
+        let long = format!("{}.b", "a".repeat(64));
+        for bad in ["", "a", "*.com", "*", "a.*.b", "*a.b.c", "a..b", "-a.b", "a-.b", "a.b..", "a b.c", &long]
+        {
+            assert!(!is_domain_name(bad), "{bad}");
+        }
+    }
+}
