@@ -78,6 +78,9 @@ pub(crate) struct Args {
     /// UDP port of datagrams between hosts that reach each other only through others; 0: none [default: 7942]
     #[arg(long, value_name = "PORT")]
     relay_port: Option<u16>,
+    /// Whether others cannot dial this host, which is reached where its datagrams come from then [default: as hosts to join see it]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    behind_nat: Option<bool>,
     /// Networks that are made by this host are encrypted
     #[arg(long)]
     encrypt: bool,
@@ -187,6 +190,7 @@ struct File {
     tunnel_port: Option<u16>,
     relay_port: Option<u16>,
     relay: Option<Relaying>,
+    behind_nat: Option<bool>,
     #[serde(default)]
     encrypt: bool,
     resolv_conf: Option<PathBuf>,
@@ -275,6 +279,8 @@ pub struct Config {
     pub(crate) relay_port: u16,
     /// Whether this host relays for hosts that do not reach each other.
     pub(crate) relay: Relaying,
+    /// Whether others cannot dial this host, because it is behind NAT. `None`: as hosts to join see it.
+    pub(crate) behind_nat: Option<bool>,
     /// Whether every network created by this host is encrypted, even if the request does not ask for it.
     pub(crate) encrypt: bool,
     /// File with the upstream resolvers for all names that ovl does not serve.
@@ -389,6 +395,7 @@ impl Config {
             tunnel_port: args.tunnel_port.or(file.tunnel_port).unwrap_or(DEFAULT_TUNNEL_PORT),
             relay_port: args.relay_port.or(file.relay_port).unwrap_or(DEFAULT_RELAY_PORT),
             relay: file.relay.unwrap_or(Relaying::Any(true)),
+            behind_nat: args.behind_nat.or(file.behind_nat),
             encrypt: args.encrypt || file.encrypt,
             resolv_conf: args.resolv_conf.or(file.resolv_conf).unwrap_or_else(|| "/etc/resolv.conf".into()),
             dns_listen: file.dns_listen,

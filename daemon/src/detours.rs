@@ -4,6 +4,7 @@
 //! reached it first is the nearest one. If that one does not reach the peer directly either, the path that all members' links
 //! allow counts. [`Detours`] decides from what gossip knows; `node::detours` opens the sockets.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -150,8 +151,19 @@ impl Detours {
         };
         let is_reached = |relay: &NodeId| is_heard(relay, RELAY_SILENT);
         let first = |peer: &NodeId| paths.get(peer).and_then(|path| path.first().copied());
-        // What does not reach the peer by the links that are known would send datagrams in a circle.
-        let leads = |relay: NodeId, peer: NodeId| links.has(relay, peer) || first(&peer) == Some(relay);
+        // The members after a relay. None where the relay is not nearer to the peer by the links that are known: it would send
+        // datagrams in a circle.
+        let from_relays: RefCell<BTreeMap<NodeId, BTreeMap<NodeId, Vec<NodeId>>>> = RefCell::default();
+        let beyond = |relay: NodeId, peer: NodeId| -> Option<Vec<NodeId>> {
+            if links.has(relay, peer) {
+                return Some(Vec::new());
+            }
+            let mut from_relays = from_relays.borrow_mut();
+            let from_relay = from_relays.entry(relay).or_insert_with(|| links.paths(relay, |_| 0));
+            let (rest, whole) = (from_relay.get(&peer)?, paths.get(&peer)?);
+            (rest.len() < whole.len()).then(|| rest.clone())
+        };
+        let leads = |relay: NodeId, peer: NodeId| beyond(relay, peer).is_some();
         for (peer, detour) in &self.open {
             let is_tried = now.saturating_duration_since(detour.since) >= TRIED;
             if is_tried && peers.get(peer).is_some_and(|evidence| evidence.lost) {
@@ -209,9 +221,7 @@ impl Detours {
             }
         }
         for (peer, detour) in &mut self.open {
-            let path = paths.get(peer).filter(|path| path.first() == Some(&detour.relay));
-            let further = path.filter(|_| !links.has(detour.relay, *peer)).and_then(|path| path.get(1..));
-            detour.further = further.unwrap_or_default().to_vec();
+            detour.further = beyond(detour.relay, *peer).unwrap_or_default();
         }
         turns
     }
@@ -316,6 +326,26 @@ mod tests {
         assert_eq!(world.detours.path(PEER), [RELAY, OTHER]);
         world.links = Links::new(members, [(ME, PEER), (RELAY, PEER), (OTHER, PEER)]);
         assert_eq!(world.after(200, 1300, Some((RELAY, 10))), [], "no path is known: it stays");
+    }
+
+    #[test]
+    fn path_is_kept_while_another_one_is_as_short() {
+        const LAST: NodeId = NodeId([4; 10]);
+        let mut world = World::new();
+        let members = [(PEER, true), (RELAY, true), (OTHER, true), (LAST, true), (ME, true)];
+        world.links = Links::new(members, [(ME, PEER), (RELAY, PEER), (OTHER, PEER), (ME, LAST)]);
+        assert_eq!(world.after(0, 1100, Some((OTHER, 10))), [(PEER, Turn::Through(OTHER))]);
+        assert_eq!(world.detours.path(PEER), [OTHER, LAST]);
+        assert_eq!(world.links.paths(ME, |_| 0)[&PEER], [RELAY, LAST], "the other one is nearer now");
+        assert_eq!(world.after(200, 1300, Some((RELAY, 10))), []);
+        assert_eq!(world.detours.path(PEER), [OTHER, LAST]);
+        world.links =
+            Links::new(members, [(ME, PEER), (RELAY, PEER), (OTHER, PEER), (ME, LAST), (OTHER, LAST)]);
+        assert_eq!(
+            world.after(200, 1500, Some((RELAY, 10))),
+            [(PEER, Turn::Through(RELAY))],
+            "it leads nowhere"
+        );
     }
 
     #[test]

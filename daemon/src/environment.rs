@@ -100,8 +100,10 @@ fn wall_ms() -> u64 {
 }
 
 /// The environment of the real host.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Host;
+#[derive(Debug, Clone, Default)]
+pub struct Host {
+    transport: Arc<HostTransport>,
+}
 
 impl Environment for Host {
     fn wall_clock(&self) -> WallClock {
@@ -118,7 +120,7 @@ impl Environment for Host {
     }
 
     fn transport(&self) -> Arc<dyn Transport> {
-        Arc::new(HostTransport)
+        Arc::clone(&self.transport) as Arc<dyn Transport>
     }
 
     fn start_kernel(

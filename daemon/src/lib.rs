@@ -51,6 +51,7 @@ mod ports;
 mod problems;
 mod progress;
 mod publish;
+mod reach;
 mod sandboxes;
 mod saving;
 mod slots;
@@ -135,7 +136,7 @@ fn start(args: Args) -> Result<()> {
         .enable_all()
         .build()
         .context("starting the event loop")?;
-    tokio::task::LocalSet::new().block_on(&runtime, node::run(config, Rc::new(Host)))
+    tokio::task::LocalSet::new().block_on(&runtime, node::run(config, Rc::new(Host::default())))
 }
 
 /// Creates a directory that only its owner may access, or takes away the access of other users from one that exists.

@@ -63,6 +63,8 @@ pub(crate) struct State {
     pub docker: Vec<(String, EngineNetwork)>,
     /// Whether the journal that has the checksum of this state in its name has later changes.
     pub journal: bool,
+    /// Whether others could not dial this host.
+    pub behind_nat: bool,
     /// Fields that this release does not know.
     pub unknown: Unknown,
 }
@@ -70,7 +72,7 @@ pub(crate) struct State {
 ovl_proto::fields! {
     State {
         1 saved_ms, 2 generation, 3 clock, 4 objects optional, 5 peers optional, 6 leases optional, 7 alloc optional,
-        8 bridges optional, 9 docker optional, 10 journal marked, ..unknown
+        8 bridges optional, 9 docker optional, 10 journal marked, 11 behind_nat optional, ..unknown
     }
 }
 

@@ -3,32 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
-/// The address families of the underlay.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Underlay {
-    /// IPv4: 192.168.77.i/24.
-    #[default]
-    V4,
-    /// IPv6: fd77::i/64.
-    V6,
-    /// Both; a host advertises its IPv4 address by default.
-    Dual,
-}
-
-impl Underlay {
-    /// Returns whether hosts have an IPv4 address.
-    pub fn has_v4(self) -> bool {
-        self != Underlay::V6
-    }
-
-    /// Returns whether hosts have an IPv6 address.
-    pub fn has_v6(self) -> bool {
-        self != Underlay::V4
-    }
-}
+use crate::addresses::Underlay;
+use crate::nat::Access;
 
 /// The configuration of a lab. [`LabConfig::hosts`] returns the defaults.
 #[derive(Clone, Debug)]
@@ -40,6 +16,9 @@ pub struct LabConfig {
     pub name: Option<String>,
     /// The hosts' underlay addresses.
     pub underlay: Underlay,
+    /// How hosts are connected to the underlay, if not to the switch: the host's name and its access, in the order in
+    /// which they are set.
+    pub accesses: Vec<(String, Access)>,
     /// MTU of every host's link and of the switch, in bytes.
     pub mtu: u32,
     /// Path of the daemon. If `None`: `$OVLD`, else next to the current executable or in PATH.
@@ -63,6 +42,7 @@ impl LabConfig {
             hosts,
             name: None,
             underlay: Underlay::default(),
+            accesses: Vec::new(),
             mtu: 1500,
             ovld: None,
             ovlctl: None,
@@ -82,6 +62,13 @@ impl LabConfig {
     /// Sets the underlay.
     pub fn underlay(mut self, underlay: Underlay) -> Self {
         self.underlay = underlay;
+        self
+    }
+
+    /// Connects a host in another way than to the switch. Daemons join through the first host that is on the switch,
+    /// which also begins the cluster.
+    pub fn access(mut self, host: &str, access: Access) -> Self {
+        self.accesses.push((host.to_owned(), access));
         self
     }
 

@@ -109,13 +109,13 @@ impl Host {
         self.update(|host| host.env = variables.iter().map(own).collect())
     }
 
-    /// Sets the addresses to join through instead of the first host's, effective at the next start.
+    /// Sets the addresses to join through instead of the first host's that is on the switch, effective at the next start.
     pub fn set_join(&self, addresses: &[&str]) -> Result<()> {
         self.update(|host| host.join = Some(addresses.iter().map(|&each| each.to_owned()).collect()))
     }
 
-    /// Sets whether the daemon gets `--bootstrap`, effective at the next start. By default only the first
-    /// host's daemon does, at every start.
+    /// Sets whether the daemon gets `--bootstrap`, effective at the next start. By default only the daemon of the first
+    /// host that was on the switch when the lab was created does, at every start.
     pub fn set_bootstrap(&self, bootstrap: bool) -> Result<()> {
         self.update(|host| host.bootstrap = bootstrap)
     }
@@ -145,10 +145,10 @@ impl Host {
 
     fn daemon_command(&self) -> Result<Command> {
         let key = self.cluster_key()?;
-        let (binary, lab_config, lab_args, first, persistent) = {
+        let (binary, lab_config, lab_args, join, persistent) = {
             let lab = self.shared.state();
-            let first = lab.hosts.first().map(|host| host.address()).transpose()?;
-            (lab.ovld.clone(), lab.config.clone(), lab.args.clone(), first, lab.owner.is_none())
+            let join = lab.join_address(&lab.hosts[self.index])?;
+            (lab.ovld.clone(), lab.config.clone(), lab.args.clone(), join, lab.owner.is_none())
         };
         let host = self.read(Clone::clone);
         let config = self.dir().join("ovld.toml");
@@ -159,8 +159,8 @@ impl Host {
         command.arg("--config").arg(config).args(["--node", self.name()]);
         command.arg("--state-dir").arg(self.state_dir()).arg("--run-dir").arg(self.run_dir());
         command.arg("--advertise").arg(host.address()?.to_string());
-        let first = first.filter(|_| host.number != 1).map(|address| address.to_string());
-        for address in host.join.unwrap_or_else(|| first.into_iter().collect()) {
+        let join = join.map(|address| address.to_string());
+        for address in host.join.unwrap_or_else(|| join.into_iter().collect()) {
             command.arg("--join").arg(address);
         }
         if host.bootstrap {

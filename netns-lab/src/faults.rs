@@ -32,7 +32,7 @@ pub struct Faults {
 
 impl Lab {
     /// Drops all traffic between hosts of different groups. A host in no group reaches all hosts. Replaces an
-    /// earlier partition.
+    /// earlier partition. Faults are on the switch: hosts behind one NAT box suffer them together, and reach each other.
     pub fn partition(&self, groups: &[&[&str]]) -> Result<()> {
         let groups: Vec<Vec<String>> =
             groups.iter().map(|group| group.iter().map(|&name| name.to_owned()).collect()).collect();
@@ -104,11 +104,19 @@ impl Lab {
         self.shared().update(|state: &mut LabState| {
             let mut faults = state.faults.clone();
             change(&mut faults);
-            let switch = Netns::new(switch_namespace(&state.name));
-            switch.exec_input(["nft", "-f", "-"], Some(&faults.script()))?;
             state.faults = faults;
-            Ok(())
+            state.inject_faults()
         })
+    }
+}
+
+impl LabState {
+    /// Replaces the faults in the switch's namespace by those of the state.
+    pub(crate) fn inject_faults(&self) -> Result<()> {
+        let ports: BTreeMap<&str, &str> =
+            self.hosts.iter().map(|host| (host.name.as_str(), self.port_of(host))).collect();
+        let switch = Netns::new(switch_namespace(&self.name));
+        switch.exec_input(["nft", "-f", "-"], Some(&self.faults.script(&ports))).map(drop)
     }
 }
 
@@ -120,11 +128,12 @@ fn check_percent(percent: f64) -> Result<()> {
 }
 
 impl Faults {
-    /// Renders the table as one transaction. The first line ensures that there is a table to delete.
-    fn script(&self) -> String {
+    /// Renders the table as one transaction, for hosts that have these ports of the switch. The first line ensures that there
+    /// is a table to delete.
+    fn script(&self, ports: &BTreeMap<&str, &str>) -> String {
         let rules: Vec<String> = [
-            self.partition_rules(),
-            self.cut_rules(),
+            self.partition_rules(ports),
+            self.cut_rules(ports),
             self.udp_rules(),
             drop_rule("", self.loss).into_iter().collect(),
         ]
@@ -138,9 +147,15 @@ impl Faults {
         script
     }
 
-    fn partition_rules(&self) -> Vec<String> {
+    fn partition_rules(&self, ports: &BTreeMap<&str, &str>) -> Vec<String> {
         let set = |hosts: &[&String]| {
-            format!("{{ {} }}", hosts.iter().map(|host| format!("\"{host}\"")).collect::<Vec<_>>().join(", "))
+            // Hosts behind one box have one port.
+            let ports: BTreeSet<String> = hosts
+                .iter()
+                .filter_map(|host| ports.get(host.as_str()))
+                .map(|port| format!("\"{port}\""))
+                .collect();
+            format!("{{ {} }}", ports.into_iter().collect::<Vec<_>>().join(", "))
         };
         let mut rules = Vec::new();
         for (index, group) in self.groups.iter().enumerate() {
@@ -159,9 +174,12 @@ impl Faults {
         rules
     }
 
-    fn cut_rules(&self) -> Vec<String> {
-        let rule = |(from, to): &(String, String)| format!("iifname \"{from}\" oifname \"{to}\" drop");
-        self.cuts.iter().map(rule).collect()
+    fn cut_rules(&self, ports: &BTreeMap<&str, &str>) -> Vec<String> {
+        let rule = |(from, to): &(String, String)| {
+            let (from, to) = (ports.get(from.as_str())?, ports.get(to.as_str())?);
+            Some(format!("iifname \"{from}\" oifname \"{to}\" drop"))
+        };
+        self.cuts.iter().filter_map(rule).collect()
     }
 
     fn udp_rules(&self) -> Vec<String> {
@@ -223,12 +241,13 @@ mod tests {
             loss: 2.5,
             udp_loss: BTreeMap::from([(4789, 100.0)]),
         };
-        let script = faults.script();
+        let ports = BTreeMap::from([("h1", "h1"), ("h2", "h2"), ("h3", "n3")]);
+        let script = faults.script(&ports);
         for rule in [
-            "iifname { \"h1\", \"h2\" } oifname { \"h3\" } drop",
-            "iifname { \"h3\" } oifname { \"h1\", \"h2\" } drop",
+            "iifname { \"h1\", \"h2\" } oifname { \"n3\" } drop",
+            "iifname { \"n3\" } oifname { \"h1\", \"h2\" } drop",
             "iifname \"h2\" oifname \"h1\" drop",
-            "iifname \"h3\" oifname \"h1\" drop",
+            "iifname \"n3\" oifname \"h1\" drop",
             "udp dport 4789 drop",
             "\nnumgen random mod 10000 < 250 drop",
         ] {
@@ -240,6 +259,6 @@ mod tests {
 
     #[test]
     fn no_faults_produce_no_chain() {
-        assert!(!Faults::default().script().contains("chain"));
+        assert!(!Faults::default().script(&BTreeMap::new()).contains("chain"));
     }
 }

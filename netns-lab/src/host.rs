@@ -9,10 +9,12 @@ use std::sync::{Arc, Mutex};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::daemon::Daemon;
+use crate::nat::Access;
 use crate::netns::Netns;
 use crate::state::{HostState, LabState, Shared};
-use crate::switch::{self, NIC, host_namespace, switch_namespace, workload_namespace};
+use crate::switch::{self, box_namespace, host_namespace, host_socket, workload_namespace};
 use crate::tool::ip_batch;
+use crate::wiring;
 use crate::workload::Workload;
 
 /// The MTU of the switch port when a host's MTU changes.
@@ -64,7 +66,7 @@ impl Host {
         self.read(HostState::address)
     }
 
-    /// Returns its underlay addresses.
+    /// Returns the addresses of its link: of the underlay, or of the LAN behind a NAT box.
     pub fn addresses(&self) -> Vec<IpAddr> {
         self.read(|host| [host.v4.map(IpAddr::V4), host.v6.map(IpAddr::V6)]).into_iter().flatten().collect()
     }
@@ -136,20 +138,73 @@ impl Host {
 
     /// Replaces the host's address of that family (/24 or /64, as before). A running daemon is not notified;
     /// a daemon that starts later advertises the new address.
+    ///
+    /// # Errors
+    ///
+    /// If the host is behind a NAT box, whose LAN has an address for each host.
     pub fn set_address(&self, address: IpAddr) -> Result<()> {
-        self.shared.update(|lab| {
-            let host = &mut lab.hosts[self.index];
-            let old = match address {
-                IpAddr::V4(new) => host.v4.replace(new).map(|old| format!("{old}/24")),
-                IpAddr::V6(new) => host.v6.replace(new).map(|old| format!("{old}/64")),
-            };
+        self.change_topology(|lab, index| {
+            let host = &mut lab.hosts[index];
+            ensure!(host.behind.is_none(), "{} is behind a NAT box: use `renumber`", host.name);
+            match address {
+                IpAddr::V4(new) => host.v4 = Some(new),
+                IpAddr::V6(new) => host.v6 = Some(new),
+            }
             host.advertise = host.advertise.filter(|advertised| advertised.is_ipv4() != address.is_ipv4());
-            // Delete the old address first: deleting a primary address also deletes secondary ones of its
-            // subnet.
-            let mut lines: Vec<String> =
-                old.into_iter().map(|old| format!("addr del {old} dev {NIC}")).collect();
-            lines.push(switch::address_line(address));
-            if host.present { ip_batch(Some(self.netns_name()), &lines) } else { Ok(()) }
+            Ok(())
+        })
+    }
+
+    /// Returns how it is connected to the underlay.
+    pub fn access(&self) -> Access {
+        self.read(|host| host.access.clone())
+    }
+
+    /// Connects it to the underlay in another way, as if its cable was plugged in elsewhere: its addresses change. A
+    /// running daemon is not notified.
+    ///
+    /// # Errors
+    ///
+    /// If another host shares its NAT box, which would go.
+    pub fn set_access(&self, access: &Access) -> Result<()> {
+        self.change_topology(|lab, _| lab.connect(&self.name, access))
+    }
+
+    /// Returns the addresses at which the other hosts see it: of the outermost NAT box that translates, otherwise its own.
+    pub fn outer_addresses(&self) -> Vec<IpAddr> {
+        let lab = self.shared.state();
+        lab.outer_addresses(&lab.hosts[self.index])
+    }
+
+    /// Gives it other outer addresses, as a provider or a DHCP server does, and returns them. Mappings of the NAT box that had
+    /// the old ones are forgotten, and other hosts behind that box change as well.
+    pub fn renumber(&self) -> Result<Vec<IpAddr>> {
+        self.change_topology(|lab, index| lab.renumber(index))?;
+        Ok(self.outer_addresses())
+    }
+
+    /// Makes its NAT boxes forget all mappings and tracked connections, as if they were switched off and on.
+    pub fn forget_mappings(&self) -> Result<()> {
+        let lab = self.shared.state();
+        let boxes = lab.boxes_of(&lab.hosts[self.index]);
+        ensure!(!boxes.is_empty(), "{} is not behind a NAT box", self.name);
+        boxes.into_iter().try_for_each(|each| wiring::forget(&lab, each))
+    }
+
+    /// Returns the namespaces of its NAT boxes, the inner one first, for inspection.
+    pub fn nat_boxes(&self) -> Vec<Netns> {
+        let lab = self.shared.state();
+        let boxes = lab.boxes_of(&lab.hosts[self.index]);
+        boxes.into_iter().map(|each| Netns::new(box_namespace(&lab.name, &each.name))).collect()
+    }
+
+    /// Changes addresses and NAT boxes in the state, then in the kernel.
+    fn change_topology(&self, decide: impl FnOnce(&mut LabState, usize) -> Result<()>) -> Result<()> {
+        self.shared.update(|lab| {
+            let old = lab.clone();
+            decide(lab, self.index)?;
+            wiring::change(&old, lab)?;
+            lab.inject_faults()
         })
     }
 
@@ -170,14 +225,14 @@ impl Host {
 
     fn set_link(&self, up: bool) -> Result<()> {
         self.shared.update(|lab| {
-            let host = &mut lab.hosts[self.index];
-            host.link_up = up;
+            lab.hosts[self.index].link_up = up;
+            let host = &lab.hosts[self.index];
             if !host.present {
                 return Ok(());
             }
             let line = format!("link set {} {}", self.name, if up { "up" } else { "down" });
-            ip_batch(Some(&switch_namespace(&lab.name)), &[line])?;
-            switch::wait_connected(lab, &[&lab.hosts[self.index]])
+            ip_batch(Some(&host_socket(lab, host).namespace), &[line])?;
+            switch::wait_connected(lab, &[host])
         })
     }
 
@@ -189,7 +244,7 @@ impl Host {
         self.shared.update(|lab| {
             // Delete the port first: the devices of a deleted namespace linger for a moment.
             let port = format!("link del {}", self.name);
-            ip_batch(Some(&switch_namespace(&lab.name)), &[port])?;
+            ip_batch(Some(&host_socket(lab, &lab.hosts[self.index]).namespace), &[port])?;
             switch::remove_namespaces(&standing_namespaces(lab, &lab.hosts[self.index]))?;
             let host = &mut lab.hosts[self.index];
             host.workloads.clear();

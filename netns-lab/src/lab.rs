@@ -18,8 +18,9 @@ use crate::netns::Netns;
 use crate::preflight;
 use crate::registry;
 use crate::state::{LabState, Shared};
-use crate::switch::{self, switch_namespace};
+use crate::switch::switch_namespace;
 use crate::wait::wait_until;
+use crate::wiring;
 
 /// Number of lines of each log that a failed test prints.
 const LOG_LINES: usize = 40;
@@ -45,7 +46,7 @@ impl Lab {
         let mut lab = Lab::with_hosts(shared, None);
         lab.remove_on_drop = true;
         make_room_for_neighbours(lab.hosts.len())?;
-        switch::build(&lab.shared.state()).with_context(|| format!("cannot build lab {}", lab.name()))?;
+        wiring::build(&lab.shared.state()).with_context(|| format!("cannot build lab {}", lab.name()))?;
         lab.remove_on_drop = !config.persistent;
         Ok(lab)
     }

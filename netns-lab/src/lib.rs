@@ -29,33 +29,41 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+mod addresses;
 mod binaries;
 mod config;
+mod conntrack;
 mod daemon;
 mod echo;
 mod engine;
 mod faults;
 mod host;
 mod lab;
+mod nat;
 mod netns;
 mod ping;
 mod preflight;
 mod procs;
 mod registry;
+mod ruleset;
 mod spawned;
 mod state;
 mod switch;
 mod tool;
+mod topology;
 mod wait;
+mod wiring;
 mod workload;
 
+pub use addresses::Underlay;
 pub use binaries::find_binary;
-pub use config::{LabConfig, Underlay};
+pub use config::LabConfig;
 pub use echo::EchoServer;
 pub use engine::Engine;
 pub use faults::Faults;
 pub use host::{Host, PortMtu};
 pub use lab::Lab;
+pub use nat::{Access, Behavior, Nat, Preset, presets};
 pub use netns::Netns;
 pub use nix::sys::signal::Signal;
 pub use preflight::preflight;

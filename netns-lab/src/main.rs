@@ -6,9 +6,9 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Parser, Subcommand, ValueEnum};
-use netns_lab::Underlay;
+use netns_lab::{Access, Underlay};
 
 /// Simulate hosts in Linux network namespaces, each with its own ovld.
 #[derive(Parser)]
@@ -31,6 +31,9 @@ enum Command {
         /// Address families of the underlay
         #[arg(long, value_enum, default_value_t = UnderlayArg::V4)]
         underlay: UnderlayArg,
+        /// Connect a host through a NAT box: `--nat h2=full-cone`, or that of another host: `--nat h3=h2`
+        #[arg(long, value_name = "HOST=PRESET", value_parser = host_and_access)]
+        nat: Vec<(String, Access)>,
         /// MTU of every link
         #[arg(long, default_value_t = 1500)]
         mtu: u32,
@@ -49,9 +52,9 @@ enum Command {
     },
     /// Show the hosts, daemons, links and faults
     Status,
-    /// Run a command in the network namespace of a host, a workload (h1/web) or the switch (sw)
+    /// Run a command in the network namespace of a host, a workload (h1/web), a NAT box (n1) or the switch (sw)
     Exec {
-        /// The namespace: HOST, HOST/WORKLOAD or sw
+        /// The namespace: HOST, HOST/WORKLOAD, sw, or a NAT box: nN of host N, c1 of a carrier
         place: String,
         /// The command and its arguments
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "CMD")]
@@ -107,6 +110,25 @@ enum Command {
         #[arg(long)]
         one_way: bool,
     },
+    /// Connect a host through a NAT box, or show or change what it does
+    ///
+    /// The host gets other addresses. Its daemon is not notified.
+    Nat {
+        /// Name of the host
+        #[arg(required_unless_present = "list")]
+        host: Option<String>,
+        /// A preset, `none`, or the host whose NAT box is to be shared
+        #[arg(conflicts_with = "forget")]
+        preset: Option<Access>,
+        /// Show the presets
+        #[arg(long, conflicts_with_all = ["host", "preset", "forget"])]
+        list: bool,
+        /// Make the host's NAT boxes forget their mappings
+        #[arg(long)]
+        forget: bool,
+    },
+    /// Give a host another outer address, as a provider or DHCP server does
+    Renumber { host: String },
     /// End the partition, and all cuts
     Heal,
     /// Drop a percentage of all frames, or of the datagrams to one UDP port; 0 ends it
@@ -159,6 +181,12 @@ enum LinkState {
     Down,
 }
 
+/// Parses `h2=full-cone`.
+fn host_and_access(text: &str) -> Result<(String, Access)> {
+    let (host, access) = text.split_once('=').context("must be HOST=PRESET, such as h2=full-cone")?;
+    Ok((host.to_owned(), access.parse()?))
+}
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match run(&cli.lab, cli.command) {
@@ -174,10 +202,11 @@ fn main() -> ExitCode {
 }
 
 fn run(lab: &str, command: Command) -> Result<ExitCode> {
-    use commands::{bench, control, exec, fault, pairs, status, updown};
+    use commands::{bench, control, exec, fault, nat, pairs, status, updown};
     match command {
-        Command::Up { hosts, underlay, mtu, config, no_start } => {
-            let wanted = updown::Wanted { hosts, underlay: underlay.into(), mtu, config, start: !no_start };
+        Command::Up { hosts, underlay, nat, mtu, config, no_start } => {
+            let underlay = underlay.into();
+            let wanted = updown::Wanted { hosts, underlay, nat, mtu, config, start: !no_start };
             updown::up(lab, &wanted)?;
         }
         Command::Down { all } => updown::down(lab, all)?,
@@ -199,6 +228,11 @@ fn run(lab: &str, command: Command) -> Result<ExitCode> {
         Command::Mtu { host, mtu, port_only } => control::mtu(lab, &host, mtu, port_only)?,
         Command::Partition { groups } => fault::partition(lab, &groups)?,
         Command::Cut { pairs, one_way } => fault::cut(lab, &pairs, one_way)?,
+        Command::Nat { host: None, .. } => nat::list(),
+        Command::Nat { host: Some(host), forget: true, .. } => nat::forget(lab, &host)?,
+        Command::Nat { host: Some(host), preset: None, .. } => nat::show(lab, &host)?,
+        Command::Nat { host: Some(host), preset: Some(access), .. } => nat::change(lab, &host, &access)?,
+        Command::Renumber { host } => nat::renumber(lab, &host)?,
         Command::Heal => fault::heal(lab)?,
         Command::Loss { percent, udp_port } => fault::loss(lab, percent, udp_port)?,
     }

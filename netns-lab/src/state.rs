@@ -10,12 +10,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use crate::config::{LabConfig, Underlay};
+use crate::addresses::{MOST_HOSTS, Underlay, underlay_v4, underlay_v6};
+use crate::config::LabConfig;
 use crate::faults::Faults;
+use crate::nat::{Access, Nat};
 use crate::procs::ProcId;
 
 const STATE_FILE: &str = "state.json";
-const MOST_HOSTS: usize = 250;
 
 /// The saved state of a lab.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -31,7 +32,24 @@ pub(crate) struct LabState {
     pub(crate) args: Vec<String>,
     pub(crate) ready_timeout: Duration,
     pub(crate) hosts: Vec<HostState>,
+    /// The NAT boxes, in the order in which they depend on each other: carriers' first.
+    #[serde(default)]
+    pub(crate) boxes: Vec<BoxState>,
     pub(crate) faults: Faults,
+}
+
+/// The saved state of a NAT box.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct BoxState {
+    /// `n3` for the box of `h3`, `c1` and so on for those of carriers.
+    pub(crate) name: String,
+    /// The number in its MAC address and its own IPv6 address, unique among the lab's boxes.
+    pub(crate) number: u8,
+    pub(crate) nat: Nat,
+    /// The box that its cable leads to. `None`: the switch.
+    pub(crate) uplink: Option<String>,
+    /// Its address towards its uplink, which hosts behind it seem to have if it translates.
+    pub(crate) v4: Option<Ipv4Addr>,
 }
 
 /// The saved state of a host.
@@ -39,7 +57,12 @@ pub(crate) struct LabState {
 pub(crate) struct HostState {
     pub(crate) name: String,
     /// The host's number, counted from 1.
-    pub(crate) number: usize,
+    pub(crate) number: u8,
+    #[serde(default)]
+    pub(crate) access: Access,
+    /// The NAT box that its cable leads to. `None`: the switch.
+    #[serde(default)]
+    pub(crate) behind: Option<String>,
     pub(crate) v4: Option<Ipv4Addr>,
     pub(crate) v6: Option<Ipv6Addr>,
     /// The address to advertise. If `None`: the IPv4 address if there is one, else the IPv6 address.
@@ -61,18 +84,26 @@ pub(crate) struct HostState {
     pub(crate) workloads: Vec<String>,
 }
 
+impl BoxState {
+    /// Returns the address that it translates to. `None` if it does not translate.
+    pub(crate) fn outer_v4(&self) -> Option<Ipv4Addr> {
+        self.v4.filter(|_| self.nat.translates)
+    }
+}
+
 impl LabState {
     pub(crate) fn new(config: &LabConfig, name: String) -> Result<Self> {
-        if !(1..=MOST_HOSTS).contains(&config.hosts) {
+        let hosts = u8::try_from(config.hosts).ok().filter(|hosts| (1..=MOST_HOSTS).contains(hosts));
+        let Some(hosts) = hosts else {
             bail!("invalid number of hosts {}: must be 1 to {MOST_HOSTS}", config.hosts);
-        }
+        };
         if !(1280..=65535).contains(&config.mtu) {
             bail!("invalid MTU {}: must be 1280 (the minimum of IPv6) to 65535", config.mtu);
         }
         // A lab without daemons is valid, so missing binaries are reported at the first start.
         let ovld = crate::binaries::find("ovld", config.ovld.as_deref()).ok();
         let ovlctl = crate::binaries::find("ovlctl", config.ovlctl.as_deref()).ok();
-        Ok(LabState {
+        let mut lab = LabState {
             name,
             owner: if config.persistent { None } else { ProcId::own() },
             underlay: config.underlay,
@@ -82,9 +113,24 @@ impl LabState {
             config: config.config.clone(),
             args: config.args.clone(),
             ready_timeout: config.ready_timeout,
-            hosts: (1..=config.hosts).map(|number| HostState::new(config, number)).collect(),
+            hosts: (1..=hosts).map(|number| HostState::new(config, number)).collect(),
+            boxes: Vec::new(),
             faults: Faults::default(),
-        })
+        };
+        for (host, access) in &config.accesses {
+            lab.connect(host, access)?;
+        }
+        // A cluster begins on a host that the others can join.
+        let first = lab.first_public().map_or(0, |host| host.number - 1);
+        for (host, index) in lab.hosts.iter_mut().zip(0..) {
+            host.bootstrap = index == first;
+        }
+        Ok(lab)
+    }
+
+    /// Returns the first host that is on the switch.
+    pub(crate) fn first_public(&self) -> Option<&HostState> {
+        self.hosts.iter().find(|host| host.behind.is_none())
     }
 
     pub(crate) fn load(dir: &Path) -> Result<Self> {
@@ -118,22 +164,20 @@ impl LabState {
 }
 
 impl HostState {
-    fn new(config: &LabConfig, number: usize) -> Self {
-        // At most 250, so both conversions are lossless. The IPv6 address has the same digits as the IPv4
-        // address: fd77::10 is h10.
-        let last_octet = u8::try_from(number).unwrap_or(u8::MAX);
-        let last_group = u16::from_str_radix(&number.to_string(), 16).unwrap_or(u16::MAX);
+    fn new(config: &LabConfig, number: u8) -> Self {
         HostState {
             name: format!("h{number}"),
             number,
-            v4: config.underlay.has_v4().then_some(Ipv4Addr::new(192, 168, 77, last_octet)),
-            v6: config.underlay.has_v6().then_some(Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, last_group)),
+            access: Access::PUBLIC,
+            behind: None,
+            v4: config.underlay.has_v4().then(|| underlay_v4(number)),
+            v6: config.underlay.has_v6().then(|| underlay_v6(number)),
             advertise: None,
             mtu: config.mtu,
             port_mtu: config.mtu,
             link_up: true,
             present: true,
-            bootstrap: number == 1,
+            bootstrap: false,
             join: None,
             config: String::new(),
             args: Vec::new(),

@@ -277,8 +277,9 @@ fn lab_of_a_dead_process_is_swept() {
     child.wait().unwrap();
     let _another = lab_of(1);
     assert!(!lab_names().unwrap().contains(&name));
-    assert!(!Path::new("/run/netns").join(format!("{name}-sw")).exists());
-    assert!(!Path::new("/run/netns").join(format!("{name}-h1-left")).exists());
+    for part in ["sw", "h1-left", "n2", "c1"] {
+        assert!(!Path::new("/run/netns").join(format!("{name}-{part}")).exists(), "{part}");
+    }
 }
 
 /// Not a test: the process that the test above kills.
@@ -288,7 +289,7 @@ fn leaves_a_lab_behind() {
     if std::env::var_os("NETNS_LAB_LEAVE").is_none() {
         return;
     }
-    let lab = lab_of(1);
+    let lab = Lab::new(LabConfig::hosts(2).access("h2", "cgn".parse().unwrap())).unwrap();
     let workload = lab["h1"].workload("left").unwrap();
     let _sleeper = workload.spawn(["sleep", "60"]).unwrap();
     wait_until(SECOND * 60, "to be killed", || false).unwrap();

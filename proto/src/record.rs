@@ -1,6 +1,6 @@
 //! The host record: what every host must know of every other, in one small signed value that travels in gossip.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
@@ -124,6 +124,24 @@ pub fn is_zone(text: &str) -> bool {
     text.len() <= MAX_ZONE && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
 }
 
+/// The first bytes of the address that only names a host, within `fd00::/8` (RFC 4193).
+const NAME_PREFIX: [u8; 6] = *b"\xfdovlid";
+
+/// The address by which a host is known that has none which others can dial, because it is behind NAT. No packet is sent to it.
+pub fn name_address(host: NodeId) -> Ipv6Addr {
+    let mut bytes = [0; 16];
+    bytes.iter_mut().zip(NAME_PREFIX.iter().chain(&host.0)).for_each(|(to, from)| *to = *from);
+    bytes.into()
+}
+
+/// The host that an address only names. `None` if packets can be sent to the address.
+pub fn named_by(address: IpAddr) -> Option<NodeId> {
+    let IpAddr::V6(v6) = address else { return None };
+    let bytes = v6.octets();
+    let (prefix, id) = bytes.split_first_chunk()?;
+    (*prefix == NAME_PREFIX).then_some(NodeId(*id.first_chunk()?))
+}
+
 /// The cluster keys of a host.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct ClusterKeys {
@@ -186,7 +204,7 @@ pub struct NodeRecord {
     pub revision: u64,
     /// The number of the cluster that admitted it; 0 before admission.
     pub cluster: u64,
-    /// The address of gossip and streams.
+    /// The address of gossip and streams. See [`name_address`] for a host behind NAT.
     pub address: SocketAddr,
     /// The VTEP: the source and destination address of its VXLAN packets.
     pub vtep: IpAddr,
@@ -265,6 +283,11 @@ pub struct RecordHead {
 }
 
 impl NodeRecord {
+    /// Whether the host is behind NAT: others cannot dial it, and it is reached where its datagrams come from.
+    pub fn is_behind_nat(&self) -> bool {
+        named_by(self.address.ip()).is_some()
+    }
+
     /// Returns the value by which two records of one host are ordered: the larger one is later.
     pub fn order(&self) -> (u64, u64) {
         (self.generation, self.revision)

@@ -79,7 +79,7 @@ impl Liar {
             identity: Arc::clone(&identity),
             keyring: Arc::new(Keyring::new(key, Vec::new())),
             record,
-            transport: Arc::new(HostTransport),
+            transport: Arc::new(HostTransport::default()),
         };
         let (tell, events) = mpsc::channel(1024);
         let streams = Streams::start(config, tell).await?;

@@ -61,7 +61,7 @@ fn render(peers: &[PeerInfo], wide: bool) -> String {
     let table =
         TextTable::new().column("NAME", names).column("ADDRESS", peers.iter().map(|peer| peer.address));
     // Most often it is the address again, and the table is wide.
-    let has_vteps = wide || peers.iter().any(|peer| peer.vtep != peer.address.ip());
+    let has_vteps = wide || peers.iter().any(|peer| !peer.nat && peer.vtep != peer.address.ip());
     let table = if has_vteps { table.column("VTEP", peers.iter().map(|peer| peer.vtep)) } else { table };
     let table = table
         .column("STATE", peers.iter().map(|peer| peer.state))
@@ -103,8 +103,12 @@ fn path(peer: &PeerInfo) -> String {
         let trip = path.rtt_us.map(|trip| format!(" {}", micros(trip))).unwrap_or_default();
         format!("{}{trip}", path.encapsulation)
     });
-    let via = (!peer.via.is_empty()).then(|| format!("via {}", peer.via.join(" ")));
-    via.into_iter().chain(each).collect::<Vec<_>>().join(", ")
+    let crosses = if peer.via.is_empty() {
+        peer.nat.then(|| "nat".to_owned())
+    } else {
+        Some(format!("via {}", peer.via.join(" ")))
+    };
+    crosses.into_iter().chain(each).collect::<Vec<_>>().join(", ")
 }
 
 /// Formats the loss of the paths, in each direction. The empty string if there is none.
@@ -134,7 +138,7 @@ fn note(peer: &PeerInfo) -> String {
         notes.push("not a member");
     }
     // In every other state, nothing arrives from the host, directly or through others.
-    if !peer.own && !peer.reachable && peer.state == PeerState::Alive {
+    if !peer.own && !peer.reachable && !peer.nat && peer.state == PeerState::Alive {
         notes.push("heard only through others");
     }
     notes.join(", ")
@@ -165,6 +169,7 @@ mod tests {
             path_mtu: Some(1500),
             via: Vec::new(),
             via_s: None,
+            nat: false,
             unreached: Vec::new(),
             paths: Vec::new(),
         }

@@ -78,6 +78,18 @@ impl View {
             }
     }
 
+    /// Whether what this host and another one exchange crosses NAT. It is sealed then, and goes through the sockets of relayed
+    /// datagrams.
+    pub fn crosses_nat(&self, node: &Node) -> bool {
+        node.record.is_behind_nat() || self.own().is_some_and(|own| own.record.is_behind_nat())
+    }
+
+    /// Whether packets that are not sealed can be sent to another host.
+    pub fn is_plainly_reached(&self, node: &Node) -> bool {
+        let is_same_family = |own: &Node| own.record.vtep.is_ipv4() == node.record.vtep.is_ipv4();
+        self.own().is_some_and(is_same_family) && !self.crosses_nat(node)
+    }
+
     /// Whether a network is a bridge network of the local host, which needs no consensus and ignores all peers.
     pub fn is_own(&self, network: NetworkId) -> bool {
         self.networks.get(&network).is_some_and(|found| found.network.driver == Driver::Bridge)

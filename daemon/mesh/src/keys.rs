@@ -18,7 +18,7 @@ use data_encoding::BASE64;
 use ovl_files::{Damaged, sha256};
 use ovl_proto::id::{NodeId, TunnelKey};
 use ovl_proto::record::{
-    Domain, MAX_OTHER_KEYS, NodeRecord, PublicKey, RecordHead, Signature, SignedRecord, is_zone,
+    Domain, MAX_OTHER_KEYS, NodeRecord, PublicKey, RecordHead, Signature, SignedRecord, is_zone, named_by,
 };
 use ovl_proto::wire::{self, WireError};
 use ovl_tunnel::PrivateKey;
@@ -357,6 +357,9 @@ fn invalid_head(head: &RecordHead) -> Option<&'static str> {
     }
     if !is_host(head.address.ip()) || head.address.port() == 0 {
         return Some("the gossip address is not a host address with a port");
+    }
+    if named_by(head.address.ip()).is_some_and(|host| host != head.id) {
+        return Some("the gossip address names another host");
     }
     if head.version.len() > 32 || !head.version.bytes().all(|b| b.is_ascii_graphic()) {
         return Some("the version is not at most 32 printable ASCII characters");

@@ -1,8 +1,10 @@
 //! The network under gossip and streams: sockets of this host, or a network in memory.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -74,27 +76,51 @@ pub trait Stream: AsyncRead + AsyncWrite + Send + Sync + Unpin {
     fn tune(&self, side: Side) -> io::Result<()>;
 }
 
-/// The sockets of this host.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct HostTransport;
+/// The sockets of this host. Who opens one that is open gets the same, so that a host can begin a new generation at its address
+/// while the old one ends.
+#[derive(Debug, Default)]
+pub struct HostTransport {
+    datagrams: Mutex<HashMap<SocketAddr, Weak<UdpSocket>>>,
+    listeners: Mutex<HashMap<SocketAddr, Weak<TcpListener>>>,
+}
+
+/// Returns the open socket on an address, or opens it.
+fn shared<T>(
+    open: &Mutex<HashMap<SocketAddr, Weak<T>>>,
+    listen: SocketAddr,
+    new: impl FnOnce() -> io::Result<T>,
+) -> io::Result<Arc<T>> {
+    let mut open = open.lock().unwrap_or_else(PoisonError::into_inner);
+    open.retain(|_, socket| socket.strong_count() > 0);
+    // Of port 0, each is another one.
+    if let Some(socket) = open.get(&listen).and_then(Weak::upgrade).filter(|_| listen.port() != 0) {
+        return Ok(socket);
+    }
+    let socket = Arc::new(new()?);
+    open.insert(listen, Arc::downgrade(&socket));
+    Ok(socket)
+}
 
 #[async_trait]
 impl Transport for HostTransport {
     fn datagrams(&self, listen: SocketAddr) -> io::Result<Box<dyn Datagrams>> {
-        Ok(Box::new(socket::open(listen)?))
+        Ok(Box::new(shared(&self.datagrams, listen, || socket::open(listen))?))
     }
 
     fn listen(&self, listen: SocketAddr) -> io::Result<Box<dyn Listener>> {
-        let socket = Socket::new(Domain::for_address(listen), Type::STREAM, Some(Protocol::TCP))?;
-        socket.set_nonblocking(true)?;
-        // What an earlier run left in TIME_WAIT is no reason to fail.
-        socket.set_reuse_address(true)?;
-        if listen.is_ipv6() {
-            socket.set_only_v6(true)?;
-        }
-        socket.bind(&listen.into())?;
-        socket.listen(1024)?;
-        Ok(Box::new(TcpListener::from_std(socket.into())?))
+        let new = || {
+            let socket = Socket::new(Domain::for_address(listen), Type::STREAM, Some(Protocol::TCP))?;
+            socket.set_nonblocking(true)?;
+            // What an earlier run left in TIME_WAIT is no reason to fail.
+            socket.set_reuse_address(true)?;
+            if listen.is_ipv6() {
+                socket.set_only_v6(true)?;
+            }
+            socket.bind(&listen.into())?;
+            socket.listen(1024)?;
+            TcpListener::from_std(socket.into())
+        };
+        Ok(Box::new(shared(&self.listeners, listen, new)?))
     }
 
     async fn connect(&self, to: SocketAddr) -> io::Result<Box<dyn Stream>> {
@@ -104,10 +130,10 @@ impl Transport for HostTransport {
     }
 }
 
-impl Datagrams for UdpSocket {
+impl Datagrams for Arc<UdpSocket> {
     fn send(&self, datagram: &[u8], to: SocketAddr) -> io::Result<()> {
         // Not through tokio, which would have to be told first that the socket is writable.
-        SockRef::from(self).send_to(datagram, &to.into()).map(drop)
+        SockRef::from(&**self).send_to(datagram, &to.into()).map(drop)
     }
 
     fn poll_receive(
@@ -119,14 +145,14 @@ impl Datagrams for UdpSocket {
     }
 }
 
-impl Listener for TcpListener {
+impl Listener for Arc<TcpListener> {
     fn poll_accept(&self, context: &mut Context<'_>) -> Poll<io::Result<(Box<dyn Stream>, SocketAddr)>> {
-        self.poll_accept(context)
+        TcpListener::poll_accept(self, context)
             .map_ok(|(stream, from)| -> (Box<dyn Stream>, SocketAddr) { (Box::new(stream), from) })
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.local_addr()
+        TcpListener::local_addr(self)
     }
 }
 
@@ -153,6 +179,24 @@ impl Stream for TcpStream {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn socket_that_is_open_is_shared_and_closed_when_its_last_user_is_gone() {
+        let transport = HostTransport::default();
+        let any: SocketAddr = ([127, 0, 0, 1], 0).into();
+        let at = transport.listen(any).unwrap().local_addr().unwrap();
+        let (one, other) = (transport.listen(at).unwrap(), transport.listen(at).unwrap());
+        let (sender, receiver) = (transport.datagrams(at).unwrap(), transport.datagrams(at).unwrap());
+        sender.send(b"x", at).unwrap();
+        let mut buffer = [0; 8];
+        let mut buffer = ReadBuf::new(&mut buffer);
+        std::future::poll_fn(|context| receiver.poll_receive(context, &mut buffer)).await.unwrap();
+        assert!(TcpListener::bind(at).await.is_err() && UdpSocket::bind(at).await.is_err());
+        drop((one, sender));
+        assert!(TcpListener::bind(at).await.is_err() && UdpSocket::bind(at).await.is_err());
+        drop((other, receiver));
+        assert!(TcpListener::bind(at).await.is_ok() && UdpSocket::bind(at).await.is_ok());
+    }
 
     #[tokio::test]
     async fn only_the_side_that_dialled_probes_often() {

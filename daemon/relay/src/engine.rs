@@ -114,6 +114,7 @@ struct Shared {
     /// Hosts from which datagrams come and to which there is no detour, with the relay that sent them.
     named: Mutex<HashMap<HostId, (SocketAddr, Instant)>>,
     heard: Box<dyn Fn(HostId, SocketAddr) + Send + Sync>,
+    probed: Box<dyn Fn(SocketAddr, &[u8]) + Send + Sync>,
 }
 
 /// A running relay. Dropping it ends its threads and closes its sockets.
@@ -126,7 +127,8 @@ pub struct Relay {
 
 impl Relay {
     /// Starts a relay without keys, which drops all. `heard` is called, at most ten times a second for each host, for a host from
-    /// which a datagram came although there is no detour to it, with the address that sent it.
+    /// which a datagram came although there is no detour to it, with the address that sent it. `probed` is called for each probe, with
+    /// the address that sent it and its payload, which is not authenticated.
     ///
     /// # Errors
     ///
@@ -134,6 +136,7 @@ impl Relay {
     pub fn start(
         config: &RelayConfig,
         heard: impl Fn(HostId, SocketAddr) + Send + Sync + 'static,
+        probed: impl Fn(SocketAddr, &[u8]) + Send + Sync + 'static,
     ) -> io::Result<Self> {
         let socket = ovl_udp::open(config.listen, Sharing::Alone)?;
         // Without CAP_NET_ADMIN, which ovld has, it stays unmarked.
@@ -147,6 +150,7 @@ impl Relay {
             counted: Counted::default(),
             named: Mutex::default(),
             heard: Box::new(heard),
+            probed: Box::new(probed),
         });
         let mut threads = ThreadGroup::new()?;
         let reader = Arc::clone(&shared);
@@ -157,6 +161,17 @@ impl Relay {
     /// Replaces the keys. The first one is used for what this host sends.
     pub fn set_keys(&self, keys: Vec<RelayKey>) {
         self.shared.table_mut().keys = keys;
+    }
+
+    /// Sends a probe to a host at an address. It is lost if there is no key, or if the kernel refuses it.
+    pub fn probe(&self, to: HostId, at: SocketAddr, payload: &[u8]) {
+        let table = self.shared.table();
+        let Some(key) = table.keys.first() else { return };
+        let mut datagram = vec![0; HEADER];
+        datagram.extend_from_slice(payload);
+        frame::write(&mut datagram, frame::PROBE, self.shared.me, to, key);
+        let length = datagram.len();
+        let _ = ovl_udp::send(&self.shared.socket, at, &datagram, length);
     }
 
     /// Replaces the next hops: the address and port of the relay, or of the host itself, to which datagrams to each host are sent.
@@ -276,6 +291,12 @@ impl Shared {
         let Header { channel, from, to, hop_limit, .. } = header;
         let kind = Kind { channel, from, to };
         let is_here = to == self.me;
+        if channel == frame::PROBE {
+            return match datagram.get(HEADER..).filter(|_| is_here) {
+                Some(payload) => (self.probed)(sender, payload),
+                None => count(&self.counted.no_path, 1),
+            };
+        }
         if is_here && !table.detours.contains_key(&(from, channel)) {
             self.name(from, sender);
             return count(&self.counted.no_path, 1);
@@ -420,9 +441,12 @@ mod tests {
     fn limited(me: HostId, limit: Option<u64>) -> Host {
         let (tell, heard) = mpsc::channel();
         let heard_from = move |from, sender| tell.send((from, sender)).unwrap();
-        let relay =
-            Relay::start(&RelayConfig { listen: local(), mark: 0, me, forwards: true, limit }, heard_from)
-                .unwrap();
+        let relay = Relay::start(
+            &RelayConfig { listen: local(), mark: 0, me, forwards: true, limit },
+            heard_from,
+            |_, _| {},
+        )
+        .unwrap();
         relay.set_keys(vec![RelayKey::new([7; 4], &[7; 32])]);
         let at = relay.shared.socket.local_addr().unwrap();
         let wireguard = UdpSocket::bind(local()).unwrap();

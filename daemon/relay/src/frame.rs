@@ -17,6 +17,9 @@ pub type HostId = [u8; 10];
 /// Which of the two WireGuard interfaces of both hosts a datagram is of, while tunnel keys are rotated.
 pub type Channel = u8;
 
+/// The channel of probes between the sockets of two hosts, which no relay passes on.
+pub const PROBE: Channel = 0xff;
+
 /// The length of the header in bytes.
 pub const HEADER: usize = 1 + 1 + 2 + 10 + 10 + 4 + TAG;
 /// The number of hosts that a datagram passes after its sender, at most.

@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::Node;
+use super::reach::{Probing, nat_pairs};
 use super::state::State;
 use crate::detours::{Evidence, Turn};
 use crate::links::Links;
@@ -33,6 +34,8 @@ const CALM: Duration = Duration::from_secs(10);
 const INBOX: usize = 64;
 /// Interval of the attempts to open the port.
 const AGAIN: Duration = Duration::from_secs(5);
+/// Number of probes that may wait.
+const PROBES: usize = 256;
 
 impl Node {
     /// Relays, and opens detours, forever.
@@ -41,17 +44,22 @@ impl Node {
             return std::future::pending().await;
         }
         let (tell, mut asked) = mpsc::channel(INBOX);
+        let (tell_probe, mut probes) = mpsc::channel(PROBES);
         let relay = loop {
             let listen = SocketAddr::new(self.config.advertise.ip(), self.config.relay_port);
             let (me, forwards) = (self.state.borrow().view.me.0, self.config.relay.is_on());
             let limit = self.config.relay.limit();
             let config = RelayConfig { listen, mark: SOCKET_MARK, me, forwards, limit };
-            let tell = tell.clone();
+            let (tell, tell_probe) = (tell.clone(), tell_probe.clone());
             let heard = move |from, sender| {
                 // One that is not told of now is named again.
                 let _ = tell.try_send((from, sender));
             };
-            match Relay::start(&config, heard) {
+            let probed = move |from, payload: &[u8]| {
+                // The next one is as good.
+                let _ = tell_probe.try_send((from, payload.to_vec()));
+            };
+            match Relay::start(&config, heard, probed) {
                 Ok(relay) => break relay,
                 Err(error) => {
                     let sentence = format!(
@@ -66,14 +74,16 @@ impl Node {
         };
         self.state.borrow_mut().problems.set(Code::RelayPort, "", None);
         let relay = self.relay.get_or_init(|| relay);
-        let mut known = Known::default();
+        let (mut known, mut probing) = (Known::default(), Probing::default());
         loop {
             self.turn_ways(relay, &mut known).await;
+            self.send_relay_probes(relay, &mut probing);
             let pause = if self.is_calm() { SELDOM } else { EVERY };
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 () = self.detour_turn.notified() => {}
                 Some((from, sender)) = asked.recv() => self.answer_through(NodeId(from), sender),
+                Some((from, datagram)) = probes.recv() => self.take_relay_probe(from, datagram),
             }
         }
     }
@@ -97,6 +107,7 @@ impl Node {
     fn is_calm(&self) -> bool {
         let state = self.state.borrow();
         state.detours.is_empty()
+            && nat_pairs(&state).next().is_none()
             && state.detours.lingering(Instant::now()).next().is_none()
             && self.gossip().last_relayed().is_none_or(|at| at.elapsed() > CALM)
     }
@@ -115,7 +126,7 @@ impl Node {
         if !state.view.alloc.members.contains(&peer) {
             return;
         }
-        let is_at = |node: &&ovl_cluster::view::Node| relay_at(node) == Some(sender);
+        let is_at = |node: &&ovl_cluster::view::Node| relay_end(state, node) == Some(sender);
         let relay = state.view.nodes.values().find(is_at).map(|node| node.record.id);
         let Some(relay) = relay else { return };
         if relay == peer {
@@ -161,9 +172,10 @@ impl Node {
                 known.keys = ids;
             }
             let through = |(peer, relay)| Some((peer, state.view.nodes.get(&relay)?.record.address));
+            let borrowed = self.hidden_from_each_other(state, &relays);
             let ways = Ways {
                 relays: self.config.relay.is_on(),
-                through: state.detours.all().filter_map(through).collect(),
+                through: borrowed.into_iter().chain(state.detours.all()).filter_map(through).collect(),
             };
             (wanted_sockets(state, now), turns, state.detours.all().collect(), ways)
         };
@@ -187,7 +199,11 @@ impl Node {
         }
         {
             let mut state = self.state.borrow_mut();
-            let open = known.open.iter().filter(|((peer, _), _)| state.detours.relay(*peer).is_some());
+            let is_used = |peer: NodeId| {
+                let crosses = |node| state.view.crosses_nat(node);
+                state.detours.relay(peer).is_some() || state.view.nodes.get(&peer).is_some_and(crosses)
+            };
+            let open = known.open.iter().filter(|((peer, _), _)| is_used(*peer));
             let open = open.map(|((peer, channel), at)| ((*peer, *channel == 1), *at)).collect();
             if !state.local.detours.replace(open).is_empty() {
                 state.changed(Change::Tunnel);
@@ -229,11 +245,35 @@ impl Node {
             .filter(|node| node.record.id != state.view.me)
             .map(|node| {
                 let id = node.record.id;
-                let heard = gossip.last_heard(id).map(since);
+                // What both exchange goes another way than gossip if it crosses NAT.
+                let heard = match state.view.crosses_nat(node) {
+                    true => state.reach.silence(id, now),
+                    false => gossip.last_heard(id).map(since),
+                };
                 let through = gossip.last_through(id).map(|(by, at)| (by, since(at)));
+                // Its answers need not be passed on to show that it is there.
+                let answers = || gossip.last_heard(id).map(|at| (id, since(at)));
+                let through = if state.view.crosses_nat(node) { through.or_else(answers) } else { through };
                 (id, Evidence { heard, through, lost: tunnel.is_lost(id) })
             })
             .collect()
+    }
+
+    /// The member through which this host, behind NAT, opens streams to each host that is behind NAT as well.
+    fn hidden_from_each_other(&self, state: &State, relays: &BTreeSet<NodeId>) -> Vec<(NodeId, NodeId)> {
+        if !state.record().is_some_and(|own| own.is_behind_nat()) {
+            return Vec::new();
+        }
+        let is_dialled = |id: &&NodeId| {
+            let node = state.view.nodes.get(id);
+            node.is_some_and(|node| !node.record.is_behind_nat()) && state.detours.relay(**id).is_none()
+        };
+        let near = |id: &&NodeId| (self.gossip().rtt(**id).unwrap_or(Duration::MAX), **id);
+        let Some(relay) = relays.iter().filter(is_dialled).min_by_key(near).copied() else {
+            return Vec::new();
+        };
+        let hidden = nat_pairs(state).filter(|node| node.record.is_behind_nat());
+        hidden.map(|node| (node.record.id, relay)).collect()
     }
 
     fn tell_turn(&self, state: &State, peer: NodeId, turn: Turn) {
@@ -258,8 +298,14 @@ struct Known {
 }
 
 /// The socket of relayed datagrams of a host. `None` if it has none.
-fn relay_at(node: &ovl_cluster::view::Node) -> Option<SocketAddr> {
+pub(super) fn relay_at(node: &ovl_cluster::view::Node) -> Option<SocketAddr> {
     (node.record.relay_port != 0).then(|| SocketAddr::new(node.record.vtep, node.record.relay_port))
+}
+
+/// Where the socket of relayed datagrams of a host is reached. `None` if it has none, or is behind NAT and was not heard.
+fn relay_end(state: &State, node: &ovl_cluster::view::Node) -> Option<SocketAddr> {
+    let at = relay_at(node)?;
+    if node.record.is_behind_nat() { state.reach.at(node.record.id) } else { Some(at) }
 }
 
 /// Whether a host passes on what others send each other.
@@ -268,7 +314,7 @@ fn is_relay(node: &ovl_cluster::view::Node) -> bool {
 }
 
 /// The members that are alive, this host among them.
-fn live_members(state: &State) -> impl Iterator<Item = &ovl_cluster::view::Node> {
+pub(super) fn live_members(state: &State) -> impl Iterator<Item = &ovl_cluster::view::Node> {
     let members = &state.view.alloc.members;
     let nodes = state.view.nodes.values();
     nodes.filter(|node| node.state == PeerState::Alive && members.contains(&node.record.id))
@@ -288,7 +334,7 @@ fn next_hops(state: &State) -> HashMap<HostId, SocketAddr> {
     members
         .filter_map(|id| {
             let hop = state.detours.relay(*id).unwrap_or(*id);
-            Some((id.0, relay_at(nodes.get(&hop)?)?))
+            Some((id.0, relay_end(state, nodes.get(&hop)?)?))
         })
         .collect()
 }
@@ -301,7 +347,8 @@ fn wanted_sockets(state: &State, now: Instant) -> BTreeMap<(NodeId, Channel), So
     let routes = tunnel::peer_routes(&state.view, &state.local.key_epochs);
     let mut wanted = BTreeMap::new();
     let in_use = state.detours.all().map(|(peer, _)| peer);
-    for peer in in_use.chain(state.detours.lingering(now)) {
+    let hidden = nat_pairs(state).map(|node| node.record.id);
+    for peer in in_use.chain(hidden).chain(state.detours.lingering(now)) {
         for (_, _, port) in routes.get(&peer).into_iter().flat_map(|route| route.interfaces()) {
             let odd = port & 1;
             let local = if ours.port & 1 == odd { ours.port } else { epochs::other_port(ours.port) };

@@ -42,6 +42,7 @@ mod peers;
 mod policy;
 mod publish;
 mod ranges;
+mod reach;
 mod ready;
 mod reconcile;
 mod recover;
@@ -77,7 +78,7 @@ use ovl_mesh::keys::{ClusterKey, Identity, KeyFile, Keyring, RecordError, Tunnel
 use ovl_mesh::streams::{StreamEvent, Streams, StreamsConfig};
 use ovl_mesh::transport::Transport;
 use ovl_proto::id::NodeId;
-use ovl_proto::record::{NodeRecord, Presence, SignedRecord, WireVersions, probe_kinds};
+use ovl_proto::record::{NodeRecord, Presence, SignedRecord, WireVersions, name_address, probe_kinds};
 use ovl_proto::wire::fields::Unknown;
 use ovl_relay::Relay;
 use ovl_subsystems::local::Local;
@@ -119,6 +120,7 @@ use crate::ports::Ports;
 use crate::problems::{Code, Problems};
 use crate::progress::Progress;
 use crate::publish::PublishedPorts;
+use crate::reach::Reach;
 use crate::sandboxes::Sandboxes;
 use crate::saving::{Save, Uncached};
 use crate::store;
@@ -290,7 +292,10 @@ impl Node {
             generation: next_generation(saved.generation, environment.wall_ms()),
             revision: 1,
             cluster: saved.alloc.as_ref().map_or(0, |alloc| alloc.learned.cluster),
-            address: config.advertise,
+            address: match config.behind_nat.unwrap_or(saved.behind_nat) {
+                true => SocketAddr::new(name_address(me).into(), config.advertise.port()),
+                false => config.advertise,
+            },
             vtep: config.advertise.ip(),
             vxlan_port: config.vxlan_port,
             link_mtu: link.mtu,
@@ -579,23 +584,25 @@ async fn open(
     gossip: mpsc::Sender<GossipEvent>,
     links: mpsc::Sender<StreamEvent>,
 ) -> Result<(Gossip, Streams)> {
+    let listen = SocketAddr::new(record.vtep, record.address.port());
     let taken = || {
         format!(
             "listening on {}: is another daemon using the port? `ss -lnup sport = :{}` shows it",
-            record.address,
-            record.address.port()
+            listen,
+            listen.port()
         )
     };
     let links_config = StreamsConfig {
-        listen: record.address,
+        listen,
         identity: Arc::clone(identity),
         keyring: Arc::clone(keyring),
         record: signed.clone(),
         transport: Arc::clone(&transport),
+        behind_nat: record.is_behind_nat(),
     };
     let links = Streams::start(links_config, links).await.with_context(taken)?;
     let gossip_config = GossipConfig {
-        listen: record.address,
+        listen,
         identity: Arc::clone(identity),
         keyring: Arc::clone(keyring),
         record: signed.clone(),
@@ -668,6 +675,7 @@ fn first_state(
         reconcile: Progress::new(),
         phase: Phase::default(),
         detours: Detours::default(),
+        reach: Reach::new(record.is_behind_nat()),
         path_faults: PathFaults::default(),
         problems: Problems::default(),
         newer: crate::newer::Newer::default(),

@@ -50,6 +50,7 @@ impl Node {
             GossipEvent::Gone(node) => {
                 self.set_gossip_alive(node, false);
             }
+            GossipEvent::Seen(at) => self.note_seen(at),
             GossipEvent::PathMtu { node, mtu } => self.note_path_mtu(node, mtu),
             GossipEvent::Clash { node, addresses, generations } => {
                 self.on_clash(node, addresses, generations)
@@ -141,7 +142,7 @@ impl Node {
                 Err(RecordError::NotUnderstood { head, why }) => self.take_unread_record(*head, signed, why),
                 Err(error) => tracing::warn!(%from, %error, "refused a record"),
             },
-            Message::Table(update) => self.take_table(from, update),
+            Message::Table(update) => self.receive_table(from, update),
             Message::TablePull(owner) => self.send_table(from, owner),
             Message::TableUnknown(owner) => tracing::debug!(%from, %owner, "has not that table either"),
             Message::Objects(objects) => self.take_objects(from, objects),
@@ -271,6 +272,7 @@ impl Node {
         if let Some(whole) = whole {
             self.links().send(peer, &Message::Table(whole));
         }
+        self.tell_of_unreached(peer);
         let offers = {
             let mut state = self.state.borrow_mut();
             state.exchanges.greet(peer);
@@ -484,7 +486,9 @@ impl Node {
                 let expired =
                     !signs.gossip && now.saturating_sub(signs.silent_since) > millis(self.config.keep);
                 let quiet = signs.gossip && heard && node.record.presence == Presence::Running;
-                if quiet || expired || node.record.presence == Presence::Left {
+                // No kernel answers at an address that NAT hides.
+                let hidden = state.view.crosses_nat(node);
+                if quiet || expired || hidden || node.record.presence == Presence::Left {
                     continue;
                 }
                 if now.saturating_sub(peer.probe_sent_at()) >= liveness::PROBE_INTERVAL_MS {
@@ -524,7 +528,8 @@ impl Node {
             if let Some(limit) = state.path_faults.limit_to(peer) {
                 mtu = mtu.min(limit.saturating_add(vxlan_overhead(own.record.vtep)));
             }
-            if let Some(relay) = state.detours.relay(peer) {
+            let is_framed = state.view.nodes.get(&peer).is_some_and(|node| state.view.crosses_nat(node));
+            if let Some(relay) = state.detours.relay(peer).or(is_framed.then_some(peer)) {
                 let on_the_way = state.detours.path(peer).into_iter().chain([peer]);
                 let links = on_the_way.filter_map(|id| Some(state.view.nodes.get(&id)?.record.link_mtu));
                 let first = self.gossip().path_mtu(relay).unwrap_or(u16::MAX);

@@ -254,6 +254,8 @@ impl Node {
             }
             if contacts.get(&record.id).is_none_or(|contact| contact.last_heard.elapsed() >= UNREACHABLE)
                 && state.clock.elapsed() > UNREACHABLE
+                // NAT hides some hosts from each other, whatever the firewalls do.
+                && !state.view.crosses_nat(node)
             {
                 let sentence = format!(
                     "host {} at {} is alive, as others say, and nothing comes from it directly: check the path and \
@@ -264,7 +266,7 @@ impl Node {
                 );
                 sentences.push(Code::Unreachable.about(&record.name, sentence));
             }
-            if record.vtep.is_ipv4() != own.vtep.is_ipv4() {
+            if record.vtep.is_ipv4() != own.vtep.is_ipv4() && !state.view.crosses_nat(node) {
                 let sentence = format!(
                     "host {} has the VTEP {} and this one {}: overlay traffic between them needs one address family",
                     record.name, record.vtep, own.vtep
@@ -296,7 +298,8 @@ impl Node {
                 PeerInfo {
                     name: record.name.clone(),
                     id: record.id,
-                    address: record.address,
+                    address: if own { state.reach.own() } else { self.gossip().end(record.address) }
+                        .unwrap_or(record.address),
                     vtep: record.vtep,
                     state: node.state,
                     last_heard_ms: contact.map(|contact| millis(contact.last_heard.elapsed())),
@@ -317,6 +320,7 @@ impl Node {
                     unreached: node.table.unreached().map(|id| state.view.name_of(id)).collect(),
                     via: state.detours.path(record.id).iter().map(|id| state.view.name_of(*id)).collect(),
                     via_s: state.detours.since(record.id).map(|since| since.elapsed().as_secs()),
+                    nat: if own { record.is_behind_nat() } else { state.view.crosses_nat(node) },
                     paths: self.peer_paths(&state, &direct_hops, record.id),
                     path_mtu: if own { Some(record.link_mtu) } else { paths.get(&record.id).copied() },
                 }

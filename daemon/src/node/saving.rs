@@ -62,6 +62,7 @@ impl Node {
             bridges: state.bridges.iter().cloned().collect(),
             docker: state.engines.kept(),
             journal: false,
+            behind_nat: state.reach.is_behind_nat(),
             unknown: state.save.unknown().clone(),
         }
     }

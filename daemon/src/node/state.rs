@@ -42,6 +42,7 @@ use crate::phase::Phase;
 use crate::picture::Picture;
 use crate::problems::{Code, Problems};
 use crate::progress::Progress;
+use crate::reach::Reach;
 use crate::saving::{Save, Uncached};
 use crate::trace::Traces;
 use crate::workloads::Workloads;
@@ -107,6 +108,8 @@ pub(crate) struct State {
     pub phase: Phase,
     /// Peers that are not reached directly.
     pub detours: Detours,
+    /// Where peers are with which what is exchanged crosses NAT.
+    pub reach: Reach,
     /// Faults of paths that are worked around.
     pub path_faults: PathFaults,
     /// Problems that last until they are cleared.

@@ -32,6 +32,8 @@ const MAX_ADDRESSES: usize = 16;
 /// The smallest path MTU in bytes that a table may have, as the link MTU of a record: every IPv4 host accepts datagrams
 /// of this size.
 const MIN_PATH_MTU: u16 = 576;
+/// Maximum number of changed entries of an update that is passed on to other hosts.
+const MOST_PASSED_ON: usize = 256;
 /// Maximum size of what a host says of an endpoint's pod, in bytes.
 pub(super) const MAX_DESCRIBED: usize = 64 << 10;
 
@@ -88,6 +90,50 @@ impl Node {
         }
     }
 
+    /// Takes an update of a peer's table, and passes on what it says of links.
+    ///
+    /// The hosts that its owner does not reach need that most, to find a way to it, and may not get it from the owner until they
+    /// have one.
+    pub(super) fn receive_table(&self, from: NodeId, update: Update) {
+        let owner = update.head.owner;
+        let copy = (update.set.len() + update.unset.len() <= MOST_PASSED_ON).then(|| update.clone());
+        let before = self.unreached_of(owner);
+        self.take_table(from, update);
+        let after = self.unreached_of(owner);
+        let Some(update) = copy.filter(|_| before != after) else { return };
+        let to: Vec<NodeId> = {
+            let state = self.state.borrow();
+            let is_direct = |id: &NodeId| *id != state.view.me && state.detours.relay(*id).is_none();
+            after.into_iter().filter(|id| *id != from && is_direct(id)).collect()
+        };
+        let message = Message::Table(update);
+        for id in to {
+            self.links().send(id, &message);
+        }
+    }
+
+    /// Sends a host, which has just been connected to, the tables of hosts that do not reach it.
+    pub(super) fn tell_of_unreached(&self, peer: NodeId) {
+        let tables: Vec<Update> = {
+            let state = self.state.borrow();
+            if state.detours.relay(peer).is_some() {
+                return;
+            }
+            let tables = state.view.nodes.values().map(|node| &node.table);
+            let tables = tables.filter(|table| table.unreached().any(|id| id == peer));
+            tables.filter(|table| table.size().0 <= MOST_PASSED_ON).filter_map(Table::whole).collect()
+        };
+        for table in tables.into_iter().filter(|table| table.head.owner != self.state.borrow().view.me) {
+            self.links().send(peer, &Message::Table(table));
+        }
+    }
+
+    /// The hosts that a host says it does not reach.
+    fn unreached_of(&self, owner: NodeId) -> BTreeSet<NodeId> {
+        let state = self.state.borrow();
+        state.view.nodes.get(&owner).map(|node| node.table.unreached().collect()).unwrap_or_default()
+    }
+
     /// Applies an update of a peer's table. Pulls the whole table if changes are missing.
     pub(super) fn take_table(&self, from: NodeId, update: Update) {
         let owner = update.head.owner;
@@ -102,13 +148,13 @@ impl Node {
                 // Refresh now, because the reconcile loop may be waiting for the kernel.
                 self.refresh_names();
             }
-            Err(Some(Rejected::Gap { .. })) => self.pull_table(owner),
+            Err(Some(Rejected::Gap { .. })) => self.pull_table(owner, Some(from)),
             Err(Some(Rejected::Stale(_)) | None) => {}
             // Its owner has signed it, so another pull returns the same.
             Err(Some(error @ Rejected::TooLarge { .. })) => self.refuse_table(owner, &error.to_string()),
             Err(Some(error @ Rejected::Digest)) => {
                 tracing::warn!(%owner, %from, %error, "refused a table");
-                self.pull_table(owner);
+                self.pull_table(owner, None);
             }
         }
     }
@@ -196,20 +242,30 @@ impl Node {
         (now + BEHIND >= then_ms).then(|| Duration::from_millis(now.saturating_sub(then_ms)))
     }
 
-    /// Requests the whole table of a host from the host itself or from another one.
-    pub(super) fn pull_table(&self, owner: NodeId) {
+    /// Requests the whole table of a host from the host itself or from another one: from the one that has it for sure, if one is
+    /// known.
+    pub(super) fn pull_table(&self, owner: NodeId, has_it: Option<NodeId>) {
         let mut state = self.state.borrow_mut();
         let now = state.now();
         let Some(pull) = state.peers.pull(owner, now) else { return };
         let again = pull == Pull::Again;
         let connected = self.links().connected();
+        if let Some(other) = has_it.filter(|id| connected.contains(id)) {
+            self.links().send(other, &Message::TablePull(owner));
+            return;
+        }
+        let is_direct = |id: &NodeId| state.detours.relay(*id).is_none();
         // It sends its table as soon as it is connected. When many hosts start at once, that is so for most of them.
-        if !again && !connected.contains(&owner) {
+        if !again && !connected.contains(&owner) && is_direct(&owner) {
             return;
         }
         // If the owner did not answer, ask it and the other hosts in turn: it may be the only one that has
-        // the table, or the only one that cannot be reached.
-        let others: Vec<NodeId> = connected.iter().copied().filter(|id| *id != owner).collect();
+        // the table, or the only one that cannot be reached. Those that this host does not reach itself know less.
+        let mut others: Vec<NodeId> = connected.iter().copied().filter(|id| *id != owner).collect();
+        if others.iter().any(is_direct) {
+            others.retain(is_direct);
+        }
+        let again = again || !is_direct(&owner);
         let turn = usize::try_from(now / PULL_AGAIN_MS).unwrap_or(0);
         let ask_owner = connected.contains(&owner) && (!again || turn.is_multiple_of(2));
         let other = others.get(turn / 2 % others.len().max(1)).filter(|_| !ask_owner);
@@ -235,7 +291,7 @@ impl Node {
             peers.filter(|(id, peer)| is_behind(id, peer.hints().table)).map(|(id, _)| id).collect()
         };
         for owner in behind {
-            self.pull_table(owner);
+            self.pull_table(owner, None);
         }
     }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use ovl_dataplane::device::Device;
 use ovl_kernel::own_addresses;
-use ovl_proto::record::Presence;
+use ovl_proto::record::{NodeRecord, Presence, name_address};
 use tokio::time::Instant;
 
 use super::{Node, next_generation, open};
@@ -46,7 +46,15 @@ impl Node {
                     self.set_uplink(&link.device);
                     self.state.borrow_mut().local.underlay.set_by_peers(link.by_peers);
                     device = Some(link.device);
-                    link.by_peers.then_some(FOLLOW_ROUTES)
+                    match self.follow_nat(vtep).await {
+                        Ok(()) => link.by_peers.then_some(FOLLOW_ROUTES),
+                        Err(error) => {
+                            tracing::warn!(
+                                "this host cannot be known as one behind NAT, or as none any more: {error:#}"
+                            );
+                            Some(LOOK_AGAIN)
+                        }
+                    }
                 }
                 Err(_) if gone_since.get_or_insert_with(Instant::now).elapsed() < GONE_FOR_GOOD => {
                     Some(SETTLE)
@@ -121,6 +129,35 @@ impl Node {
         addresses_of(device, old.is_ipv4()).into_iter().find(|address| !announced.contains(address))
     }
 
+    /// Takes that a host to join sees this one at an address.
+    pub(super) fn note_seen(&self, at: SocketAddr) {
+        if !self.environment.owns_host() {
+            return;
+        }
+        let own: Vec<IpAddr> = own_addresses().into_iter().flatten().map(|(_, address)| address).collect();
+        let fixed = self.config.behind_nat;
+        if self.state.borrow_mut().reach.seen(at, &own, fixed) {
+            self.underlay.notify_one();
+        }
+    }
+
+    /// Begins a new generation if others know this host as one behind NAT, or as none, and that is not so any more.
+    async fn follow_nat(&self, vtep: IpAddr) -> anyhow::Result<()> {
+        let (known, is) = {
+            let state = self.state.borrow();
+            (state.record().is_some_and(NodeRecord::is_behind_nat), state.reach.is_behind_nat())
+        };
+        if known != is {
+            let message = match is {
+                true => "hosts to join see another address: it is behind NAT",
+                false => "it is not behind NAT any more",
+            };
+            self.event("peer", &self.config.node, message);
+            self.move_to(vtep).await?;
+        }
+        Ok(())
+    }
+
     /// Changes to another address: opens new sockets and begins a new generation. The reconcile loop replaces
     /// the devices.
     async fn move_to(&self, address: IpAddr) -> anyhow::Result<()> {
@@ -130,7 +167,11 @@ impl Node {
             let mut record = own.record.clone();
             record.generation = next_generation(record.generation, self.wall_ms());
             record.revision = 1;
-            record.address = SocketAddr::new(address, record.address.port());
+            let known_as = match state.reach.is_behind_nat() {
+                true => name_address(record.id).into(),
+                false => address,
+            };
+            record.address = SocketAddr::new(known_as, record.address.port());
             record.vtep = address;
             let signed = self.identity.sign_record(&record)?;
             (record, signed, Arc::clone(state.keys.ring()))
@@ -146,7 +187,9 @@ impl Node {
         )
         .await?;
         let (old_gossip, old_links) = (self.gossip.replace(gossip), self.links.replace(links));
-        self.event("peer", &self.config.node, &format!("follows its address to {address}"));
+        if self.state.borrow().record().is_some_and(|own| own.vtep != address) {
+            self.event("peer", &self.config.node, &format!("follows its address to {address}"));
+        }
         {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;

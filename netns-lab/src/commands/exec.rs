@@ -6,7 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use anyhow::{Context, Result};
-use netns_lab::{Lab, Netns};
+use netns_lab::{Host, Lab, Netns};
 
 pub(crate) fn exec(lab: &str, place: &str, words: &[OsString]) -> Result<()> {
     let netns = find(&Lab::open(lab)?, place)?;
@@ -29,6 +29,11 @@ pub(crate) fn ctl(lab: &str, host: &str, args: &[String]) -> Result<()> {
 fn find(lab: &Lab, place: &str) -> Result<Netns> {
     if place == "sw" {
         return Ok(lab.switch());
+    }
+    let boxes = lab.hosts().iter().flat_map(Host::nat_boxes);
+    if let Some(found) = boxes.into_iter().find(|each| each.netns_name() == format!("{}-{place}", lab.name()))
+    {
+        return Ok(found);
     }
     match place.split_once('/') {
         Some((host, workload)) => Ok(Netns::clone(&*lab.host(host)?.find_workload(workload)?)),

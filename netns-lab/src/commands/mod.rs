@@ -4,6 +4,7 @@ pub(crate) mod bench;
 pub(crate) mod control;
 pub(crate) mod exec;
 pub(crate) mod fault;
+pub(crate) mod nat;
 pub(crate) mod pairs;
 pub(crate) mod status;
 pub(crate) mod updown;

@@ -1,9 +1,11 @@
 //! `status`: shows the hosts of a lab.
 
 use anyhow::Result;
-use netns_lab::{Host, Lab};
+use netns_lab::{Access, Host, Lab};
 
-const HEADINGS: [&str; 6] = ["HOST", "ADDRESS", "PID", "OVLD", "LINK", "WORKLOADS"];
+use super::nat::describe_addresses;
+
+const HEADINGS: [&str; 7] = ["HOST", "ADDRESS", "NAT", "PID", "OVLD", "LINK", "WORKLOADS"];
 
 pub(crate) fn status(name: &str) -> Result<()> {
     print(&Lab::open(name)?);
@@ -12,7 +14,7 @@ pub(crate) fn status(name: &str) -> Result<()> {
 
 pub(crate) fn print(lab: &Lab) {
     let headings = HEADINGS.map(str::to_owned);
-    let rows: Vec<[String; 6]> = std::iter::once(headings).chain(lab.hosts().iter().map(row)).collect();
+    let rows: Vec<[String; 7]> = std::iter::once(headings).chain(lab.hosts().iter().map(row)).collect();
     for row in &rows {
         let cells: Vec<String> = row
             .iter()
@@ -31,8 +33,8 @@ pub(crate) fn print(lab: &Lab) {
     }
 }
 
-fn row(host: &Host) -> [String; 6] {
-    let addresses: Vec<String> = host.addresses().iter().map(ToString::to_string).collect();
+fn row(host: &Host) -> [String; 7] {
+    let access = host.access();
     let pid = host.pid();
     let running = match (host.is_present(), pid) {
         (false, _) => "host lost",
@@ -47,7 +49,8 @@ fn row(host: &Host) -> [String; 6] {
     let workloads = host.workloads();
     [
         host.name().to_owned(),
-        addresses.join(","),
+        describe_addresses(host),
+        if access == Access::PUBLIC { "-".to_owned() } else { access.to_string() },
         pid.map_or("-".to_owned(), |pid| pid.to_string()),
         running.to_owned(),
         link,

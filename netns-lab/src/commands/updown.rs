@@ -4,12 +4,13 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
-use netns_lab::{Lab, LabConfig, Underlay};
+use netns_lab::{Access, Lab, LabConfig, Underlay};
 
 /// The options of `up`.
 pub(crate) struct Wanted {
     pub(crate) hosts: usize,
     pub(crate) underlay: Underlay,
+    pub(crate) nat: Vec<(String, Access)>,
     pub(crate) mtu: u32,
     pub(crate) config: Option<PathBuf>,
     pub(crate) start: bool,
@@ -17,6 +18,7 @@ pub(crate) struct Wanted {
 
 pub(crate) fn up(name: &str, wanted: &Wanted) -> Result<()> {
     let mut config = LabConfig::hosts(wanted.hosts).name(name).underlay(wanted.underlay).mtu(wanted.mtu);
+    config.accesses.clone_from(&wanted.nat);
     if let Some(path) = &wanted.config {
         let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         config = config.config(&text);

@@ -379,7 +379,8 @@ pub struct PeerInfo {
     pub name: String,
     /// The host's id.
     pub id: NodeId,
-    /// The address of gossip and streams.
+    /// The address of gossip and streams. Of a host behind NAT: where its gossip comes from, or an address that only names it while that
+    /// is not known.
     pub address: SocketAddr,
     /// The VTEP.
     pub vtep: IpAddr,
@@ -415,6 +416,9 @@ pub struct PeerInfo {
     /// For how long, in seconds.
     #[serde(default)]
     pub via_s: Option<u64>,
+    /// Whether what is exchanged with it crosses NAT; of the local host, whether it is behind NAT.
+    #[serde(default)]
+    pub nat: bool,
     /// The hosts that it says it does not reach directly.
     #[serde(default)]
     pub unreached: Vec<String>,

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use ovl_proto::id::NodeId;
+use ovl_proto::record::named_by;
 use ring::rand::{SecureRandom as _, SystemRandom};
 use tokio::time::Instant;
 
@@ -44,7 +45,10 @@ const RELAYS: usize = 3;
 /// The maximum number of pings a second that are sent sooner than the interval, because earlier ones were not answered.
 /// Where many peers are silent at once, this host or the network is overloaded, and more pings make that worse.
 const EARLY_PINGS: u32 = 30;
-/// The maximum number of requests a second to ping a peer. Each costs four datagrams and a signature.
+/// The number of members that are asked at once to introduce two hosts.
+const INTRODUCERS: usize = 2;
+/// The maximum number of requests a second to ping a peer, beside those to the hosts on known ways. Each costs four datagrams
+/// and a signature.
 const RELAYED_PINGS: u32 = 10;
 /// The time for which a peer that gossip has just named, or that was alive until now, is pinged without being dialled.
 const EAGER: Duration = Duration::from_secs(3);
@@ -56,6 +60,8 @@ const MAX_SEARCHES: usize = 16;
 #[derive(Debug)]
 pub(super) struct Peer {
     addr: SocketAddr,
+    /// Its address in its own network, if it is behind NAT.
+    inside: Option<SocketAddr>,
     /// Whether it is in the state of chitchat.
     listed: bool,
     /// Whether the daemon wants it to be dialled.
@@ -120,6 +126,8 @@ pub(super) struct PeerBook {
     hops: BTreeMap<NodeId, NodeId>,
     /// Counts the calls of [`Self::next_known`].
     turn: usize,
+    /// Counts the calls of [`Self::introducers`].
+    turn_of_introducers: usize,
 }
 
 /// A ping or probe to be sent now.
@@ -164,6 +172,7 @@ impl PeerBook {
             next_relay: 0,
             hops: BTreeMap::new(),
             turn: 0,
+            turn_of_introducers: 0,
         }
     }
 
@@ -183,11 +192,11 @@ impl PeerBook {
     }
 
     /// Updates a peer from the state of chitchat. `hinted` says whether chitchat considers it alive, which is not
-    /// signed: it is only a reason to ping the peer.
+    /// signed: it is only a reason to ping the peer. `inside` is the address of a host behind NAT in its own network.
     pub(super) fn list(
         &mut self,
         node: NodeId,
-        addr: SocketAddr,
+        (addr, inside): (SocketAddr, Option<SocketAddr>),
         link_mtu: u16,
         (alive, hinted): (bool, bool),
         now: Instant,
@@ -197,7 +206,7 @@ impl PeerBook {
         if hinted || alive || !peer.listed || peer.addr != addr {
             peer.eager_until = now + EAGER;
         }
-        peer.addr = addr;
+        (peer.addr, peer.inside) = (addr, inside);
         peer.listed = true;
         peer.alive = alive;
         peer.link_mtu = link_mtu;
@@ -411,6 +420,38 @@ impl PeerBook {
         self.peers.get(&node).filter(|peer| peer.alive).map(|peer| peer.addr)
     }
 
+    /// The address of a peer.
+    pub(super) fn address(&self, node: NodeId) -> Option<SocketAddr> {
+        self.peers.get(&node).map(|peer| peer.addr)
+    }
+
+    /// A new ping to a peer behind NAT that does not answer, which is to be sent to where others see it, and the peer's address in
+    /// its own network, where it is to be sent as well. `None` if there is no such peer.
+    pub(super) fn meet(&mut self, node: NodeId, now: Instant) -> Option<(u64, Option<SocketAddr>)> {
+        let (nonce, silent_after) = (self.nonce()?, self.ping_every + RELAY_AFTER);
+        let peer = self.peers.get_mut(&node)?;
+        if !peer.listed || !peer.is_silent(now, silent_after) || named_by(peer.addr.ip()).is_none() {
+            return None;
+        }
+        peer.pinged(nonce, now);
+        Some((nonce, peer.inside))
+    }
+
+    /// The members that are asked to introduce this host to a peer: some that answer, and are not behind NAT themselves.
+    pub(super) fn introducers(&mut self, node: NodeId, now: Instant) -> Vec<SocketAddr> {
+        let silent_after = self.ping_every + RELAY_AFTER;
+        let answers = |peer: &&Peer| peer.alive && !peer.is_silent(now, silent_after);
+        let others = self.peers.iter().filter(|(other, _)| **other != node).map(|(_, peer)| peer);
+        let open: Vec<SocketAddr> = others
+            .filter(|peer| named_by(peer.addr.ip()).is_none())
+            .filter(answers)
+            .map(|peer| peer.addr)
+            .collect();
+        self.turn_of_introducers = self.turn_of_introducers.wrapping_add(1);
+        let first = self.turn_of_introducers % open.len().max(1);
+        open.iter().cycle().skip(first).take(INTRODUCERS.min(open.len())).copied().collect()
+    }
+
     /// The live peer at an address.
     pub(super) fn live_at(&mut self, addr: SocketAddr) -> Option<NodeId> {
         let is_there = |peer: &Peer| peer.alive && peer.addr == addr;
@@ -489,6 +530,8 @@ impl PeerBook {
         // One that does not answer itself is of no help.
         let helpers = self.peers.iter().filter(|(_, peer)| peer.alive && !is_silent(peer));
         let live: Vec<(NodeId, SocketAddr)> = helpers.map(|(node, peer)| (*node, peer.addr)).collect();
+        // The more are reached through others, the rarer: as for peers that answer themselves.
+        let relay_every = (PING_EACH * u32::try_from(self.hops.len()).unwrap_or(u32::MAX)).max(RELAY_EVERY);
         let nodes: Vec<NodeId> = self.peers.keys().copied().collect();
         for node in nodes {
             let Some(peer) = self.peers.get_mut(&node) else { continue };
@@ -509,7 +552,7 @@ impl PeerBook {
                 }
             }
             if is_relayed {
-                peer.next_relay = now + RELAY_EVERY;
+                peer.next_relay = now + relay_every;
                 // Unlike the nonce of the ping: the answers differ in what they prove.
                 let nonce = nonce.wrapping_add(1);
                 peer.relayed = Some(nonce);
@@ -521,7 +564,7 @@ impl PeerBook {
                 let others = live.iter().cycle().skip(first).take(if is_silent { live.len() } else { 0 });
                 let others = last.into_iter().chain(others.filter(|other| Some(*other) != last));
                 let others = others.filter(|(other, _)| *other != node).take(RELAYS);
-                let others = others.filter(|_| self.relayed_pings.take(now));
+                let others = others.filter(|(other, _)| Some(*other) == hop || self.relayed_pings.take(now));
                 due.extend(others.map(|(_, to)| Due::PingFor { to: *to, node, nonce }));
             }
         }
@@ -614,6 +657,7 @@ impl PeerBook {
         let spread = PING_EVERY / 8 * (peers.len() % 8) as u32;
         peers.entry(node).or_insert_with(|| Peer {
             addr,
+            inside: None,
             listed: false,
             known: false,
             alive: false,

@@ -39,7 +39,12 @@ pub fn message(bytes: &[u8]) {
             | Packet::PairPing { .. }
             | Packet::PingFor { .. }
             | Packet::Probe { .. }
-            | Packet::ProbeAck { .. } => {}
+            | Packet::ProbeAck { .. }
+            | Packet::Meet { .. }
+            | Packet::Seek { .. }
+            | Packet::WhereAmI { .. }
+            | Packet::SeenAt { .. }
+            | Packet::RelayProbe { .. } => {}
         }
     }
     exchange(bytes, now);

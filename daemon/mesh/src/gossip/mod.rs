@@ -10,6 +10,7 @@
 //! | [`cluster`] | chitchat, which spreads records |
 //! | [`admission`] | which hosts a message may name, and what it may say of them |
 //! | [`monitor`] | the conversion of chitchat's state to events |
+//! | [`ends`] | where hosts behind NAT are reached |
 //! | [`book`], [`mtu`] | the path to each peer: pings, round-trip times, path MTU |
 //! | [`pulse`] | the timer, and dialling of peers that are not alive |
 //! | [`strangers`] | the sources of datagrams that do not authenticate |
@@ -20,6 +21,7 @@ mod bytes;
 mod cluster;
 mod decode;
 mod decompress;
+mod ends;
 mod fragment;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
@@ -122,6 +124,8 @@ pub enum GossipEvent {
         /// What is not known.
         why: String,
     },
+    /// A host to join says at which address it sees this host.
+    Seen(SocketAddr),
     /// The path MTU of a peer was measured.
     PathMtu {
         /// The peer.
@@ -186,7 +190,7 @@ impl Gossip {
         hub.set_record(config.record.clone());
         let id = ChitchatId::new(record.id.to_string(), record.generation, record.address);
         let cluster = Arc::new(Cluster::start(Arc::clone(&hub), id, config.interval, &config.record).await?);
-        let seeds = Arc::new(Seeds::new(record.address));
+        let seeds = Arc::new(Seeds::new(config.listen));
         let outgoing = Arc::new(Outgoing::default());
 
         let mut tasks = JoinSet::new();
@@ -328,6 +332,39 @@ impl Gossip {
     /// Sets the peer through which each one is reached that is not reached directly: it passes pings on, also those of others.
     pub fn set_hops(&self, hops: BTreeMap<NodeId, NodeId>) {
         self.hub.lock().book.set_hops(hops);
+    }
+
+    /// Where a host is reached that is known by an address. `None` if it is behind NAT and was not heard.
+    pub fn end(&self, known_as: SocketAddr) -> Option<SocketAddr> {
+        self.hub.lock().end(known_as)
+    }
+
+    /// Asks members to tell this host and another one, both behind NAT, where they see the other one. Both then send to each other at
+    /// once.
+    pub fn seek(&self, host: NodeId) {
+        self.hub.seek(host);
+    }
+
+    /// Sets where the sockets of relayed datagrams of hosts behind NAT are seen from here, which hosts that look for them are told.
+    pub fn set_relay_ends(&self, ends: BTreeMap<NodeId, SocketAddr>) {
+        self.hub.lock().set_relay_ends(ends);
+    }
+
+    /// Where a member has last seen the socket of relayed datagrams of a host behind NAT. It may not be reached there from here.
+    pub fn suggested_relay_end(&self, host: NodeId) -> Option<SocketAddr> {
+        self.hub.lock().suggested_relay_end(host)
+    }
+
+    /// A sealed probe of the path between the sockets of relayed datagrams, which only that peer opens. It says whether its own
+    /// probes arrive here. `None` if the peer is not known.
+    pub fn relay_probe(&self, to: NodeId, heard: bool) -> Option<Vec<u8>> {
+        self.hub.lock().relay_probe(to, heard)
+    }
+
+    /// Opens such a probe in place. Returns its sender, and whether the probes of this host arrive there. `None` if it is forged, a
+    /// copy, or of a host that has not proved to be live.
+    pub fn open_relay_probe(&self, datagram: &mut [u8]) -> Option<(NodeId, bool)> {
+        self.hub.lock().open_relay_probe(datagram)
     }
 
     /// The round-trip time to a peer. `None` if it is not known.

@@ -226,7 +226,10 @@ impl Monitor {
         for (&node, peer) in &mut self.peers {
             let alive = state.book.is_alive(node, now) || (peer.alive && !trust);
             let hints = state.book.hints(node);
-            state.book.list(node, peer.record.address, peer.record.link_mtu, (alive, peer.hinted), now);
+            let record = &peer.record;
+            let inside = SocketAddr::new(record.vtep, record.address.port());
+            let at = (record.address, record.is_behind_nat().then_some(inside));
+            state.book.list(node, at, record.link_mtu, (alive, peer.hinted), now);
             if !peer.told || peer.alive != alive || peer.hints != hints {
                 (peer.told, peer.hints, peer.alive) = (true, hints, alive);
                 let (record, signed) = (peer.record.clone(), peer.signed.clone());

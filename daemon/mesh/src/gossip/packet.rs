@@ -1,5 +1,7 @@
 //! Packets: the plaintext of sealed datagrams.
 
+use std::net::SocketAddr;
+
 use ovl_proto::id::NodeId;
 use ovl_proto::record::SignedRecord;
 use ovl_proto::wire::{self, WireError};
@@ -40,6 +42,26 @@ pub(super) enum Packet {
     PairPing { nonce: u64, pair: PairId },
     /// The reply to it, from a host that has the same key. Other hosts reply with a signed pong.
     PairPong(PairStatement),
+    /// Where a host behind NAT is seen, to another one behind NAT that looks for it: both ping each other at once, so that
+    /// each NAT takes the other's ping for an answer (RFC 5128, section 3.3).
+    Meet {
+        node: NodeId,
+        /// Its gossip.
+        at: SocketAddr,
+        /// Its socket of relayed datagrams, if that was heard.
+        relay_at: Option<SocketAddr>,
+    },
+    /// A question for the address that this datagram came from.
+    WhereAmI { nonce: u64 },
+    /// The answer.
+    SeenAt { nonce: u64, at: SocketAddr },
+    /// A request to introduce this host and another one, both behind NAT, to each other: see [`Self::Meet`].
+    Seek { node: NodeId },
+    /// A probe between the sockets of relayed datagrams.
+    RelayProbe {
+        /// Whether probes of the receiver arrive at the sender.
+        heard: bool,
+    },
 }
 
 /// A fragment of a message.

@@ -145,6 +145,7 @@ fn dial(hub: &Hub, cluster: &Cluster, seeds: &Seeds, now: Instant) {
         // It challenges the sender. Gossip with it begins when it has proved to be live itself, and not once for each time
         // that it is dialled: what it knows may be much.
         hub.introduce_self(to);
+        hub.ask_where(to);
     }
     hub.send_due(known);
 }

@@ -81,7 +81,7 @@ async fn start(
         hints: Hints::default(),
         join: join.iter().map(SocketAddr::to_string).collect(),
         interval,
-        transport: Arc::new(crate::transport::HostTransport),
+        transport: Arc::new(crate::transport::HostTransport::default()),
         wall_clock: Arc::new(move || WALL_MS + generation),
     };
     let gossip = Gossip::start(config, sender).await.unwrap();

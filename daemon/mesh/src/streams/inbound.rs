@@ -17,7 +17,7 @@ use tokio::time::{Instant, timeout};
 use tracing::{debug, warn};
 
 use super::frame::Opening;
-use super::noise::AuthenticatedStream;
+use super::noise::{AuthenticatedStream, Purpose};
 use super::{HANDSHAKE, Shared, StreamEvent, noise, relayed};
 use crate::gossip::Strangers;
 use crate::keys::Keyring;
@@ -208,15 +208,29 @@ async fn connection(mut stream: Box<dyn Stream>, from: SocketAddr, shared: Arc<S
         }
     };
     drop(unknown);
+    serve(stream, secured, from, &shared).await;
+}
+
+/// Serves a connection of an authenticated host until it ends.
+pub(super) async fn serve(
+    stream: Box<dyn Stream>,
+    secured: AuthenticatedStream,
+    from: SocketAddr,
+    shared: &Shared,
+) {
     let node = secured.record.id;
     if node == shared.identity.id() {
         return shared.inbound.stranger(from, &anyhow::anyhow!("the peer has the identity of this host"));
     }
-    if let Some(onward) = secured.onward {
-        if let Err(error) = relayed::pass_on(stream, secured, onward, &shared).await {
-            debug!(peer = %node, "stream that is passed on closed: {error:#}");
+    match secured.purpose {
+        Purpose::Messages => {}
+        Purpose::Lend => return shared.lent.put(node, stream),
+        Purpose::Onward(onward) => {
+            if let Err(error) = relayed::pass_on(stream, secured, onward, shared).await {
+                debug!(peer = %node, "stream that is passed on closed: {error:#}");
+            }
+            return;
         }
-        return;
     }
     let Some(replaced) = shared.inbound.enter(node, secured.key) else {
         return shared.inbound.stranger(from, &anyhow::anyhow!("too many hosts are connected"));
@@ -228,7 +242,7 @@ async fn connection(mut stream: Box<dyn Stream>, from: SocketAddr, shared: Arc<S
     let ended = tokio::select! {
         biased;
         () = replaced.notified() => Ok(()),
-        ended = read(stream, secured, &shared) => ended,
+        ended = read(stream, secured, shared) => ended,
     };
     shared.inbound.leave(node, &replaced);
     if let Err(error) = ended {
@@ -245,7 +259,7 @@ async fn read(
     secured: AuthenticatedStream,
     shared: &Shared,
 ) -> anyhow::Result<()> {
-    let AuthenticatedStream { mut noise, key, record, signed, onward: _ } = secured;
+    let AuthenticatedStream { mut noise, key, record, signed, purpose: _ } = secured;
     let from = record.id;
     let gone = || anyhow::anyhow!("the receiver of stream events was dropped");
     shared.events.send(StreamEvent::Record { record, signed }).await.map_err(|_| gone())?;

@@ -9,11 +9,13 @@
 //! | [`outbound`] | dialling and writing |
 //! | [`inbound`] | accepting and reading |
 //! | [`relayed`] | streams through members |
+//! | [`lent`] | connections that hosts behind NAT lend |
 
 mod frame;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod inbound;
+mod lent;
 mod noise;
 mod outbound;
 mod relayed;
@@ -27,7 +29,7 @@ use std::time::Duration;
 use anyhow::Context;
 use bytes::Bytes;
 use ovl_proto::id::{ClusterKeyId, NodeId};
-use ovl_proto::record::{NodeRecord, SignedRecord};
+use ovl_proto::record::{NodeRecord, SignedRecord, named_by};
 use ovl_proto::sync::Message;
 use ovl_proto::wire;
 use tokio::sync::mpsc;
@@ -37,6 +39,8 @@ use tracing::error;
 use crate::keys::{Identity, Keyring};
 use crate::transport::Transport;
 use inbound::Inbound;
+use lent::{Lending, Lent};
+use noise::Purpose;
 use outbound::{Outbound, Shutdown};
 use relayed::Passed;
 pub use relayed::Ways;
@@ -58,6 +62,8 @@ pub struct StreamsConfig {
     pub record: SignedRecord,
     /// Opens streams and listens for them.
     pub transport: Arc<dyn Transport>,
+    /// Whether others cannot dial this host.
+    pub behind_nat: bool,
 }
 
 /// An event of streams.
@@ -104,6 +110,7 @@ pub struct Streams {
 #[derive(Default)]
 struct Peers {
     outbound: BTreeMap<NodeId, Arc<Outbound>>,
+    lending: Lending,
     tasks: JoinSet<()>,
 }
 
@@ -119,6 +126,9 @@ struct Shared {
     /// The addresses of all peers.
     addresses: Mutex<BTreeMap<NodeId, SocketAddr>>,
     passed: Passed,
+    lent: Lent,
+    /// Whether others cannot dial this host, so that it lends connections.
+    behind_nat: bool,
     /// The number of dialled connections, without those that are being closed to rest.
     open: AtomicUsize,
 }
@@ -148,7 +158,7 @@ impl Streams {
     ///
     /// The address cannot be bound.
     pub async fn start(config: StreamsConfig, events: mpsc::Sender<StreamEvent>) -> anyhow::Result<Self> {
-        let StreamsConfig { listen, identity, keyring, record, transport } = config;
+        let StreamsConfig { listen, identity, keyring, record, transport, behind_nat } = config;
         let listener = transport
             .listen(listen)
             .with_context(|| format!("cannot listen for streams on {listen} (TCP)"))?;
@@ -167,6 +177,8 @@ impl Streams {
             ways,
             addresses,
             passed,
+            lent: Lent::default(),
+            behind_nat,
             open,
         });
         let listener = tokio::spawn(inbound::run(listener, Arc::clone(&shared)));
@@ -184,10 +196,11 @@ impl Streams {
         let shared = Arc::clone(&self.shared);
         async move {
             let ask = async {
-                let mut stream = shared.transport.connect(addr).await?;
+                let mut stream = shared.connect(addr).await?;
                 let keyring = shared.keyring();
                 let record = shared.record();
-                noise::dial(&mut *stream, keyring.sealing(), &shared.identity, &record, None).await
+                noise::dial(&mut *stream, keyring.sealing(), &shared.identity, &record, Purpose::Messages)
+                    .await
             };
             let answer = tokio::time::timeout(Duration::from_secs(5), ask).await;
             matches!(answer, Ok(Ok(secured)) if secured.record.id == shared.identity.id())
@@ -214,7 +227,13 @@ impl Streams {
         self.shared.inbound.set_peers(wanted.values().map(SocketAddr::ip).collect());
         *self.shared.addresses.lock().unwrap_or_else(PoisonError::into_inner) = wanted.clone();
         let mut peers = self.lock();
-        let Peers { outbound, tasks } = &mut *peers;
+        let Peers { outbound, lending, tasks } = &mut *peers;
+        let is_own = |node: &NodeId| *node == self.shared.identity.id();
+        if self.shared.behind_nat {
+            let dialled = wanted.iter().filter(|(node, at)| !is_own(node) && named_by(at.ip()).is_none());
+            lending.set(&dialled.map(|(_, at)| *at).collect(), &self.shared);
+        }
+        self.shared.lent.retain(|node| wanted.contains_key(&node));
         outbound.retain(|node, peer| {
             let keep = wanted.contains_key(node);
             if !keep {
@@ -223,7 +242,7 @@ impl Streams {
             keep
         });
         for (node, addr) in wanted {
-            if node == self.shared.identity.id() {
+            if is_own(&node) {
                 continue;
             }
             if let Some(peer) = outbound.get(&node) {

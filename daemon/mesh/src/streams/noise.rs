@@ -50,10 +50,23 @@ struct Hello {
     signature: Signature,
     /// Of a dialler: the host to which the receiver is to pass the stream on.
     onward: Option<Onward>,
+    /// Of a dialler: the receiver is to use the connection as if it had dialled.
+    lent: bool,
 }
 
-// A release without relayed streams must not take such a stream for one to itself.
-ovl_proto::fields! { Hello { 1 record, 2 signature, 3 onward marked } }
+// A release without relayed or lent streams must not take one for a stream to itself.
+ovl_proto::fields! { Hello { 1 record, 2 signature, 3 onward marked, 4 lent marked } }
+
+/// What a dialler wants of a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// To send messages.
+    Messages,
+    /// To have it passed on.
+    Onward(Onward),
+    /// To lend it: see [`super::lent`].
+    Lend,
+}
 
 /// A request to pass a stream on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,17 +85,17 @@ pub(super) struct AuthenticatedStream {
     pub(super) key: ClusterKeyId,
     pub(super) record: NodeRecord,
     pub(super) signed: SignedRecord,
-    /// The host to which the dialler asks to pass the stream on.
-    pub(super) onward: Option<Onward>,
+    /// What the dialler wants.
+    pub(super) purpose: Purpose,
 }
 
-/// Runs the handshake of the dialler with a cluster key. `onward` asks the listener to pass the stream on.
+/// Runs the handshake of the dialler with a cluster key.
 pub(super) async fn dial(
     stream: &mut dyn Stream,
     key: &ClusterKey,
     identity: &Identity,
     own: &SignedRecord,
-    onward: Option<Onward>,
+    purpose: Purpose,
 ) -> anyhow::Result<AuthenticatedStream> {
     let psk = psk(key);
     let mut noise = builder(&psk)?.build_initiator()?;
@@ -96,7 +109,7 @@ pub(super) async fn dial(
 
     let second = read_frame(stream, NOISE_MESSAGE).await.context("no reply to the handshake")?;
     noise.read_message(&second, &mut []).context("the peer does not have this cluster key")?;
-    introduce(stream, noise, (Role::Dialler, onward), key, identity, own).await
+    introduce(stream, noise, (Role::Dialler, purpose), key, identity, own).await
 }
 
 /// Runs the handshake of the listener.
@@ -128,7 +141,7 @@ pub(super) async fn listen(
         let length = noise.write_message(&[], &mut second)?;
         second.truncate(length);
         write_frame(stream, &second).await?;
-        return introduce(stream, noise, (Role::Listener, None), key, identity, own).await;
+        return introduce(stream, noise, (Role::Listener, Purpose::Messages), key, identity, own).await;
     }
     ensure!(known, "the peer uses an unknown cluster key");
     bail!("invalid handshake: it is damaged or forged")
@@ -159,7 +172,7 @@ pub(super) async fn dial_with_hello(
 async fn introduce(
     stream: &mut dyn Stream,
     noise: HandshakeState,
-    (role, onward): (Role, Option<Onward>),
+    (role, purpose): (Role, Purpose),
     key: &ClusterKey,
     identity: &Identity,
     own: &SignedRecord,
@@ -167,7 +180,12 @@ async fn introduce(
     let hash = noise.get_handshake_hash().to_vec();
     let mut noise = noise.into_transport_mode()?;
     let signature = identity.sign(Domain::Stream, &proof(role, &hash));
-    let hello = wire::encode(&Hello { record: own.clone(), signature, onward })?;
+    let (onward, lent) = match purpose {
+        Purpose::Messages => (None, false),
+        Purpose::Onward(onward) => (Some(onward), false),
+        Purpose::Lend => (None, true),
+    };
+    let hello = wire::encode(&Hello { record: own.clone(), signature, onward, lent })?;
     let mut sealed = vec![0; hello.len() + TAG];
     let length = noise.write_message(&hello, &mut sealed)?;
     sealed.truncate(length);
@@ -177,7 +195,7 @@ async fn introduce(
     let mut hello = vec![0; sealed.len()];
     let length = noise.read_message(&sealed, &mut hello)?;
     hello.truncate(length);
-    let Hello { record: signed, signature, onward } = wire::decode(&hello)?;
+    let Hello { record: signed, signature, onward, lent } = wire::decode(&hello)?;
     let record = keys::open_record(&signed)?;
     let theirs = if role == Role::Dialler { Role::Listener } else { Role::Dialler };
     ensure!(
@@ -186,7 +204,12 @@ async fn introduce(
         record.name,
         record.id
     );
-    Ok(AuthenticatedStream { noise, key: key.id(), record, signed, onward })
+    let purpose = match onward {
+        Some(onward) => Purpose::Onward(onward),
+        None if lent => Purpose::Lend,
+        None => Purpose::Messages,
+    };
+    Ok(AuthenticatedStream { noise, key: key.id(), record, signed, purpose })
 }
 
 fn proof(role: Role, hash: &[u8]) -> Vec<u8> {
@@ -242,5 +265,8 @@ mod tests {
         let asking = wire::encode(&Hello { onward, ..hello }).unwrap();
         assert_eq!(wire::decode::<Hello>(&asking).unwrap().onward, onward);
         assert!(wire::decode::<EarlierHello>(&asking).is_err(), "it must not act on it");
+        let hello: Hello = wire::decode(&earlier).unwrap();
+        let lent = wire::encode(&Hello { lent: true, ..hello }).unwrap();
+        assert!(wire::decode::<Hello>(&lent).unwrap().lent && wire::decode::<EarlierHello>(&lent).is_err());
     }
 }

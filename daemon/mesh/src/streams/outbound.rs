@@ -21,7 +21,7 @@ use tokio::time::{Instant, timeout};
 use tracing::{debug, warn};
 
 use super::frame::Sealing;
-use super::noise::{self, AuthenticatedStream};
+use super::noise::{self, AuthenticatedStream, Purpose};
 use super::relayed;
 use super::{HANDSHAKE, Shared, StreamEvent};
 use crate::keys::{ClusterKey, Keyring};
@@ -41,6 +41,8 @@ const MIN_BACKOFF: Duration = Duration::from_millis(50);
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
 /// After a stream that lasted this long, the backoff is reset.
 const RESET_BACKOFF_AFTER: Duration = Duration::from_secs(5);
+/// How long the peer may take to read the rest of a connection through a member. That may be gone, and nothing goes on before.
+const CLOSE_RELAYED: Duration = Duration::from_secs(1);
 const WARN_EVERY: Duration = Duration::from_secs(60);
 
 /// The dialled stream to one peer.
@@ -378,7 +380,7 @@ async fn dial_with(
     let connecting = relayed::connect(shared, peer.node, addr, key);
     let (mut stream, through) = connecting.await.map_err(DialError::Connect)?;
     let record = shared.record();
-    let secured = noise::dial(&mut *stream, key, &shared.identity, &record, None)
+    let secured = noise::dial(&mut *stream, key, &shared.identity, &record, Purpose::Messages)
         .await
         .map_err(DialError::Handshake)?;
     if secured.record.id != peer.node {
@@ -493,7 +495,11 @@ async fn write(
         let renews = peer.lock().renew;
         let rests = !renews && idle && shared.take_rest();
         if renews || rests {
-            let closed = close(&mut reader, &mut writer).await;
+            let patience = if peer.lock().through.is_some() { CLOSE_RELAYED } else { HANDSHAKE };
+            let closed = tokio::select! {
+                closed = close(&mut reader, &mut writer, patience) => closed,
+                () = peer.halt.notified() => Err(anyhow::anyhow!("ended by ourselves")),
+            };
             if rests && closed.is_err() {
                 shared.open.fetch_add(1, Ordering::Relaxed);
             }
@@ -518,9 +524,10 @@ async fn write(
 async fn close(
     reader: &mut (impl AsyncRead + Unpin),
     writer: &mut (impl AsyncWrite + Unpin),
+    patience: Duration,
 ) -> anyhow::Result<()> {
     writer.shutdown().await.context("cannot close")?;
-    let closed = timeout(HANDSHAKE, reader.read(&mut [0])).await;
+    let closed = timeout(patience, reader.read(&mut [0])).await;
     closed.context("the peer does not read the remaining messages")?.context("the connection failed")?;
     Ok(())
 }

@@ -7,18 +7,21 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use ovl_proto::id::NodeId;
 use tokio::time::timeout;
 
-use super::noise::{self, AuthenticatedStream, Onward};
-use super::{HANDSHAKE, Shared};
+use super::Shared;
+use super::noise::{self, AuthenticatedStream, Onward, Purpose};
 use crate::keys::ClusterKey;
 use crate::transport::{Side, Stream};
 
 /// The number of members that a stream passes, at most: as many as a path of relayed datagrams has.
 const HOP_LIMIT: u8 = 3;
+/// How long the next host may take to answer: the ways to it may have changed, and the first host dials again.
+const NEXT: Duration = Duration::from_secs(2);
 /// The maximum number of streams that this host passes on, each of which takes two descriptors.
 const MAX_PASSED: usize = 512;
 /// The maximum number of those that one host has dialled.
@@ -96,11 +99,11 @@ async fn connect_by(
     key: &ClusterKey,
     hop_limit: u8,
 ) -> anyhow::Result<Box<dyn Stream>> {
-    let mut stream = shared.transport.connect(through.unwrap_or(direct)).await?;
+    let mut stream = shared.connect(through.unwrap_or(direct)).await?;
     stream.tune(Side::Dialled)?;
     if through.is_some() {
         let Some(hop_limit) = hop_limit.checked_sub(1) else { bail!("it has passed too many hosts") };
-        let onward = Some(Onward { to, hop_limit });
+        let onward = Purpose::Onward(Onward { to, hop_limit });
         noise::dial(&mut *stream, key, &shared.identity, &shared.record(), onward)
             .await
             .context("the relay refuses the stream")?;
@@ -131,7 +134,7 @@ pub(super) async fn pass_on(
     let keyring = shared.keyring();
     let key = keyring.get(secured.key).context("the cluster key was dropped")?;
     let connecting = connect_by(shared, onward.to, direct, through, key, onward.hop_limit);
-    let mut next = timeout(HANDSHAKE, connecting).await.context("the next host does not answer")??;
+    let mut next = timeout(NEXT, connecting).await.context("the next host does not answer")??;
     tokio::io::copy_bidirectional(&mut *stream, &mut *next).await?;
     Ok(())
 }

@@ -28,9 +28,13 @@ async fn node_at(listen: SocketAddr, identity: Arc<Identity>, keys: &[u8]) -> No
     let record = identity.sign_record(&record_of(&identity, "node")).unwrap();
     let (sender, events) = mpsc::channel(64);
     let id = identity.id();
-    let transport = Arc::new(crate::transport::HostTransport);
-    let links =
-        Streams::start(StreamsConfig { listen, identity, keyring, record, transport }, sender).await.unwrap();
+    let transport = Arc::new(crate::transport::HostTransport::default());
+    let links = Streams::start(
+        StreamsConfig { listen, identity, keyring, record, transport, behind_nat: false },
+        sender,
+    )
+    .await
+    .unwrap();
     Node { id, links, events }
 }
 
@@ -453,6 +457,6 @@ async fn stream_that_would_go_in_a_circle_ends() {
     let key = shared.keyring();
     let (mut stream, _) = relayed::connect(&shared, b.id, dead(), key.sealing()).await.unwrap();
     let record = shared.record();
-    let ended = noise::dial(&mut *stream, key.sealing(), &shared.identity, &record, None);
+    let ended = noise::dial(&mut *stream, key.sealing(), &shared.identity, &record, Purpose::Messages);
     assert!(timeout(Duration::from_secs(10), ended).await.expect("it goes round and round").is_err());
 }

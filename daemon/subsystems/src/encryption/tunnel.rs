@@ -126,7 +126,9 @@ pub(crate) fn part(dataplane: &mut Dataplane, view: &View, epochs: &KeyEpochs, d
         let mut allowed = allowed.remove(&id).unwrap_or_default();
         allowed.insert(to);
         for (device, key, port) in route.interfaces().iter().copied() {
-            let endpoint = detours.get(id, port).unwrap_or(SocketAddr::new(peer.record.vtep, port));
+            // What crosses NAT has no other way.
+            let direct = (!view.crosses_nat(peer)).then_some(SocketAddr::new(peer.record.vtep, port));
+            let Some(endpoint) = detours.get(id, port).or(direct) else { continue };
             let allowed = allowed.clone();
             dataplane.tunnel_peers.insert((device, key), TunnelPeer { endpoint, allowed });
         }

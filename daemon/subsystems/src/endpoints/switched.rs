@@ -27,7 +27,7 @@ pub(crate) enum FrameRoutes {
     /// the other family.
     Underlay {
         /// IPv4.
-        v4: bool,
+        v4: Option<bool>,
     },
     /// VTEPs inside the tunnel, of these hosts only.
     Tunnel(BTreeMap<NodeId, Remote>),
@@ -38,7 +38,11 @@ impl FrameRoutes {
     pub(crate) fn of(view: &View, network: &Network) -> Self {
         match network.encrypted {
             true => Self::Tunnel(tunnel::remotes(view)),
-            false => Self::Underlay { v4: view.own().is_some_and(|own| own.record.vtep.is_ipv4()) },
+            false => {
+                // A host behind NAT reaches no other one with what is not sealed.
+                let own = view.own().filter(|own| !own.record.is_behind_nat());
+                Self::Underlay { v4: own.map(|own| own.record.vtep.is_ipv4()) }
+            }
         }
     }
 
@@ -46,7 +50,10 @@ impl FrameRoutes {
     pub(crate) fn to(&self, node: &Node) -> Option<Remote> {
         let Remote { vtep, port } = Remote { vtep: node.record.vtep, port: node.record.vxlan_port };
         match self {
-            Self::Underlay { v4 } => (vtep.is_ipv4() == *v4).then_some(Remote { vtep, port }),
+            Self::Underlay { v4 } => {
+                let is_reached = Some(vtep.is_ipv4()) == *v4 && !node.record.is_behind_nat();
+                is_reached.then_some(Remote { vtep, port })
+            }
             Self::Tunnel(remotes) => remotes.get(&node.record.id).copied(),
         }
     }

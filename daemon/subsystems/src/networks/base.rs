@@ -68,7 +68,7 @@ fn underlay(view: &View) -> Option<FilterUnderlay> {
     let at = |node: &Node| SocketAddr::new(node.record.vtep, node.record.vxlan_port);
     let members = view.nodes.values().filter(|node| {
         let id = node.record.id;
-        id != view.me && view.alloc.members.contains(&id)
+        id != view.me && view.alloc.members.contains(&id) && !view.crosses_nat(node)
     });
     Some(FilterUnderlay {
         own: at(view.own()?),

@@ -38,7 +38,7 @@ enum PeerPath {
 fn path_to(network: &Network, local: &Local, own: &Node, peer: &Node, block: IpNet) -> Option<PeerPath> {
     let (here, there) = (own.record.vtep, peer.record.vtep);
     // A VXLAN device sends to one address family only; `status` names such a host.
-    if here.is_ipv4() != there.is_ipv4() {
+    if here.is_ipv4() != there.is_ipv4() || own.record.is_behind_nat() || peer.record.is_behind_nat() {
         return None;
     }
     // The gateway of a route must be of the same address family as its destination.

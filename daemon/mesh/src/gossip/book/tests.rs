@@ -27,7 +27,7 @@ fn ping_that_is_due_soon_is_sent_with_an_answer_and_no_other_one() {
     let mut book = PeerBook::new(1500, start);
     let (peer, addr) = (NodeId([1; 10]), SocketAddr::from(([192, 0, 2, 1], 7940)));
     assert_eq!(book.ping_along(peer, start), None, "unknown");
-    book.list(peer, addr, 1500, (true, true), start);
+    book.list(peer, (addr, None), 1500, (true, true), start);
     let is_due =
         |book: &mut PeerBook, now: Instant| book.due(now).iter().any(|due| matches!(due, Due::Ping { .. }));
     assert!(is_due(&mut book, start));
@@ -54,7 +54,7 @@ fn new_peer_gets_the_record_of_this_host_twice_and_one_that_answered_does_not() 
     let mut book = PeerBook::new(1500, start);
     let addr = |number| SocketAddr::from(([192, 0, 2, number], 7940));
     for number in 1..=2 {
-        book.list(NodeId([number; 10]), addr(number), 1500, (false, true), start);
+        book.list(NodeId([number; 10]), (addr(number), None), 1500, (false, true), start);
     }
     book.proved(NodeId([2; 10]), start);
     let mut introduced = Vec::new();
@@ -75,7 +75,7 @@ fn many_silent_peers_cost_a_bounded_number_of_datagrams() {
     let helper = NodeId([60; 10]);
     for number in 1..=60 {
         let addr = SocketAddr::from(([192, 0, 2, number], 7940));
-        book.list(NodeId([number; 10]), addr, 1500, (true, true), start);
+        book.list(NodeId([number; 10]), (addr, None), 1500, (true, true), start);
     }
     let (mut pings, mut relayed) = (0, 0);
     for tick in 0..50 {
@@ -106,7 +106,7 @@ fn request_to_ping_a_peer_follows_the_hops_and_where_hosts_are_cut_off_asks_on()
     let id = |number| NodeId([number; 10]);
     let addr = |number| SocketAddr::from(([192, 0, 2, number], 7940));
     for number in 1..=5 {
-        book.list(id(number), addr(number), 1500, (true, true), start);
+        book.list(id(number), (addr(number), None), 1500, (true, true), start);
     }
     [1, 2, 3].iter().for_each(|number| book.answered(id(*number), start, start));
     let to = |book: &mut PeerBook, node, asker| -> Vec<u8> {

@@ -1,0 +1,112 @@
+//! Probes between the sockets of relayed datagrams, for pairs of hosts of which one is behind NAT: see [`crate::reach`].
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use ovl_cluster::view::Node as Host;
+use ovl_proto::id::NodeId;
+use ovl_relay::Relay;
+use tokio::time::Instant;
+
+use super::Node;
+use super::detours::{live_members, relay_at};
+use super::state::State;
+
+/// The interval of probes, at least. It follows that of pings.
+const EVERY: Duration = Duration::from_millis(500);
+
+/// How long no probes have passed both ways when members are asked to introduce the two hosts.
+const LOST: Duration = Duration::from_millis(1500);
+/// How often they are asked in vain before it is done seldom, and how often it is done then.
+const EAGER: u32 = 10;
+const SELDOM: Duration = Duration::from_secs(10);
+
+/// When pairs were last probed, and introduced.
+#[derive(Debug, Default)]
+pub(super) struct Probing {
+    last: Option<Instant>,
+    sought: BTreeMap<NodeId, (u32, Instant)>,
+}
+
+impl Probing {
+    /// Of the hosts to which no path is known, those to which members are asked to introduce this host now.
+    fn seek(&mut self, lost: &[NodeId], now: Instant) -> Vec<NodeId> {
+        self.sought.retain(|peer, _| lost.contains(peer));
+        let mut due = Vec::new();
+        for peer in lost {
+            let (times, last) = self.sought.entry(*peer).or_insert((0, now));
+            if *times < EAGER || now.saturating_duration_since(*last) >= SELDOM {
+                (*times, *last) = (times.saturating_add(1), now);
+                due.push(*peer);
+            }
+        }
+        due
+    }
+}
+
+impl Node {
+    /// Sends the probes that are due.
+    pub(super) fn send_relay_probes(&self, relay: &Relay, probing: &mut Probing) {
+        let now = Instant::now();
+        let every = EVERY.max(self.gossip().ping_every() * 4 / 5);
+        // The loop that calls this is not exact.
+        let is_due =
+            probing.last.is_none_or(|last| now.saturating_duration_since(last) + EVERY / 10 >= every);
+        let (due, sought): (Vec<(NodeId, bool, BTreeSet<SocketAddr>)>, Vec<NodeId>) = {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
+            let pairs: BTreeSet<NodeId> = nat_pairs(state).map(|node| node.record.id).collect();
+            state.reach.retain(|peer| pairs.contains(&peer));
+            if !is_due || pairs.is_empty() {
+                return;
+            }
+            let to = |node: &Host| {
+                let id = node.record.id;
+                let known = state.reach.at(id).filter(|_| state.reach.is_heard(id, now));
+                let fixed = relay_at(node).filter(|_| !node.record.is_behind_nat());
+                let known: BTreeSet<SocketAddr> = match known.or(fixed) {
+                    Some(at) => [at].into(),
+                    // Where members see it, and in its own network, which may be that of this host.
+                    None => self.gossip().suggested_relay_end(id).into_iter().chain(relay_at(node)).collect(),
+                };
+                (id, state.reach.is_heard(id, now), known)
+            };
+            let due = nat_pairs(state).map(to).collect();
+            let own = state.record().is_some_and(|own| own.is_behind_nat());
+            let hidden =
+                nat_pairs(state).map(|node| &node.record).filter(|record| own && record.is_behind_nat());
+            let is_lost =
+                |peer: &NodeId| state.reach.silence(*peer, now).is_none_or(|silence| silence > LOST);
+            let lost: Vec<NodeId> = hidden.map(|record| record.id).filter(is_lost).collect();
+            (due, probing.seek(&lost, now))
+        };
+        probing.last = Some(now);
+        for peer in sought {
+            self.gossip().seek(peer);
+        }
+        for (peer, heard, to) in due {
+            let Some(probe) = self.gossip().relay_probe(peer, heard) else { continue };
+            for at in to {
+                relay.probe(peer.0, at, &probe);
+            }
+        }
+        self.gossip().set_relay_ends(self.state.borrow().reach.all());
+    }
+
+    /// Takes what arrived as a probe.
+    pub(super) fn take_relay_probe(&self, from: SocketAddr, mut datagram: Vec<u8>) {
+        let Some((peer, confirms)) = self.gossip().open_relay_probe(&mut datagram) else { return };
+        let mut state = self.state.borrow_mut();
+        let is_pair = nat_pairs(&state).any(|node| node.record.id == peer);
+        if is_pair && state.reach.heard(peer, from, confirms, Instant::now()) {
+            // Datagrams to it go there at once.
+            self.detour_turn.notify_one();
+        }
+    }
+}
+
+/// The live peers that are behind NAT, or all if this host is.
+pub(super) fn nat_pairs(state: &State) -> impl Iterator<Item = &Host> {
+    live_members(state).filter(|node| node.record.id != state.view.me && state.view.crosses_nat(node))
+}

@@ -1,0 +1,160 @@
+//! Where the sockets of relayed datagrams of peers are, for pairs of hosts of which one is behind NAT.
+//!
+//! Such pairs exchange everything through these sockets, also what no third host passes on: so each NAT has one mapping to keep for
+//! all, and it is known for the kernel's WireGuard too. Both send probes ([`ovl_mesh::gossip::Gossip::relay_probe`]), which keep the
+//! mappings, say whether those of the other side arrive, and show by their source where the other host is.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use ovl_proto::id::NodeId;
+use tokio::time::Instant;
+
+/// How long a peer must have been silent at the address that is known before another one is taken: see `gossip::ends`.
+const STAYS: Duration = Duration::from_secs(1);
+/// How long a probe that has arrived is reported to its sender.
+const RECENT: Duration = Duration::from_secs(2);
+
+/// What is known of this host, and of the paths to peers.
+#[derive(Debug, Default)]
+pub(crate) struct Reach {
+    /// Whether others cannot dial this host.
+    behind_nat: bool,
+    /// Where a host to join sees it.
+    seen: Option<SocketAddr>,
+    paths: BTreeMap<NodeId, Path>,
+}
+
+#[derive(Debug)]
+struct Path {
+    at: SocketAddr,
+    /// When a probe of the peer last arrived from there.
+    heard: Instant,
+    /// When the peer last said that the probes of this host arrive.
+    confirmed: Option<Instant>,
+}
+
+impl Reach {
+    /// What was known when the last run ended, or what the configuration says.
+    pub(crate) fn new(behind_nat: bool) -> Self {
+        Self { behind_nat, seen: None, paths: BTreeMap::new() }
+    }
+
+    /// Whether others cannot dial this host.
+    pub(crate) fn is_behind_nat(&self) -> bool {
+        self.behind_nat
+    }
+
+    /// Where others see this host. `None` if it is not behind NAT.
+    pub(crate) fn own(&self) -> Option<SocketAddr> {
+        self.seen.filter(|_| self.behind_nat)
+    }
+
+    /// Takes that a host to join sees this one, which has these addresses, at an address. What the configuration
+    /// says counts more. Returns whether that changes whether it is behind NAT.
+    pub(crate) fn seen(&mut self, at: SocketAddr, own: &[IpAddr], configured: Option<bool>) -> bool {
+        self.seen = Some(at);
+        let behind_nat = configured.unwrap_or(!own.contains(&at.ip()));
+        std::mem::replace(&mut self.behind_nat, behind_nat) != behind_nat
+    }
+
+    /// Takes an authentic probe of a peer, which says whether those of this host arrive. Returns whether the peer is elsewhere now.
+    pub(crate) fn heard(&mut self, peer: NodeId, from: SocketAddr, confirms: bool, now: Instant) -> bool {
+        let path = self
+            .paths
+            .get_mut(&peer)
+            .filter(|path| path.at == from || now.saturating_duration_since(path.heard) < STAYS);
+        let Some(path) = path else {
+            let confirmed = confirms.then_some(now);
+            let before = self.paths.insert(peer, Path { at: from, heard: now, confirmed });
+            return before.is_none_or(|path| path.at != from);
+        };
+        if path.at == from {
+            path.heard = now;
+        }
+        if confirms {
+            path.confirmed = Some(now);
+        }
+        false
+    }
+
+    /// The address that a peer's probes come from. `None` if none came yet.
+    pub(crate) fn at(&self, peer: NodeId) -> Option<SocketAddr> {
+        self.paths.get(&peer).map(|path| path.at)
+    }
+
+    /// All addresses.
+    pub(crate) fn all(&self) -> BTreeMap<NodeId, SocketAddr> {
+        self.paths.iter().map(|(peer, path)| (*peer, path.at)).collect()
+    }
+
+    /// Whether probes of a peer arrive.
+    pub(crate) fn is_heard(&self, peer: NodeId, now: Instant) -> bool {
+        self.paths.get(&peer).is_some_and(|path| now.saturating_duration_since(path.heard) < RECENT)
+    }
+
+    /// For how long there has been no sign that datagrams pass both ways. `None` if there was none yet.
+    pub(crate) fn silence(&self, peer: NodeId, now: Instant) -> Option<Duration> {
+        let path = self.paths.get(&peer)?;
+        Some(now.saturating_duration_since(path.heard.min(path.confirmed?)))
+    }
+
+    /// Forgets all peers but these.
+    pub(crate) fn retain(&mut self, is_wanted: impl Fn(NodeId) -> bool) {
+        self.paths.retain(|peer, _| is_wanted(*peer));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PEER: NodeId = NodeId([1; 10]);
+
+    fn at(text: &str) -> SocketAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn path_is_there_when_probes_pass_both_ways() {
+        let (mut reach, start) = (Reach::default(), Instant::now());
+        assert_eq!((reach.at(PEER), reach.silence(PEER, start)), (None, None));
+        assert!(reach.heard(PEER, at("192.0.2.1:7942"), false, start));
+        assert_eq!((reach.silence(PEER, start), reach.is_heard(PEER, start)), (None, true));
+        let later = start + Duration::from_millis(500);
+        assert!(!reach.heard(PEER, at("192.0.2.1:7942"), true, later));
+        assert_eq!(reach.silence(PEER, later + STAYS), Some(STAYS));
+        assert!(!reach.heard(PEER, at("192.0.2.1:7942"), false, later + STAYS));
+        assert_eq!(reach.silence(PEER, later + STAYS), Some(STAYS), "not confirmed since");
+        assert!(!reach.is_heard(PEER, later + STAYS + RECENT));
+        reach.retain(|_| false);
+        assert!(reach.all().is_empty());
+    }
+
+    #[test]
+    fn host_that_is_seen_elsewhere_is_behind_nat() {
+        let own: Vec<IpAddr> = ["10.0.0.1", "fd00::1"].iter().map(|text| text.parse().unwrap()).collect();
+        let mut reach = Reach::new(false);
+        assert!(!reach.seen(at("[fd00::1]:1"), &own, None) && !reach.is_behind_nat());
+        assert!(reach.seen(at("192.0.2.1:4000"), &own, None) && reach.is_behind_nat());
+        assert_eq!(reach.own(), Some(at("192.0.2.1:4000")));
+        assert!(reach.seen(at("10.0.0.1:7940"), &own, None) && reach.own().is_none());
+        assert!(!reach.seen(at("192.0.2.1:4000"), &own, Some(false)) && reach.own().is_none());
+    }
+
+    #[test]
+    fn peer_moves_only_when_it_is_silent_where_it_was() {
+        let (mut reach, start) = (Reach::default(), Instant::now());
+        let (old, new) = (at("192.0.2.1:7942"), at("192.0.2.9:1024"));
+        assert!(reach.heard(PEER, old, true, start));
+        assert!(!reach.heard(PEER, new, true, start + STAYS / 2));
+        assert_eq!(reach.at(PEER), Some(old));
+        assert!(reach.heard(PEER, new, false, start + STAYS));
+        assert_eq!(
+            (reach.at(PEER), reach.silence(PEER, start + STAYS)),
+            (Some(new), None),
+            "not confirmed there"
+        );
+    }
+}
