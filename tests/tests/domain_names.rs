@@ -11,7 +11,7 @@ use netns_lab::{EchoServer, Host, Lab, Netns, Spawned, Underlay, wait_until};
 use ovl_tests::kubernetes::{ApiServer, Kube};
 use ovl_tests::ports::outsider;
 use ovl_tests::resolver::{ResolvConf, config, dig, dnsmasq};
-use ovl_tests::routed::create_routed_network;
+use ovl_tests::routed::create_network_of_mode;
 use ovl_tests::{Attached, SOON, assert_contains, attach, rows, start_lab_with, strings, text, wait_clean};
 use serde_json::{Value, json};
 
@@ -59,10 +59,11 @@ struct World {
 }
 
 impl World {
-    fn new() -> Result<Self> {
+    fn new(mode: &str) -> Result<Self> {
         let (config, file) = config(1, &[UPSTREAM], "")?;
         let lab = start_lab_with(config.underlay(Underlay::Dual))?;
-        create_routed_network(&lab, "pods", &["--subnet", "10.60.0.0/16", "--subnet", "fd60::/48"])?;
+        let subnets = ["--subnet", "10.60.0.0/16", "--subnet", "fd60::/64"];
+        create_network_of_mode(&lab, mode, "pods", &subnets)?;
         let host = &lab["h1"];
         let outside = outsider(&lab)?;
         for n in NAMES.map(|(_, n, _)| n) {
@@ -169,6 +170,16 @@ fn problems(host: &Host, code: &str) -> Vec<String> {
     all.map(|it| format!("{}: {}", text(&it["object"]), text(&it["message"]))).collect()
 }
 
+/// Deletes the elements of all sets whose names begin and end so.
+fn flush_sets(host: &Host, prefix: &str, suffix: &str) {
+    let found = host.exec_ok(["nft", "-j", "list", "table", "inet", "ovl-policy"]).unwrap();
+    let found: Value = serde_json::from_str(&found).unwrap();
+    let names = found["nftables"].as_array().unwrap().iter().filter_map(|it| it["set"]["name"].as_str());
+    for name in names.filter(|name| name.starts_with(prefix) && name.ends_with(suffix)) {
+        host.exec_ok(["nft", "flush", "set", "inet", "ovl-policy", name]).unwrap();
+    }
+}
+
 /// An open connection through which bytes pass as long as it lives.
 struct Open(TcpStream);
 
@@ -186,11 +197,29 @@ impl Open {
         self.0.read_exact(&mut back).unwrap();
         assert_eq!(&back, b"here");
     }
+
+    fn wait_cut(&mut self) {
+        wait_until(SOON, "a connection to be cut", || -> Result<()> {
+            let passes = self.0.write_all(b"late").and_then(|()| self.0.read_exact(&mut [0; 4]));
+            ensure!(passes.is_err());
+            Ok(())
+        })
+        .unwrap();
+    }
 }
 
 #[test]
 fn pod_reaches_what_it_was_told_for_a_name_that_a_policy_admits() {
-    let world = World::new().unwrap();
+    assert_names_are_admitted("l3");
+}
+
+#[test]
+fn endpoint_of_a_switched_network_reaches_what_it_was_told_for_a_name() {
+    assert_names_are_admitted("l2");
+}
+
+fn assert_names_are_admitted(mode: &str) {
+    let world = World::new(mode).unwrap();
     let host = world.host();
     let mut api = ApiServer::new();
     let _kube = Kube::start(&mut api, host).unwrap();
@@ -275,7 +304,7 @@ fn pod_reaches_what_it_was_told_for_a_name_that_a_policy_admits() {
 
 #[test]
 fn what_a_pod_was_told_outlasts_restarts_and_ends_with_its_time() {
-    let world = World::new().unwrap();
+    let world = World::new("l3").unwrap();
     let host = world.host();
     let client = attach(host, "client", "pods", &["--label", "app=client"]).unwrap();
     let apply = |names: &[&str]| {
@@ -323,6 +352,12 @@ fn what_a_pod_was_told_outlasts_restarts_and_ends_with_its_time() {
     open.iter_mut().for_each(Open::assert_alive);
     assert_eq!(reaches_both(&client, 10), [true, true]);
     assert_eq!(elements(host, "name."), 2);
+    // They go on because they were remembered, and for nothing else.
+    flush_sets(host, "kept.", ".6");
+    apply(&[&PATTERNS[..], &["more.ovl.test"]].concat());
+    let [v4_open, v6_open] = &mut open;
+    v6_open.wait_cut();
+    v4_open.assert_alive();
     // It may ask again.
     ask_both(&client, "short.ovl.test", 8);
     assert_eq!(reaches_both(&client, 8), [true, true]);
@@ -336,16 +371,13 @@ fn what_a_pod_was_told_outlasts_restarts_and_ends_with_its_time() {
     // Without the name, what it admitted is cut.
     apply(&["www.ovl.test"]);
     wait_for("the connections to be cut", SOON, || !reaches(&client, v4(10)));
-    for Open(stream) in &mut open {
-        let _ = stream.write_all(b"late");
-        assert!(stream.read(&mut [0; 4]).is_err(), "a connection that no rule admits");
-    }
+    v4_open.wait_cut();
     wait_clean(world.lab.hosts(), SOON).unwrap();
 }
 
 #[test]
 fn names_are_not_admitted_while_another_program_is_the_cluster_dns() {
-    let world = World::new().unwrap();
+    let world = World::new("l3").unwrap();
     let host = world.host();
     let mut api = ApiServer::new();
     api.put(&json!({

@@ -146,6 +146,8 @@ pub fn explain(
             if let Some((name, left)) =
                 names.find_map(|peer| told_for(view, policies, own, admitted, peer, other))
             {
+                // A long one is not kept in the kernel, from which an earlier run's are known.
+                let name = if name.is_empty() { "a name" } else { name };
                 says +=
                     &format!(" ({} was answered for {name}; {} s are left)", other.address, left.as_secs());
             }
