@@ -179,19 +179,20 @@ impl Detours {
         for (&peer, evidence) in peers {
             let is_silent = evidence.is_silent(ping_every);
             let answers = evidence.through.filter(|(_, ago)| *ago < FRESH);
-            let through = answers.and_then(|(by, _)| if leads(by, peer) { Some(by) } else { first(&peer) });
+            let by = answers.and_then(|(by, _)| if leads(by, peer) { Some(by) } else { first(&peer) });
             let is_tried_in_vain = |relay: NodeId| refused.contains(&(peer, relay));
-            let through =
-                through.filter(|relay| is_reached(relay) && !is_tried_in_vain(*relay)).or_else(|| {
-                    // Another one, if the peer answers at all.
-                    let other = |relay: &&NodeId| {
-                        **relay != peer
-                            && is_reached(relay)
-                            && links.has(**relay, peer)
-                            && !is_tried_in_vain(**relay)
-                    };
-                    answers.and_then(|_| relays.iter().find(other).copied())
-                });
+            let pick = |is_usable: &dyn Fn(NodeId) -> bool| {
+                let is_usable = |relay: &NodeId| *relay != peer && is_reached(relay) && is_usable(*relay);
+                // Another one, if the peer answers at all.
+                let other = |relay: &&NodeId| is_usable(relay) && links.has(**relay, peer);
+                by.filter(is_usable).or_else(|| answers.and_then(|_| relays.iter().find(other).copied()))
+            };
+            let works = |relay: NodeId| leads(relay, peer) && is_reached(&relay);
+            let through = pick(&|relay| !is_tried_in_vain(relay)).or_else(|| {
+                // What was tried in vain may work again, and is better than what leads nowhere.
+                let has_one = self.open.get(&peer).is_some_and(|detour| works(detour.relay));
+                pick(&|_| !has_one)
+            });
             let Some(detour) = self.open.get_mut(&peer) else {
                 if let Some(relay) = through.filter(|_| is_silent) {
                     turns.push((peer, self.begin(peer, relay, now)));
@@ -389,6 +390,19 @@ mod tests {
             [(PEER, Turn::Through(RELAY))],
             "forgiven"
         );
+    }
+
+    #[test]
+    fn member_that_was_tried_in_vain_is_better_than_one_that_leads_nowhere() {
+        let mut world = World::new();
+        assert_eq!(world.after(0, 1100, Some((RELAY, 10))), [(PEER, Turn::Through(RELAY))]);
+        world.lost = true;
+        assert_eq!(world.after(6000, 7100, Some((RELAY, 10))), [(PEER, Turn::Through(OTHER))]);
+        world.lost = false;
+        assert_eq!(world.after(200, 7300, Some((RELAY, 10))), [], "both lead to it");
+        let members = [(PEER, true), (RELAY, true), (OTHER, true), (ME, true)];
+        world.links = Links::new(members, [(ME, PEER), (OTHER, PEER)]);
+        assert_eq!(world.after(200, 7500, Some((RELAY, 10))), [(PEER, Turn::Through(RELAY))]);
     }
 
     #[test]

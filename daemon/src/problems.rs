@@ -107,6 +107,8 @@ pub(crate) enum Code {
     TunnelBroken,
     /// The port of relayed datagrams cannot be opened.
     RelayPort,
+    /// A network that is not encrypted has endpoints on two hosts between which there is NAT.
+    PlainAcrossNat,
     /// A network is not encrypted although encryption is configured.
     NotEncrypted,
     /// Datagrams of the tunnel that the kernel divides arrive damaged, so it divides none.
@@ -180,7 +182,7 @@ pub(crate) enum Code {
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    pub(crate) const ALL: [Self; 83] = [
+    pub(crate) const ALL: [Self; 84] = [
         Self::HostDown,
         Self::NoMajority,
         Self::VersionsDiffer,
@@ -230,6 +232,7 @@ impl Code {
         Self::TunnelKeyCopied,
         Self::TunnelBroken,
         Self::RelayPort,
+        Self::PlainAcrossNat,
         Self::NotEncrypted,
         Self::SegmentsDamaged,
         Self::PublishedPort,
@@ -323,6 +326,7 @@ impl Code {
             Self::NotEncrypted => "OVL-E054",
             Self::SegmentsDamaged => "OVL-E055",
             Self::RelayPort => "OVL-E056",
+            Self::PlainAcrossNat => "OVL-E057",
             Self::PublishedPort => "OVL-E060",
             Self::HealthPort => "OVL-E061",
             Self::Firewall => "OVL-E062",
@@ -392,6 +396,7 @@ impl Code {
             | Self::TunnelKeyCopied
             | Self::TunnelBroken
             | Self::RelayPort
+            | Self::PlainAcrossNat
             | Self::PublishedPort
             | Self::HealthPort
             | Self::Firewall

@@ -13,6 +13,8 @@ use tokio::time::Instant;
 
 /// How long a peer must have been silent at the address that is known before another one is taken: see `gossip::ends`.
 const STAYS: Duration = Duration::from_secs(1);
+/// The number of knocks of which none must arrive for a firewall to be there.
+const SILENT_KNOCKS: u32 = 5;
 /// How long a probe that has arrived is reported to its sender.
 const RECENT: Duration = Duration::from_secs(2);
 
@@ -23,6 +25,12 @@ pub(crate) struct Reach {
     behind_nat: bool,
     /// Where a host to join sees it.
     seen: Option<SocketAddr>,
+    /// Whether that is not one of its own addresses.
+    is_translated: bool,
+    /// The number of knocks that were sent.
+    knocks: u32,
+    /// Whether one of them has arrived.
+    is_open: bool,
     paths: BTreeMap<NodeId, Path>,
 }
 
@@ -38,7 +46,7 @@ struct Path {
 impl Reach {
     /// What was known when the last run ended, or what the configuration says.
     pub(crate) fn new(behind_nat: bool) -> Self {
-        Self { behind_nat, seen: None, paths: BTreeMap::new() }
+        Self { behind_nat, ..Self::default() }
     }
 
     /// Whether others cannot dial this host.
@@ -51,11 +59,27 @@ impl Reach {
         self.seen.filter(|_| self.behind_nat)
     }
 
-    /// Takes that a host to join sees this one, which has these addresses, at an address. What the configuration
-    /// says counts more. Returns whether that changes whether it is behind NAT.
-    pub(crate) fn seen(&mut self, at: SocketAddr, own: &[IpAddr], configured: Option<bool>) -> bool {
+    /// Takes that a host to join sees this one, which has these addresses, at an address, and whether it has knocked there.
+    pub(crate) fn seen(&mut self, at: SocketAddr, knocks: bool, own: &[IpAddr]) {
         self.seen = Some(at);
-        let behind_nat = configured.unwrap_or(!own.contains(&at.ip()));
+        self.is_translated = !own.contains(&at.ip());
+        self.knocks = self.knocks.saturating_add(u32::from(knocks));
+    }
+
+    /// Takes that a knock has arrived. It may be one that is yet to be counted.
+    pub(crate) fn knocked(&mut self) {
+        self.is_open = true;
+    }
+
+    /// Whether this host is behind NAT, as far as that is known: others see another address than its own, or a firewall keeps out what
+    /// was not asked for. Returns whether that has changed.
+    pub(crate) fn judge(&mut self, configured: Option<bool>) -> bool {
+        let is_hidden = match (self.is_translated, self.is_open) {
+            (true, _) => true,
+            (false, true) => false,
+            (false, false) => self.behind_nat || self.knocks >= SILENT_KNOCKS,
+        };
+        let behind_nat = configured.unwrap_or(is_hidden);
         std::mem::replace(&mut self.behind_nat, behind_nat) != behind_nat
     }
 
@@ -136,11 +160,38 @@ mod tests {
     fn host_that_is_seen_elsewhere_is_behind_nat() {
         let own: Vec<IpAddr> = ["10.0.0.1", "fd00::1"].iter().map(|text| text.parse().unwrap()).collect();
         let mut reach = Reach::new(false);
-        assert!(!reach.seen(at("[fd00::1]:1"), &own, None) && !reach.is_behind_nat());
-        assert!(reach.seen(at("192.0.2.1:4000"), &own, None) && reach.is_behind_nat());
-        assert_eq!(reach.own(), Some(at("192.0.2.1:4000")));
-        assert!(reach.seen(at("10.0.0.1:7940"), &own, None) && reach.own().is_none());
-        assert!(!reach.seen(at("192.0.2.1:4000"), &own, Some(false)) && reach.own().is_none());
+        let mut is_hidden = |seen: &str, configured| {
+            reach.seen(at(seen), true, &own);
+            reach.knocked();
+            reach.judge(configured);
+            (reach.is_behind_nat(), reach.own())
+        };
+        assert_eq!(is_hidden("[fd00::1]:1", None), (false, None));
+        assert_eq!(is_hidden("192.0.2.1:4000", None), (true, Some(at("192.0.2.1:4000"))));
+        assert_eq!(is_hidden("10.0.0.1:7940", None), (false, None));
+        assert_eq!(is_hidden("192.0.2.1:4000", Some(false)), (false, None));
+        assert_eq!(is_hidden("10.0.0.1:7940", Some(true)), (true, Some(at("10.0.0.1:7940"))));
+    }
+
+    #[test]
+    fn host_is_behind_a_firewall_if_no_knock_arrives() {
+        let (own, seen) = (["10.0.0.1".parse().unwrap()], at("10.0.0.1:7940"));
+        let mut reach = Reach::new(false);
+        for _ in 0..10 {
+            reach.seen(seen, false, &own);
+            assert!(!reach.judge(None), "it does not knock");
+        }
+        for _ in 1..SILENT_KNOCKS {
+            reach.seen(seen, true, &own);
+            assert!(!reach.judge(None), "they may be lost");
+        }
+        reach.seen(seen, true, &own);
+        assert!(reach.judge(None) && reach.is_behind_nat());
+        let mut again = Reach::new(true);
+        again.seen(seen, true, &own);
+        assert!(!again.judge(None), "as in the last run, until a knock arrives");
+        again.knocked();
+        assert!(again.judge(None) && !again.is_behind_nat());
     }
 
     #[test]

@@ -174,6 +174,11 @@ impl Relay {
         let _ = ovl_udp::send(&self.shared.socket, at, &datagram, length);
     }
 
+    /// Sends a datagram as it is. It is lost if the kernel refuses it.
+    pub fn knock(&self, at: SocketAddr, datagram: &[u8]) {
+        let _ = ovl_udp::send(&self.shared.socket, at, datagram, datagram.len());
+    }
+
     /// Replaces the next hops: the address and port of the relay, or of the host itself, to which datagrams to each host are sent.
     pub fn set_next(&self, next: HashMap<HostId, SocketAddr>) {
         self.shared.table_mut().next = next;

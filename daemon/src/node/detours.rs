@@ -143,6 +143,8 @@ impl Node {
 
     /// Decides about all peers, and carries it out.
     async fn turn_ways(&self, relay: &Relay, known: &mut Known) {
+        // It is another one after the host has another address.
+        self.gossip().set_knocks(true);
         let (wanted, turned, hops, ways) = {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;

@@ -50,7 +50,13 @@ impl Node {
             GossipEvent::Gone(node) => {
                 self.set_gossip_alive(node, false);
             }
-            GossipEvent::Seen(at) => self.note_seen(at),
+            GossipEvent::Seen(at, knocks) => self.note_seen(Some((at, knocks))),
+            GossipEvent::Knocked => self.note_seen(None),
+            GossipEvent::Knock { at, datagram } => {
+                if let Some(relay) = self.relay.get() {
+                    relay.knock(at, &datagram);
+                }
+            }
             GossipEvent::PathMtu { node, mtu } => self.note_path_mtu(node, mtu),
             GossipEvent::Clash { node, addresses, generations } => {
                 self.on_clash(node, addresses, generations)

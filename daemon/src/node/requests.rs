@@ -266,6 +266,7 @@ impl Node {
                 );
                 sentences.push(Code::Unreachable.about(&record.name, sentence));
             }
+            sentences.extend(plain_across_nat(state, node));
             if record.vtep.is_ipv4() != own.vtep.is_ipv4() && !state.view.crosses_nat(node) {
                 let sentence = format!(
                     "host {} has the VTEP {} and this one {}: overlay traffic between them needs one address family",
@@ -534,4 +535,22 @@ fn network_name(state: &State, network: Option<NetworkId>) -> String {
 
 fn count(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
+}
+/// The networks whose endpoints on this host and on another one do not reach each other, because there is NAT between the two and the
+/// networks are not encrypted.
+fn plain_across_nat(state: &State, node: &ovl_cluster::view::Node) -> Vec<Problem> {
+    let Some(own) = state.view.own().filter(|_| state.view.crosses_nat(node)) else { return Vec::new() };
+    let name = &node.record.name;
+    let both = node.table.networks().filter(|id| own.table.networks().any(|other| other == *id));
+    both.filter_map(|id| state.view.networks.get(&id))
+        .filter(|found| !found.network.encrypted && !state.view.is_own(found.network.id))
+        .map(|found| {
+            let network = &found.network.name;
+            let sentence = format!(
+                "endpoints of network {network} on this host and on {name} do not reach each other: there is NAT between the two, and \
+                 only encrypted networks cross it. Create another network with --encrypted for them"
+            );
+            Code::PlainAcrossNat.about(&format!("{network} on {name}"), sentence)
+        })
+        .collect()
 }

@@ -129,14 +129,22 @@ impl Node {
         addresses_of(device, old.is_ipv4()).into_iter().find(|address| !announced.contains(address))
     }
 
-    /// Takes that a host to join sees this one at an address.
-    pub(super) fn note_seen(&self, at: SocketAddr) {
+    /// Takes that a host to join sees this one at an address, and whether it has knocked there; or that its knock arrived.
+    pub(super) fn note_seen(&self, at: Option<(SocketAddr, bool)>) {
         if !self.environment.owns_host() {
             return;
         }
         let own: Vec<IpAddr> = own_addresses().into_iter().flatten().map(|(_, address)| address).collect();
         let fixed = self.config.behind_nat;
-        if self.state.borrow_mut().reach.seen(at, &own, fixed) {
+        let changed = {
+            let reach = &mut self.state.borrow_mut().reach;
+            match at {
+                Some((at, knocks)) => reach.seen(at, knocks, &own),
+                None => reach.knocked(),
+            }
+            reach.judge(fixed)
+        };
+        if changed {
             self.underlay.notify_one();
         }
     }

@@ -532,7 +532,10 @@ impl PeerBook {
         let live: Vec<(NodeId, SocketAddr)> = helpers.map(|(node, peer)| (*node, peer.addr)).collect();
         // The more are reached through others, the rarer: as for peers that answer themselves.
         let relay_every = (PING_EACH * u32::try_from(self.hops.len()).unwrap_or(u32::MAX)).max(RELAY_EVERY);
-        let nodes: Vec<NodeId> = self.peers.keys().copied().collect();
+        let mut nodes: Vec<NodeId> = self.peers.keys().copied().collect();
+        // Where many are silent, each has its turn to be searched for.
+        let first = self.next_relay % nodes.len().max(1);
+        nodes.rotate_left(first);
         for node in nodes {
             let Some(peer) = self.peers.get_mut(&node) else { continue };
             // The way through another one is tried also when the peer answers directly again.
@@ -561,7 +564,11 @@ impl PeerBook {
                 // First the one on the way to it, or the one that reached it last time.
                 let last = hop.or(peer.through.map(|(last, _)| last));
                 let last = live.iter().find(|(other, _)| Some(*other) == last);
-                let others = live.iter().cycle().skip(first).take(if is_silent { live.len() } else { 0 });
+                // The others are asked where none passes its answers on.
+                let is_passed_on =
+                    |(_, at): (NodeId, Instant)| now.saturating_duration_since(at) < relay_every * 2;
+                let is_lost = is_silent && (hop.is_none() || !peer.through.is_some_and(is_passed_on));
+                let others = live.iter().cycle().skip(first).take(if is_lost { live.len() } else { 0 });
                 let others = last.into_iter().chain(others.filter(|other| Some(*other) != last));
                 let others = others.filter(|(other, _)| *other != node).take(RELAYS);
                 let others = others.filter(|(other, _)| Some(*other) == hop || self.relayed_pings.take(now));

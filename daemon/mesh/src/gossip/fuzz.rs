@@ -44,6 +44,7 @@ pub fn message(bytes: &[u8]) {
             | Packet::Seek { .. }
             | Packet::WhereAmI { .. }
             | Packet::SeenAt { .. }
+            | Packet::Knock { .. }
             | Packet::RelayProbe { .. } => {}
         }
     }

@@ -1,5 +1,7 @@
 //! The hub of gossip: seals and sends packets, and opens received datagrams and dispatches their packets.
 
+mod nat;
+
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::future::poll_fn;
 use std::io;
@@ -10,7 +12,7 @@ use std::time::Duration;
 use chitchat::{ChitchatMessage, Serializable};
 use ovl_control::GossipCounters;
 use ovl_proto::id::{ClusterKeyId, NodeId};
-use ovl_proto::record::{NodeRecord, SignedRecord, WireVersions, named_by};
+use ovl_proto::record::{NodeRecord, SignedRecord, WireVersions};
 use ovl_proto::wire;
 use tokio::io::ReadBuf;
 use tokio::sync::{Notify, mpsc};
@@ -20,7 +22,7 @@ use tracing::{debug, warn};
 use super::admission::{Admission, version_of};
 use super::book::{Due, PeerBook};
 use super::decode::{DecodeError, Exchange, Incarnation};
-use super::ends::{Ends, is_plausible};
+use super::ends::Ends;
 use super::fragment::{Joiner, Splitter};
 use super::packet::{Fragment, Packet};
 use super::pair::{Agreement, PairStatement};
@@ -57,8 +59,6 @@ const STRANGER_SIGNATURES: u32 = 256;
 const MAX_RELAYS: usize = 256;
 /// The maximum number of hosts a second that this host tells, and is told, where another one behind NAT is seen.
 const MEETINGS: u32 = 50;
-/// The maximum number of questions for the own address that wait for an answer.
-const MAX_ASKED: usize = 64;
 
 /// The maximum number of remembered sources of datagrams with an unknown key, and of addresses that were introduced to.
 const MAX_ADDRESSES: usize = 1024;
@@ -115,6 +115,8 @@ pub(super) struct State {
     meetings: Budget,
     /// The questions for the own address that wait for an answer, each with the host that was asked.
     asked: HashMap<u64, SocketAddr>,
+    /// Whether this host knocks.
+    knocks: bool,
     ends: Ends,
     /// Where the sockets of relayed datagrams of hosts behind NAT are seen from here.
     relay_ends: BTreeMap<NodeId, SocketAddr>,
@@ -161,6 +163,7 @@ impl Hub {
             strange_signatures: Budget::new(STRANGER_SIGNATURES, now),
             meetings: Budget::new(MEETINGS, now),
             asked: HashMap::new(),
+            knocks: false,
             ends: Ends::default(),
             relay_ends: BTreeMap::new(),
             suggested: BTreeMap::new(),
@@ -255,19 +258,6 @@ impl Hub {
         state.rounds.permits(to, hosts, Instant::now())
     }
 
-    /// Asks a host to join for the address at which it sees this host.
-    pub(super) fn ask_where(&self, to: SocketAddr) {
-        let mut state = self.lock();
-        let Some(nonce) = state.book.nonce() else { return };
-        if state.asked.len() >= MAX_ASKED {
-            state.asked.clear();
-        }
-        state.asked.insert(nonce, to);
-        if let Err(error) = state.send(&*self.socket, to, &Packet::WhereAmI { nonce }) {
-            debug!(%to, %error, "cannot ask for the own address");
-        }
-    }
-
     /// Sends the record of the local host to a host that may not know it.
     pub(super) fn introduce_self(&self, to: SocketAddr) {
         self.lock().introduce_self(&*self.socket, to);
@@ -323,16 +313,6 @@ impl Hub {
                         Ok(()) => {}
                     }
                 }
-            }
-        }
-    }
-
-    /// Asks members to introduce this host and another one to each other, both of which are behind NAT.
-    pub(super) fn seek(&self, node: NodeId) {
-        let mut state = self.lock();
-        for to in state.book.introducers(node, Instant::now()) {
-            if let Err(error) = state.send(&*self.socket, to, &Packet::Seek { node }) {
-                debug!(%to, %error, "cannot ask for an introduction");
             }
         }
     }
@@ -535,26 +515,11 @@ impl Hub {
                 }
                 None
             }
-            Packet::Meet { node, at, relay_at } => {
-                proved?;
-                state.meet(&*self.socket, node, (at, relay_at), now);
-                None
-            }
-            Packet::Seek { node } => {
-                state.introduce_both(&*self.socket, (proved?, node), now);
-                None
-            }
-            Packet::WhereAmI { nonce } => {
-                let budget = proved.is_some() || state.strange_signatures.take(now);
-                budget.then_some(Packet::SeenAt { nonce, at })
-            }
-            Packet::SeenAt { nonce, at: own } => {
-                if state.asked.remove(&nonce) == Some(at) && state.queue.len() < MAX_QUEUE {
-                    state.queue.push_back(GossipEvent::Seen(own));
-                    self.news.notify_one();
-                }
-                None
-            }
+            Packet::Meet { .. }
+            | Packet::Seek { .. }
+            | Packet::WhereAmI { .. }
+            | Packet::SeenAt { .. }
+            | Packet::Knock { .. } => self.answer_about_nat(state, packet, proved, at, now),
             // Such a probe is not gossip.
             Packet::RelayProbe { .. } => None,
             Packet::Announce(signed) => {
@@ -660,86 +625,6 @@ impl Hub {
 }
 
 impl State {
-    /// The address by which the sender of a datagram is known, which came from this one.
-    fn name_of(&mut self, sender: Sender, at: SocketAddr, now: Instant) -> SocketAddr {
-        let Sender::Proved(node) = sender else { return at };
-        match self.book.address(node).filter(|name| named_by(name.ip()).is_some()) {
-            Some(name) => {
-                self.ends.heard(node, at, now);
-                name
-            }
-            None => at,
-        }
-    }
-
-    /// Tells two hosts behind NAT where the other one is seen, if one looks for the other.
-    fn introduce_both(&mut self, socket: &dyn Datagrams, (one, other): (NodeId, NodeId), now: Instant) {
-        let of = |state: &Self, host: NodeId| {
-            let name = state.book.address(host).filter(|name| named_by(name.ip()).is_some())?;
-            Some((name, state.ends.of(name)?, state.relay_ends.get(&host).copied()))
-        };
-        let (Some(first), Some(second)) = (of(self, one), of(self, other)) else { return };
-        if !self.meetings.take(now) {
-            return;
-        }
-        for (to, node, (_, at, relay_at)) in [(first.0, other, second), (second.0, one, first)] {
-            if let Err(error) = self.send(socket, to, &Packet::Meet { node, at, relay_at }) {
-                debug!(%to, %error, "cannot introduce a host");
-            }
-        }
-    }
-
-    /// Pings a host behind NAT where a member sees it, and in its own network, which may be that of this host.
-    fn meet(
-        &mut self,
-        socket: &dyn Datagrams,
-        node: NodeId,
-        (at, relay_at): (SocketAddr, Option<SocketAddr>),
-        now: Instant,
-    ) {
-        if !self.meetings.take(now) {
-            return;
-        }
-        if let Some(relay_at) = relay_at.filter(|at| is_plausible(*at) && self.book.address(node).is_some()) {
-            self.suggested.insert(node, relay_at);
-        }
-        let Some((nonce, inside)) = self.book.meet(node, now) else { return };
-        for to in [Some(at), inside].into_iter().flatten().filter(|to| is_plausible(*to)) {
-            if let Err(error) = self.send(socket, to, &Packet::Ping { nonce }) {
-                debug!(%to, %error, "cannot ping a host behind NAT");
-            }
-        }
-    }
-
-    pub(super) fn end(&self, known_as: SocketAddr) -> Option<SocketAddr> {
-        self.ends.of(known_as)
-    }
-
-    pub(super) fn set_relay_ends(&mut self, ends: BTreeMap<NodeId, SocketAddr>) {
-        self.relay_ends = ends;
-    }
-
-    pub(super) fn suggested_relay_end(&self, host: NodeId) -> Option<SocketAddr> {
-        self.suggested.get(&host).copied()
-    }
-
-    pub(super) fn relay_probe(&mut self, to: NodeId, heard: bool) -> Option<Vec<u8>> {
-        let plain = Packet::RelayProbe { heard }.encode().ok()?;
-        let mut datagram = Vec::new();
-        let name = self.book.address(to)?;
-        self.sealing.seal(name, (wire::version(), &plain), Some(to), &mut datagram).ok()?;
-        Some(datagram)
-    }
-
-    pub(super) fn open_relay_probe(&mut self, datagram: &mut [u8]) -> Option<(NodeId, bool)> {
-        let (run, plain) = self.opener.open(datagram).ok()?;
-        let Sender::Proved(node) = self.opener.sender(&run) else { return None };
-        match Packet::decode(plain).ok()? {
-            Packet::RelayProbe { heard } => Some((node, heard)),
-            _ => None,
-        }
-    }
-
     /// Passes a pong on to the host that asked for it. Returns whether one did.
     fn pass_on(&mut self, socket: &dyn Datagrams, nonce: u64, signed: &SignedStatement) -> bool {
         let Some(at) = self.relays.iter().position(|(known, _)| *known == nonce) else { return false };

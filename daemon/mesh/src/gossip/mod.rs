@@ -124,8 +124,17 @@ pub enum GossipEvent {
         /// What is not known.
         why: String,
     },
-    /// A host to join says at which address it sees this host.
-    Seen(SocketAddr),
+    /// A host to join says at which address it sees this host, and whether it has knocked there.
+    Seen(SocketAddr, bool),
+    /// The knock of a host to join has arrived.
+    Knocked,
+    /// A host wants to know whether it can be dialled: this datagram is to be sent to the address from another socket than that of gossip.
+    Knock {
+        /// Where to.
+        at: SocketAddr,
+        /// A sealed datagram of gossip.
+        datagram: Vec<u8>,
+    },
     /// The path MTU of a peer was measured.
     PathMtu {
         /// The peer.
@@ -343,6 +352,11 @@ impl Gossip {
     /// once.
     pub fn seek(&self, host: NodeId) {
         self.hub.seek(host);
+    }
+
+    /// Sets whether [`GossipEvent::Knock`] is carried out.
+    pub fn set_knocks(&self, knocks: bool) {
+        self.hub.lock().set_knocks(knocks);
     }
 
     /// Sets where the sockets of relayed datagrams of hosts behind NAT are seen from here, which hosts that look for them are told.

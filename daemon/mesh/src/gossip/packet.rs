@@ -53,8 +53,10 @@ pub(super) enum Packet {
     },
     /// A question for the address that this datagram came from.
     WhereAmI { nonce: u64 },
-    /// The answer.
-    SeenAt { nonce: u64, at: SocketAddr },
+    /// The answer, and whether the sender has knocked there.
+    SeenAt { nonce: u64, at: SocketAddr, knocks: bool },
+    /// A datagram from a socket that the receiver has not sent to: it arrives unless a stateful firewall keeps it out.
+    Knock { nonce: u64 },
     /// A request to introduce this host and another one, both behind NAT, to each other: see [`Self::Meet`].
     Seek { node: NodeId },
     /// A probe between the sockets of relayed datagrams.

@@ -17,6 +17,9 @@ const SHORT_TICK: Duration = Duration::from_millis(20);
 /// The maximum number of dials in one tick: 20 a second.
 const MAX_DIALS: usize = 4;
 const DIAL_EVERY: Duration = Duration::from_secs(1);
+/// How often each host to join is asked where it sees this host, after it was named, and the interval. Some are lost.
+const ASKS: u32 = 8;
+const ASK_EVERY: Duration = Duration::from_millis(400);
 /// The interval at which names are resolved again, because their addresses may change.
 const RESOLVE_EVERY: Duration = Duration::from_secs(30);
 /// The interval after a failed resolution.
@@ -35,6 +38,9 @@ struct Seed {
     name: String,
     addr: SocketAddr,
     next_dial: Instant,
+    /// How often it is yet to be asked where it sees this host, and when next.
+    asks: u32,
+    next_ask: Instant,
 }
 
 impl Seeds {
@@ -61,6 +67,17 @@ impl Seeds {
         due.into_iter().take(most).map(dial).collect()
     }
 
+    /// The addresses to ask now where they see this host.
+    fn asked(&self, now: Instant) -> Vec<SocketAddr> {
+        let mut seeds = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = seeds.iter_mut().filter(|seed| seed.asks > 0 && now >= seed.next_ask).take(MAX_DIALS);
+        due.map(|seed| {
+            (seed.asks, seed.next_ask) = (seed.asks - 1, now + ASK_EVERY);
+            seed.addr
+        })
+        .collect()
+    }
+
     fn set(&self, name: &str, found: impl Iterator<Item = SocketAddr>) {
         let mut seeds = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
         seeds.retain(|seed| seed.name != name);
@@ -75,6 +92,8 @@ impl Seeds {
             name: name.to_owned(),
             addr,
             next_dial: now,
+            asks: ASKS,
+            next_ask: now,
         }));
         drop(seeds);
         self.changed.notify_one();
@@ -145,9 +164,9 @@ fn dial(hub: &Hub, cluster: &Cluster, seeds: &Seeds, now: Instant) {
         // It challenges the sender. Gossip with it begins when it has proved to be live itself, and not once for each time
         // that it is dialled: what it knows may be much.
         hub.introduce_self(to);
-        hub.ask_where(to);
     }
     hub.send_due(known);
+    seeds.asked(now).into_iter().for_each(|to| hub.ask_where(to));
 }
 
 /// The host and port of an entry, with the default port if it has none.

@@ -114,12 +114,12 @@ impl Outbound {
         self.kick.notify_one();
     }
 
-    /// Sets the address of the peer. A connection to another address is closed.
+    /// Sets the address of the peer. A connection to another address is closed, and an attempt to open one ends.
     pub(super) fn set_addr(&self, addr: SocketAddr) {
         let mut queue = self.lock();
         if queue.addr != addr {
             queue.addr = addr;
-            if queue.connected && !queue.resting {
+            if !queue.resting {
                 self.halt.notify_one();
             }
             self.kick.notify_one();

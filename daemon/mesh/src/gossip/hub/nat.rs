@@ -1,0 +1,193 @@
+//! Hosts behind NAT: where they are, who introduces them to each other, and whether this host is one.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use ovl_proto::id::NodeId;
+use ovl_proto::record::named_by;
+use ovl_proto::wire;
+use tokio::time::Instant;
+use tracing::debug;
+
+use super::super::GossipEvent;
+use super::super::ends::is_plausible;
+use super::super::packet::Packet;
+use super::super::seal::Sender;
+use super::{Hub, MAX_QUEUE, State};
+use crate::transport::Datagrams;
+
+/// The maximum number of questions for the own address that wait for an answer.
+const MAX_ASKED: usize = 64;
+
+impl Hub {
+    /// Asks members to introduce this host and another one to each other, both of which are behind NAT.
+    pub(in crate::gossip) fn seek(&self, node: NodeId) {
+        let mut state = self.lock();
+        for to in state.book.introducers(node, Instant::now()) {
+            if let Err(error) = state.send(&*self.socket, to, &Packet::Seek { node }) {
+                debug!(%to, %error, "cannot ask for an introduction");
+            }
+        }
+    }
+
+    /// Asks a host to join for the address at which it sees this host.
+    pub(in crate::gossip) fn ask_where(&self, to: SocketAddr) {
+        let mut state = self.lock();
+        let Some(nonce) = state.book.nonce() else { return };
+        if state.asked.len() >= MAX_ASKED {
+            state.asked.clear();
+        }
+        state.asked.insert(nonce, to);
+        if let Err(error) = state.send(&*self.socket, to, &Packet::WhereAmI { nonce }) {
+            debug!(%to, %error, "cannot ask for the own address");
+        }
+    }
+
+    /// Handles a packet about NAT, whose datagram came from `at`. Returns the reply.
+    pub(super) fn answer_about_nat(
+        &self,
+        state: &mut State,
+        packet: Packet,
+        proved: Option<NodeId>,
+        at: SocketAddr,
+        now: Instant,
+    ) -> Option<Packet> {
+        match packet {
+            Packet::Meet { node, at, relay_at } => {
+                proved?;
+                state.meet(&*self.socket, node, (at, relay_at), now);
+                None
+            }
+            Packet::Seek { node } => {
+                state.introduce_both(&*self.socket, (proved?, node), now);
+                None
+            }
+            Packet::WhereAmI { nonce } => {
+                if !state.strange_signatures.take(now) {
+                    return None;
+                }
+                if state.knocks {
+                    state.knock(nonce, at);
+                    self.news.notify_one();
+                }
+                Some(Packet::SeenAt { nonce, at, knocks: state.knocks })
+            }
+            Packet::SeenAt { nonce, at: own, knocks } => {
+                if state.asked.get(&nonce) == Some(&at) && state.queue.len() < MAX_QUEUE {
+                    state.queue.push_back(GossipEvent::Seen(own, knocks));
+                    self.news.notify_one();
+                }
+                None
+            }
+            Packet::Knock { nonce } => {
+                if state.asked.remove(&nonce).is_some() && state.queue.len() < MAX_QUEUE {
+                    state.queue.push_back(GossipEvent::Knocked);
+                    self.news.notify_one();
+                }
+                None
+            }
+            _ => None,
+        }
+    }
+}
+
+impl State {
+    /// The address by which the sender of a datagram is known, which came from this one.
+    pub(super) fn name_of(&mut self, sender: Sender, at: SocketAddr, now: Instant) -> SocketAddr {
+        let Sender::Proved(node) = sender else { return at };
+        match self.book.address(node).filter(|name| named_by(name.ip()).is_some()) {
+            Some(name) => {
+                self.ends.heard(node, at, now);
+                name
+            }
+            None => at,
+        }
+    }
+
+    pub(in crate::gossip) fn set_knocks(&mut self, knocks: bool) {
+        self.knocks = knocks;
+    }
+
+    /// Has a datagram sent to an address from another socket.
+    pub(super) fn knock(&mut self, nonce: u64, at: SocketAddr) {
+        let Ok(plain) = Packet::Knock { nonce }.encode() else { return };
+        let mut datagram = Vec::new();
+        let sealed = self.sealing.seal(at, (wire::version(), &plain), None, &mut datagram);
+        if sealed.is_ok() && self.queue.len() < MAX_QUEUE {
+            self.queue.push_back(GossipEvent::Knock { at, datagram });
+        }
+    }
+
+    /// Tells two hosts behind NAT where the other one is seen, if one looks for the other.
+    pub(super) fn introduce_both(
+        &mut self,
+        socket: &dyn Datagrams,
+        (one, other): (NodeId, NodeId),
+        now: Instant,
+    ) {
+        let of = |state: &Self, host: NodeId| {
+            let name = state.book.address(host).filter(|name| named_by(name.ip()).is_some())?;
+            Some((name, state.ends.of(name)?, state.relay_ends.get(&host).copied()))
+        };
+        let (Some(first), Some(second)) = (of(self, one), of(self, other)) else { return };
+        if !self.meetings.take(now) {
+            return;
+        }
+        for (to, node, (_, at, relay_at)) in [(first.0, other, second), (second.0, one, first)] {
+            if let Err(error) = self.send(socket, to, &Packet::Meet { node, at, relay_at }) {
+                debug!(%to, %error, "cannot introduce a host");
+            }
+        }
+    }
+
+    /// Pings a host behind NAT where a member sees it, and in its own network, which may be that of this host.
+    pub(super) fn meet(
+        &mut self,
+        socket: &dyn Datagrams,
+        node: NodeId,
+        (at, relay_at): (SocketAddr, Option<SocketAddr>),
+        now: Instant,
+    ) {
+        if !self.meetings.take(now) {
+            return;
+        }
+        if let Some(relay_at) = relay_at.filter(|at| is_plausible(*at) && self.book.address(node).is_some()) {
+            self.suggested.insert(node, relay_at);
+        }
+        let Some((nonce, inside)) = self.book.meet(node, now) else { return };
+        for to in [Some(at), inside].into_iter().flatten().filter(|to| is_plausible(*to)) {
+            if let Err(error) = self.send(socket, to, &Packet::Ping { nonce }) {
+                debug!(%to, %error, "cannot ping a host behind NAT");
+            }
+        }
+    }
+
+    pub(in crate::gossip) fn end(&self, known_as: SocketAddr) -> Option<SocketAddr> {
+        self.ends.of(known_as)
+    }
+
+    pub(in crate::gossip) fn set_relay_ends(&mut self, ends: BTreeMap<NodeId, SocketAddr>) {
+        self.relay_ends = ends;
+    }
+
+    pub(in crate::gossip) fn suggested_relay_end(&self, host: NodeId) -> Option<SocketAddr> {
+        self.suggested.get(&host).copied()
+    }
+
+    pub(in crate::gossip) fn relay_probe(&mut self, to: NodeId, heard: bool) -> Option<Vec<u8>> {
+        let plain = Packet::RelayProbe { heard }.encode().ok()?;
+        let mut datagram = Vec::new();
+        let name = self.book.address(to)?;
+        self.sealing.seal(name, (wire::version(), &plain), Some(to), &mut datagram).ok()?;
+        Some(datagram)
+    }
+
+    pub(in crate::gossip) fn open_relay_probe(&mut self, datagram: &mut [u8]) -> Option<(NodeId, bool)> {
+        let (run, plain) = self.opener.open(datagram).ok()?;
+        let Sender::Proved(node) = self.opener.sender(&run) else { return None };
+        match Packet::decode(plain).ok()? {
+            Packet::RelayProbe { heard } => Some((node, heard)),
+            _ => None,
+        }
+    }
+}
