@@ -237,6 +237,8 @@ impl Detours {
 
 #[cfg(test)]
 mod tests {
+    mod network;
+
     use super::*;
 
     const PING: Duration = Duration::from_millis(600);

@@ -4,7 +4,7 @@
 //! all, and it is known for the kernel's WireGuard too. Both send probes ([`ovl_mesh::gossip::Gossip::relay_probe`]), which keep the
 //! mappings, say whether those of the other side arrive, and show by their source where the other host is.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -15,6 +15,8 @@ use tokio::time::Instant;
 const STAYS: Duration = Duration::from_secs(1);
 /// The number of knocks of which none must arrive for a firewall to be there.
 const SILENT_KNOCKS: u32 = 5;
+/// How long probes may take to pass both ways for the first time.
+const FIRST: Duration = Duration::from_secs(1);
 /// How long a probe that has arrived is reported to its sender.
 const RECENT: Duration = Duration::from_secs(2);
 
@@ -32,6 +34,8 @@ pub(crate) struct Reach {
     /// Whether one of them has arrived.
     is_open: bool,
     paths: BTreeMap<NodeId, Path>,
+    /// Since when there has been no sign of a path to each peer to which none was ever there.
+    tried: BTreeMap<NodeId, Instant>,
 }
 
 #[derive(Debug)]
@@ -118,15 +122,20 @@ impl Reach {
         self.paths.get(&peer).is_some_and(|path| now.saturating_duration_since(path.heard) < RECENT)
     }
 
-    /// For how long there has been no sign that datagrams pass both ways. `None` if there was none yet.
+    /// For how long there has been no sign that datagrams pass both ways. `None` if there was none although there was time.
     pub(crate) fn silence(&self, peer: NodeId, now: Instant) -> Option<Duration> {
-        let path = self.paths.get(&peer)?;
-        Some(now.saturating_duration_since(path.heard.min(path.confirmed?)))
+        let sign = self.paths.get(&peer).and_then(|path| Some(path.heard.min(path.confirmed?)));
+        let first = || self.tried.get(&peer).copied().filter(|at| now.saturating_duration_since(*at) < FIRST);
+        Some(now.saturating_duration_since(sign.or_else(|| first().map(|_| now))?))
     }
 
-    /// Forgets all peers but these.
-    pub(crate) fn retain(&mut self, is_wanted: impl Fn(NodeId) -> bool) {
-        self.paths.retain(|peer, _| is_wanted(*peer));
+    /// Takes that these peers are the ones to which there should be paths. Forgets all others.
+    pub(crate) fn set_wanted(&mut self, peers: &BTreeSet<NodeId>, now: Instant) {
+        self.paths.retain(|peer, _| peers.contains(peer));
+        self.tried.retain(|peer, _| peers.contains(peer));
+        for peer in peers {
+            self.tried.entry(*peer).or_insert(now);
+        }
     }
 }
 
@@ -144,6 +153,10 @@ mod tests {
     fn path_is_there_when_probes_pass_both_ways() {
         let (mut reach, start) = (Reach::default(), Instant::now());
         assert_eq!((reach.at(PEER), reach.silence(PEER, start)), (None, None));
+        reach.set_wanted(&[PEER].into(), start);
+        assert_eq!(reach.silence(PEER, start + FIRST / 2), Some(Duration::ZERO), "it had no time");
+        assert_eq!(reach.silence(PEER, start + FIRST), None);
+        let start = start + FIRST;
         assert!(reach.heard(PEER, at("192.0.2.1:7942"), false, start));
         assert_eq!((reach.silence(PEER, start), reach.is_heard(PEER, start)), (None, true));
         let later = start + Duration::from_millis(500);
@@ -152,7 +165,7 @@ mod tests {
         assert!(!reach.heard(PEER, at("192.0.2.1:7942"), false, later + STAYS));
         assert_eq!(reach.silence(PEER, later + STAYS), Some(STAYS), "not confirmed since");
         assert!(!reach.is_heard(PEER, later + STAYS + RECENT));
-        reach.retain(|_| false);
+        reach.set_wanted(&BTreeSet::new(), later);
         assert!(reach.all().is_empty());
     }
 

@@ -76,8 +76,8 @@ impl Node {
         let relay = self.relay.get_or_init(|| relay);
         let (mut known, mut probing) = (Known::default(), Probing::default());
         loop {
-            self.turn_ways(relay, &mut known).await;
             self.send_relay_probes(relay, &mut probing);
+            self.turn_ways(relay, &mut known).await;
             let pause = if self.is_calm() { SELDOM } else { EVERY };
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
@@ -310,9 +310,9 @@ fn relay_end(state: &State, node: &ovl_cluster::view::Node) -> Option<SocketAddr
     if node.record.is_behind_nat() { state.reach.at(node.record.id) } else { Some(at) }
 }
 
-/// Whether a host passes on what others send each other.
+/// Whether a host passes on what others send each other. One behind NAT does not: others could not dial it for their streams.
 fn is_relay(node: &ovl_cluster::view::Node) -> bool {
-    node.record.relays && relay_at(node).is_some()
+    node.record.relays && relay_at(node).is_some() && !node.record.is_behind_nat()
 }
 
 /// The members that are alive, this host among them.

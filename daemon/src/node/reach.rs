@@ -57,7 +57,7 @@ impl Node {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             let pairs: BTreeSet<NodeId> = nat_pairs(state).map(|node| node.record.id).collect();
-            state.reach.retain(|peer| pairs.contains(&peer));
+            state.reach.set_wanted(&pairs, now);
             if !is_due || pairs.is_empty() {
                 return;
             }
