@@ -69,6 +69,7 @@ const CHECKS: &[(&str, &str, &[Code])] = &[
     ("names", "upstream", &[Code::UpstreamResolver, Code::ResolverSlow, Code::ResolvConf]),
     ("names", "search lists", &[Code::SearchLists]),
     ("names", "meanings", &[Code::AmbiguousName]),
+    ("names", "policies", &[Code::NamesDisplaced, Code::NamesUnheard]),
     ("kubernetes", "API server", &[Code::NotMirrored, Code::ApiUnreachable]),
 ];
 

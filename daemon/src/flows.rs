@@ -11,6 +11,7 @@ use ovl_cluster::view::View;
 use ovl_control::{Flow, FlowVerdict, Flows, PolicyDrop, PolicySide};
 use ovl_kernel::{FlowCounts, FlowKey, SeenFlows};
 use ovl_proto::id::NodeId;
+use ovl_subsystems::policy::admitted::AdmittedAt;
 use ovl_subsystems::policy::protocol_of;
 
 use tokio::sync::mpsc;
@@ -153,9 +154,14 @@ pub(crate) fn shown_prefixes(view: &View, services: &[IpNet]) -> Vec<IpNet> {
 }
 
 /// Returns flows with names, verdicts and policies, those with the most connections first, and whether there are more.
-pub(crate) fn render(view: &View, seen: &SeenFlows, drops: Vec<PolicyDrop>) -> (Vec<Flow>, bool) {
+pub(crate) fn render(
+    view: &View,
+    admitted: AdmittedAt<'_>,
+    seen: &SeenFlows,
+    drops: Vec<PolicyDrop>,
+) -> (Vec<Flow>, bool) {
     let has_policies = view.resources.has_policies();
-    let judgement = policy::judgements(view);
+    let judgement = policy::judgements(view, admitted);
     let mut most: Vec<(&FlowKey, &FlowCounts)> = seen.iter().collect();
     most.sort_by_key(|(_, counts)| std::cmp::Reverse((counts.opened + counts.closed, counts.bytes)));
     let incomplete = most.len() > MOST_FLOWS;
@@ -226,8 +232,14 @@ pub(crate) fn render(view: &View, seen: &SeenFlows, drops: Vec<PolicyDrop>) -> (
 
 #[cfg(test)]
 mod tests {
+    use ovl_subsystems::policy::admitted::Admitted;
+
     use super::*;
     use crate::world::World;
+
+    fn none(admitted: &Admitted) -> AdmittedAt<'_> {
+        AdmittedAt { admitted, now: std::time::Duration::ZERO }
+    }
 
     fn refused(packets: u64) -> PolicyDrop {
         PolicyDrop {
@@ -267,7 +279,12 @@ mod tests {
             target: ([192, 0, 2, 1].into(), 443),
         };
         let counts = FlowCounts { opened: 2, closed: 1, bytes: Some([5, 7]) };
-        let (flows, incomplete) = render(&world.view, &SeenFlows::from([(key, counts)]), vec![refused(4)]);
+        let (flows, incomplete) = render(
+            &world.view,
+            none(&Admitted::default()),
+            &SeenFlows::from([(key, counts)]),
+            vec![refused(4)],
+        );
         assert!(!incomplete && flows.len() == 2);
         assert_eq!(
             (flows[0].verdict, flows[0].dropped, flows[0].to_name.as_deref()),
@@ -309,7 +326,8 @@ mod tests {
     #[test]
     fn answers_to_other_hosts_are_bounded() {
         let world = World::new();
-        let (mut flows, _) = render(&world.view, &SeenFlows::new(), vec![refused(4)]);
+        let (mut flows, _) =
+            render(&world.view, none(&Admitted::default()), &SeenFlows::new(), vec![refused(4)]);
         flows[0].why = Some("x".repeat(4096));
         let flows = vec![flows[0].clone(); MOST_FLOWS];
         let text = encode(Flows { flows, ..Flows::default() }).unwrap();

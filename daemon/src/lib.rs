@@ -6,6 +6,7 @@
 #![warn(missing_docs)]
 
 mod addresses;
+mod admitted;
 mod asked;
 mod capture;
 mod clashes;

@@ -11,7 +11,7 @@ use ovl_cluster::view::View;
 use ovl_control::{DnsAnswer, DnsQuestion, DnsRecord};
 use ovl_dns::{
     AnswerOrigin, Client, Engine, FailingServer, Listen, ListenRole, Lookup, Name, Outcome, RecordType,
-    ResolvConfWatcher, Share, Transport, UnusedLine, Upstreams, Zone,
+    ResolvConfWatcher, Share, Told, Transport, UnusedLine, Upstreams, Zone,
 };
 use ovl_metrics::Durations;
 use ovl_subsystems::names::resolver::{
@@ -19,6 +19,8 @@ use ovl_subsystems::names::resolver::{
     PORT_HOST, PORT_HOST_DIRECT,
 };
 use ovl_subsystems::names::{Ambiguous, Bearer, ambiguous, cluster_names};
+
+use tokio::sync::mpsc;
 
 use crate::config::Config;
 use crate::failed::Failed;
@@ -81,8 +83,13 @@ impl Resolver {
         ResolvConfWatcher::new(config.resolv_conf.clone(), own)
     }
 
-    /// Starts the resolver with a zone if `serves` is set. If it cannot start, the second value is the reason.
-    pub(crate) fn start(config: &Config, serves: bool, zone: Zone) -> (Self, Option<String>) {
+    /// Starts the resolver with a zone if `serves` is set. `told` is told of addresses of names that endpoints are watched for. If it cannot start, the second value is the reason.
+    pub(crate) fn start(
+        config: &Config,
+        serves: bool,
+        zone: Zone,
+        told: mpsc::Sender<Told>,
+    ) -> (Self, Option<String>) {
         let (v4, v6) = (IpAddr::from(ADDRESS_V4), IpAddr::from(ADDRESS_V6));
         let (cluster4, cluster6) = (IpAddr::from(CLUSTER_V4), IpAddr::from(CLUSTER_V6));
         let endpoints = [
@@ -109,6 +116,7 @@ impl Resolver {
             own,
             resolv_conf: resolv_conf.clone(),
             stubs: config.stub_domains.clone(),
+            told: Some(told),
         };
         let (engine, problem) = match serves.then(|| Engine::start(config, zone)) {
             None => (None, None),
@@ -164,6 +172,11 @@ impl Resolver {
     pub(crate) fn upstream_addresses(&self) -> Vec<SocketAddr> {
         let upstreams = self.engine.as_ref().and_then(Engine::upstreams);
         upstreams.map(|upstreams| upstreams.servers.clone()).unwrap_or_default()
+    }
+
+    /// Returns how many answers were sent before their addresses were admitted.
+    pub(crate) fn late(&self) -> u64 {
+        self.engine.as_ref().map_or(0, |engine| engine.stats().late)
     }
 
     /// Returns how long questions to upstream servers took. `None` if the resolver does not run.

@@ -11,6 +11,7 @@ use ovl_control::{PolicyDrop, PolicyJudgement, PolicyRow, PolicySide};
 use ovl_kernel::CountedElement;
 use ovl_metrics::{In, Page};
 use ovl_proto::resource::{Name, Protocol};
+use ovl_subsystems::policy::admitted::AdmittedAt;
 use ovl_subsystems::policy::explain::{
     ConnectionEnd, Judgement, Shown, Side, describe, describe_cluster, explain,
 };
@@ -124,6 +125,7 @@ fn cluster_row(policies: &Policies, policy: &ClusterPolicy) -> PolicyRow {
 /// An end is no endpoint, or the ends have no addresses of one family.
 pub(crate) fn judge(
     view: &View,
+    admitted: AdmittedAt<'_>,
     from: &str,
     to: &str,
     port: Option<(Protocol, u16)>,
@@ -133,7 +135,7 @@ pub(crate) fn judge(
     let mut judgements = Vec::new();
     for from in &sources {
         for to in targets.iter().filter(|to| to.is_ipv4() == from.is_ipv4()) {
-            judgements.push(judged(view, &policies, *from, *to, port));
+            judgements.push(judged(view, &policies, admitted, *from, *to, port));
         }
     }
     if judgements.is_empty() {
@@ -145,42 +147,49 @@ pub(crate) fn judge(
 /// Explains the verdict of all policies on a connection between two addresses.
 pub(crate) fn judgement(
     view: &View,
+    admitted: AdmittedAt<'_>,
     from: IpAddr,
     to: IpAddr,
     port: Option<(Protocol, u16)>,
 ) -> PolicyJudgement {
-    judged(view, &Policies::new(&view.resources), from, to, port)
+    judged(view, &Policies::new(&view.resources), admitted, from, to, port)
 }
 
 /// Returns what explains many connections: as [`judgement`], but the policies are read once.
-pub(crate) fn judgements(
-    view: &View,
-) -> impl Fn(IpAddr, IpAddr, Option<(Protocol, u16)>) -> PolicyJudgement + '_ {
+pub(crate) fn judgements<'a>(
+    view: &'a View,
+    admitted: AdmittedAt<'a>,
+) -> impl Fn(IpAddr, IpAddr, Option<(Protocol, u16)>) -> PolicyJudgement + 'a {
     let policies = Policies::new(&view.resources);
-    move |from, to, port| judged(view, &policies, from, to, port)
+    move |from, to, port| judged(view, &policies, admitted, from, to, port)
 }
 
 fn judged(
     view: &View,
     policies: &Policies,
+    admitted: AdmittedAt<'_>,
     from: IpAddr,
     to: IpAddr,
     port: Option<(Protocol, u16)>,
 ) -> PolicyJudgement {
     let [source, target] = [from, to].map(|address| ConnectionEnd::of(view, address));
-    let judged = explain(view, policies, &source, &target, port);
+    let judged = explain(view, policies, admitted, &source, &target, port);
     PolicyJudgement {
         from,
         to,
         passes: judged.passes(),
-        egress: side(judged.egress, &source, Direction::Egress),
+        egress: elsewhere(view, policies, &source, side(judged.egress, &source, Direction::Egress)),
         ingress: side(judged.ingress, &target, Direction::Ingress),
     }
 }
 
 /// Lists the connections of which packets were dropped recently. `counts` has the elements of
 /// [`Counter::by_connection`] of each counter, in the order of [`Counter::all`].
-pub(crate) fn drops(view: &View, counts: Vec<Vec<CountedElement>>) -> Vec<PolicyDrop> {
+pub(crate) fn drops(
+    view: &View,
+    admitted: AdmittedAt<'_>,
+    counts: Vec<Vec<CountedElement>>,
+) -> Vec<PolicyDrop> {
     let policies = Policies::new(&view.resources);
     let mut drops = Vec::new();
     for (counter, counts) in Counter::all().iter().zip(counts) {
@@ -190,7 +199,7 @@ pub(crate) fn drops(view: &View, counts: Vec<Vec<CountedElement>>) -> Vec<Policy
             drops.push(PolicyDrop {
                 packets: counted.packets,
                 last_ms: REMEMBERED_MS.saturating_sub(left),
-                ..drop_of(view, &policies, counter.direction, connection)
+                ..drop_of(view, &policies, admitted, counter.direction, connection)
             });
         }
     }
@@ -255,6 +264,23 @@ fn full_name(end: &ConnectionEnd<'_>) -> Option<String> {
     Some(format!("{}/{}", placed.endpoint.namespace, placed.endpoint.name))
 }
 
+/// Adds that the addresses of domain names are only known on the source's host, if policies with such rules decide about an
+/// endpoint of another host.
+fn elsewhere(view: &View, policies: &Policies, end: &ConnectionEnd<'_>, mut side: PolicySide) -> PolicySide {
+    let Some(Placed { node, endpoint }) = end.endpoint.filter(|_| !end.is_on(view.me)) else { return side };
+    if policies.has_patterns() {
+        let labels = view.known_labels(node.record.id, endpoint);
+        let patterns = policies.patterns_of(&view.resources, &endpoint.namespace, labels.as_deref());
+        if !patterns.is_empty() {
+            side.why += &format!(
+                " (as far as it is known here: which addresses its rules about domain names admit is known on {})",
+                node.record.name
+            );
+        }
+    }
+    side
+}
+
 fn side(side: Side, end: &ConnectionEnd<'_>, direction: Direction) -> PolicySide {
     let passes = side.passes();
     let who = full_name(end).unwrap_or_else(|| end.address.to_string());
@@ -308,7 +334,13 @@ fn called(name: &Name) -> String {
     if name.namespace.is_empty() { format!("ClusterNetworkPolicy {name}") } else { name.to_string() }
 }
 
-fn drop_of(view: &View, policies: &Policies, direction: Direction, connection: Connection) -> PolicyDrop {
+fn drop_of(
+    view: &View,
+    policies: &Policies,
+    admitted: AdmittedAt<'_>,
+    direction: Direction,
+    connection: Connection,
+) -> PolicyDrop {
     let Connection { from, to, protocol, port } = connection;
     let [source, target] = [from, to].map(|address| ConnectionEnd::of(view, address));
     let own = match direction {
@@ -316,7 +348,7 @@ fn drop_of(view: &View, policies: &Policies, direction: Direction, connection: C
         Direction::Egress => &source,
     };
     let known = protocol_of(protocol);
-    let judged = explain(view, policies, &source, &target, known.map(|known| (known, port)));
+    let judged = explain(view, policies, admitted, &source, &target, known.map(|known| (known, port)));
     let refusing = match (direction, judged) {
         (Direction::Ingress, Judgement { ingress: side, .. })
         | (Direction::Egress, Judgement { egress: side, .. }) => {
@@ -347,10 +379,15 @@ fn drop_of(view: &View, policies: &Policies, direction: Direction, connection: C
 #[cfg(test)]
 mod tests {
     use ovl_proto::resource::Kind;
+    use ovl_subsystems::policy::admitted::Admitted;
     use serde_json::json;
 
     use super::*;
     use crate::world::{World, read};
+
+    fn none(admitted: &Admitted) -> AdmittedAt<'_> {
+        AdmittedAt { admitted, now: std::time::Duration::ZERO }
+    }
 
     const WEB: &[(&str, &str)] = &[("app", "web")];
 
@@ -397,13 +434,15 @@ mod tests {
     #[test]
     fn element_with_a_key_of_another_length_is_passed_over() {
         assert!(refused(counted(&[10, 9, 0], 7, None)).is_empty());
-        assert!(drops(&world().view, counted(&[10, 9, 0], 7, None)).is_empty());
+        assert!(drops(&world().view, none(&Admitted::default()), counted(&[10, 9, 0], 7, None)).is_empty());
     }
 
     #[test]
     fn connection_is_judged_by_names_and_addresses() {
         let world = world();
-        let judge = |from: &str, to: &str| judge(&world.view, from, to, Some((Protocol::Tcp, 80)));
+        let admitted = Admitted::default();
+        let judge =
+            |from: &str, to: &str| judge(&world.view, none(&admitted), from, to, Some((Protocol::Tcp, 80)));
         let judged = judge("w3", "w1").unwrap();
         assert!(judged.len() == 1 && judged[0].passes, "{judged:?}");
         let judged = judge("default/w2", "10.9.0.9").unwrap();
@@ -419,7 +458,8 @@ mod tests {
         let world = world();
         // From w2 to w1, TCP port 80: addresses, protocol with padding, port with padding.
         let key = [10, 9, 0, 18, 10, 9, 0, 9, 6, 0, 0, 0, 0, 80, 0, 0];
-        let drops = drops(&world.view, counted(&key, 3, Some(REMEMBERED_MS - 500)));
+        let drops =
+            drops(&world.view, none(&Admitted::default()), counted(&key, 3, Some(REMEMBERED_MS - 500)));
         assert_eq!(drops.len(), 1);
         let drop = &drops[0];
         assert_eq!((drop.packets, drop.last_ms, drop.port), (3, 500, Some(80)));

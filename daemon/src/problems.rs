@@ -169,6 +169,10 @@ pub(crate) enum Code {
     ApiUnreachable,
     /// A kube-proxy translates Services as well.
     KubeProxy,
+    /// Addresses that workloads were told for domain names of policies are not admitted as they should be.
+    NamesDisplaced,
+    /// A policy has domain names, and queries for them do not come to ovl.
+    NamesUnheard,
     /// Another program's traffic control delays or drops packets of ovl.
     TrafficControl,
     /// The page is not served, because its address cannot be listened at or its token cannot be read.
@@ -178,7 +182,7 @@ pub(crate) enum Code {
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    pub(crate) const ALL: [Self; 82] = [
+    pub(crate) const ALL: [Self; 84] = [
         Self::HostDown,
         Self::NoMajority,
         Self::VersionsDiffer,
@@ -259,6 +263,8 @@ impl Code {
         Self::NotMirrored,
         Self::ApiUnreachable,
         Self::KubeProxy,
+        Self::NamesDisplaced,
+        Self::NamesUnheard,
         Self::TrafficControl,
         Self::PageAddress,
     ];
@@ -349,6 +355,8 @@ impl Code {
             Self::NotMirrored => "OVL-E090",
             Self::ApiUnreachable => "OVL-E091",
             Self::KubeProxy => "OVL-E092",
+            Self::NamesDisplaced => "OVL-E095",
+            Self::NamesUnheard => "OVL-E096",
             Self::TrafficControl => "OVL-E100",
             Self::PageAddress => "OVL-E120",
         }
@@ -438,6 +446,8 @@ impl Code {
             | Self::ResolverSlow
             | Self::SearchLists
             | Self::TrafficControl
+            | Self::NamesDisplaced
+            | Self::NamesUnheard
             | Self::KubeProxy => Severity::Warning,
         }
     }

@@ -267,7 +267,7 @@ fn kinds(world: &PolicyLab) -> Vec<(&'static str, Vec<Value>)> {
             )],
         ),
         (
-            "peers that ovl does not act on: Accept fits nothing, and the rest of the rule holds",
+            "domain names for which nothing was told: Accept fits nothing, and the rest of the rule holds",
             vec![cluster(
                 "names",
                 "Admin",

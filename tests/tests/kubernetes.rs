@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use ipnet::IpNet;
 use netns_lab::{Host, Lab, LabConfig, Netns, Workload, wait_until};
+use ovl_proto::id::NodeId;
 use ovl_tests::cni::{Conflist, Container, addresses};
 use ovl_tests::kubernetes::{ApiServer, CLUSTER, Control, Kube};
 use ovl_tests::routed::create_routed_network;
@@ -46,21 +47,26 @@ fn start_with(config: &str) -> World {
 }
 
 impl World {
-    /// Waits until exactly one of these hosts mirrors, and returns which.
+    /// Waits until the one of these hosts mirrors whose turn it is once all of them reach the API server, and returns which. The
+    /// first one to reach it mirrors until then.
     fn wait_mirror(&mut self, of: &[usize]) -> usize {
-        wait_until(SOON, "one host to mirror", || {
+        let id = |n: &&usize| -> NodeId {
+            let status = self.lab.hosts()[**n].ctl_json(&["status"]).unwrap();
+            text(&status["id"]).parse().unwrap()
+        };
+        let chosen = *of.iter().min_by_key(id).unwrap();
+        wait_until(SOON, "the host whose turn it is to mirror", || {
             let mut acting = Vec::new();
             for n in of {
                 let kube = &mut self.kubes[*n];
                 kube.check_running()?;
                 acting.extend(kube.mirrors().then_some(*n));
             }
-            match acting.as_slice() {
-                [one] => Ok(Some(*one)),
-                _ => anyhow::bail!("{acting:?} mirror"),
-            }
+            ensure!(acting == [chosen], "{acting:?} mirror, and it is the turn of {chosen}");
+            Ok(())
         })
-        .unwrap()
+        .unwrap();
+        chosen
     }
 
     /// Waits until a host has an object as `ovlctl get -o json` shows it.

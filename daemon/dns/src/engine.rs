@@ -15,12 +15,13 @@ use ovl_zone::{Client, Name, Zone};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::forward::{Forwarder, Job, Lookup, Waiter};
+use crate::forward::{Forwarder, Job, Lookup, Waiter, Work};
 use crate::resolv::{ResolvConfWatcher, Upstreams};
 use crate::servers::{FailingServer, StubDomain};
 use crate::share::Share;
 use crate::shared::{Counters, ListenRole, Shared};
 use crate::tcp::Connections;
+use crate::told::Told;
 use crate::wire::{RecordType, question};
 use crate::{sys, tcp, udp};
 
@@ -49,6 +50,8 @@ pub struct Config {
     pub resolv_conf: PathBuf,
     /// Domains with servers of their own.
     pub stubs: Vec<StubDomain>,
+    /// Who is told of addresses of names that clients are watched for, before the clients are. `None`: nobody.
+    pub told: Option<mpsc::Sender<Told>>,
 }
 
 /// Counters since the start of the engine.
@@ -66,13 +69,15 @@ pub struct Stats {
     pub failed: u64,
     /// Queries and connections that were refused or closed because the client had used up its share.
     pub limited: u64,
+    /// Answers with addresses of a watched name that were sent before these were noted, because that took too long.
+    pub late: u64,
 }
 
 /// A DNS server. It ends when it is dropped.
 #[derive(Debug)]
 pub struct Engine {
     shared: Arc<Shared>,
-    jobs: mpsc::Sender<Job>,
+    jobs: mpsc::Sender<Work>,
 }
 
 impl Engine {
@@ -89,6 +94,8 @@ impl Engine {
             upstreams: ArcSwapOption::default(),
             limited: Mutex::default(),
             waits: Mutex::default(),
+            told: config.told,
+            recent: Mutex::default(),
             ending: AtomicBool::new(false),
         });
         let explain = |listen: &Listen, error: io::Error| {
@@ -137,7 +144,7 @@ impl Engine {
         let (sender, receiver) = oneshot::channel();
         let message = question(0, name, kind, 0, Some(false));
         let job = Job { message, alias: None, asker: Client::Host, to: Waiter::Lookup(sender) };
-        self.jobs.send(job).await.ok()?;
+        self.jobs.send(Work::Forward(Box::new(job))).await.ok()?;
         receiver.await.ok()
     }
 
@@ -165,7 +172,7 @@ impl Engine {
 
     /// Returns the counters.
     pub fn stats(&self) -> Stats {
-        let Counters { answered, ignored, cached, forwarded, failed, limited } = &self.shared.counters;
+        let Counters { answered, ignored, cached, forwarded, failed, limited, late } = &self.shared.counters;
         Stats {
             answered: answered.load(Relaxed),
             ignored: ignored.load(Relaxed),
@@ -173,6 +180,7 @@ impl Engine {
             forwarded: forwarded.load(Relaxed),
             failed: failed.load(Relaxed),
             limited: limited.load(Relaxed),
+            late: late.load(Relaxed),
         }
     }
 }
@@ -187,7 +195,7 @@ impl Drop for Engine {
 async fn run_forwarding(
     streams: Vec<(std::net::TcpListener, ListenRole)>,
     shared: &Arc<Shared>,
-    jobs: &mpsc::Sender<Job>,
+    jobs: &mpsc::Sender<Work>,
     forwarding: impl Future<Output = ()>,
 ) {
     let open = Rc::new(RefCell::new(Connections::default()));

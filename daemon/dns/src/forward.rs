@@ -20,6 +20,7 @@ use crate::resolv::{ResolvConfWatcher, Upstreams};
 use crate::servers::{Servers, StubDomain};
 use crate::share::Share;
 use crate::shared::Shared;
+use crate::told::Found;
 use crate::upstream::{self, Reply};
 use crate::wire::{AA, AD, HEADER, QR, Query, RA, Rcode, RecordType, TC, opt, u16_at};
 
@@ -36,6 +37,8 @@ const MAX_QUESTIONS: usize = 2_000;
 const MAX_WAITING: usize = 500;
 /// The limit of queries of one client that wait. One client alone must not take all questions in flight.
 const MAX_WAITING_EACH: usize = MAX_QUESTIONS / 8;
+/// The limit of answers for one client that wait until their addresses are noted.
+const MAX_TELLING_EACH: usize = 32;
 
 /// A query to forward.
 #[derive(Debug)]
@@ -46,6 +49,15 @@ pub(crate) struct Job {
     /// The client, whose share the query counts against.
     pub(crate) asker: Client,
     pub(crate) to: Waiter,
+}
+
+/// What the forwarding thread has to do.
+#[derive(Debug)]
+pub(crate) enum Work {
+    /// To forward a query.
+    Forward(Box<Job>),
+    /// To make addresses known, and then to send an answer of the zone with them to a client over UDP.
+    Tell { found: Found, asker: Client, answer: Vec<u8>, to: Waiter },
 }
 
 /// The receiver of an answer.
@@ -86,6 +98,8 @@ pub(crate) struct Forwarder {
     waiting: RefCell<HashMap<Question, Vec<Job>>>,
     /// The number of queries of each client that wait.
     shares: RefCell<HashMap<Client, usize>>,
+    /// The number of answers for each client that wait until their addresses are noted.
+    telling: RefCell<HashMap<Client, usize>>,
     shared: Arc<Shared>,
 }
 
@@ -96,6 +110,7 @@ impl Forwarder {
             cache: RefCell::default(),
             waiting: RefCell::default(),
             shares: RefCell::default(),
+            telling: RefCell::default(),
             shared,
         })
     }
@@ -103,7 +118,7 @@ impl Forwarder {
     /// Runs until all senders of `jobs` are dropped.
     pub(crate) async fn run(
         self: Rc<Self>,
-        mut jobs: mpsc::Receiver<Job>,
+        mut jobs: mpsc::Receiver<Work>,
         mut resolv_conf: ResolvConfWatcher,
     ) {
         let mut check = tokio::time::interval(RESOLV_CONF_INTERVAL);
@@ -111,7 +126,10 @@ impl Forwarder {
         loop {
             tokio::select! {
                 job = jobs.recv() => match job {
-                    Some(job) => self.take(job),
+                    Some(Work::Forward(job)) => self.take(*job),
+                    Some(Work::Tell { found, asker, answer, to }) => {
+                        self.send(Some(found), asker, to, answer);
+                    }
                     None => return,
                 },
                 _ = check.tick() => {
@@ -166,12 +184,12 @@ impl Forwarder {
         let kept = self.cache.borrow_mut().get(&question, Instant::now());
         if let Some(kept) = kept {
             self.shared.counters.cached.fetch_add(1, Relaxed);
-            self.deliver(&job.message, &query, job.alias, job.to, &kept, AnswerOrigin::Cache);
+            self.deliver(&job.message, &query, (job.alias, job.asker), job.to, &kept, AnswerOrigin::Cache);
             return;
         }
         if self.shares.borrow().get(&job.asker).is_some_and(|count| *count >= MAX_WAITING_EACH) {
             self.shared.note_limited(job.asker, Share::Queries);
-            self.fail(&job.message, &query, job.to);
+            self.fail(&job.message, &query, job.asker, job.to);
             return;
         }
         let asker = job.asker;
@@ -186,7 +204,7 @@ impl Forwarder {
         }
         if full {
             self.shared.counters.failed.fetch_add(1, Relaxed);
-            self.fail(&job.message, &query, job.to);
+            self.fail(&job.message, &query, job.asker, job.to);
             return;
         }
         waiting.insert(question.clone(), vec![job]);
@@ -203,17 +221,6 @@ impl Forwarder {
         *count = count.saturating_add(1);
     }
 
-    /// Takes back [`Self::count`].
-    fn discount(&self, asker: Client) {
-        let mut shares = self.shares.borrow_mut();
-        let left = shares.get(&asker).map_or(0, |count| count.saturating_sub(1));
-        if left == 0 {
-            shares.remove(&asker);
-        } else {
-            shares.insert(asker, left);
-        }
-    }
-
     async fn resolve(self: Rc<Self>, question: Question) {
         self.shared.counters.forwarded.fetch_add(1, Relaxed);
         let started = Instant::now();
@@ -227,13 +234,14 @@ impl Forwarder {
         }
         let waiting = self.waiting.borrow_mut().remove(&question).unwrap_or_default();
         for Job { message, alias, asker, to } in waiting {
-            self.discount(asker);
+            discount(&mut self.shares.borrow_mut(), asker);
             let Ok(query) = Query::read(&message) else { continue };
             match &found {
                 Some((reply, server)) => {
-                    self.deliver(&message, &query, alias, to, &reply.message, AnswerOrigin::Server(*server))
+                    let origin = AnswerOrigin::Server(*server);
+                    self.deliver(&message, &query, (alias, asker), to, &reply.message, origin);
                 }
-                None => self.fail(&message, &query, to),
+                None => self.fail(&message, &query, asker, to),
             }
         }
     }
@@ -279,23 +287,43 @@ impl Forwarder {
     }
 
     /// Answers SERVFAIL, because no server answered.
-    fn fail(&self, message: &[u8], query: &Query, to: Waiter) {
+    fn fail(self: &Rc<Self>, message: &[u8], query: &Query, asker: Client, to: Waiter) {
         self.deliver(
             message,
             query,
-            None,
+            (None, asker),
             to,
             &answer::empty_response(message, query, Rcode::SERVER_FAILURE),
             AnswerOrigin::Unanswered,
         );
     }
 
+    /// Sends an answer, after what it tells of watched names is known.
+    fn send(self: &Rc<Self>, found: Option<Found>, asker: Client, to: Waiter, answer: Vec<u8>) {
+        let Some(found) = found else { return hand_over(to, answer) };
+        {
+            let mut telling = self.telling.borrow_mut();
+            let count = telling.entry(asker).or_default();
+            if *count >= MAX_TELLING_EACH {
+                // The client retries.
+                return self.shared.note_limited(asker, Share::Queries);
+            }
+            *count = count.saturating_add(1);
+        }
+        let forwarder = Rc::clone(self);
+        tokio::task::spawn_local(async move {
+            forwarder.shared.tell(found).await;
+            discount(&mut forwarder.telling.borrow_mut(), asker);
+            hand_over(to, answer);
+        });
+    }
+
     /// Adapts the answer to the query and sends it.
     fn deliver(
-        &self,
+        self: &Rc<Self>,
         message: &[u8],
         query: &Query,
-        alias: Option<Target>,
+        (alias, asker): (Option<Target>, Client),
         to: Waiter,
         answer: &[u8],
         origin: AnswerOrigin,
@@ -305,16 +333,17 @@ impl Forwarder {
             composed.unwrap_or_else(|| answer::empty_response(message, query, Rcode::SERVER_FAILURE))
         });
         let answer = composed.as_deref().unwrap_or(answer);
+        let zone = self.shared.zone.load();
+        let found = self.shared.find(&zone, asker, message, alias.as_ref(), false, answer);
         match to {
             Waiter::Udp(socket, address) => {
                 if let Some(answer) = fit_to_query(message, query, answer, query.udp_limit()) {
-                    // A client that misses the answer retries.
-                    let _ = socket.send_to(&answer, address);
+                    self.send(found, asker, Waiter::Udp(socket, address), answer);
                 }
             }
             Waiter::Tcp(sender) => {
                 if let Some(answer) = fit_to_query(message, query, answer, usize::from(u16::MAX)) {
-                    let _ = sender.send(answer);
+                    self.send(found, asker, Waiter::Tcp(sender), answer);
                 }
             }
             Waiter::Lookup(sender) => {
@@ -323,6 +352,30 @@ impl Forwarder {
                 let _ = sender.send(Lookup { message: answer.to_vec(), origin, stub });
             }
         }
+    }
+}
+
+/// Counts one less for a client.
+fn discount(counts: &mut HashMap<Client, usize>, asker: Client) {
+    let left = counts.get(&asker).map_or(0, |count| count.saturating_sub(1));
+    if left == 0 {
+        counts.remove(&asker);
+    } else {
+        counts.insert(asker, left);
+    }
+}
+
+/// Hands an answer to its receiver.
+fn hand_over(to: Waiter, answer: Vec<u8>) {
+    match to {
+        Waiter::Udp(socket, address) => {
+            // A client that misses the answer retries.
+            let _ = socket.send_to(&answer, address);
+        }
+        Waiter::Tcp(sender) => {
+            let _ = sender.send(answer);
+        }
+        Waiter::Lookup(_) => {}
     }
 }
 

@@ -1,6 +1,6 @@
 //! Runs arbitrary bytes through all message parsers, for the fuzzer in `tests/fuzz` and for a property test.
 
-use ovl_zone::{Client, ClientContext, Name, Records, Zone};
+use ovl_zone::{Client, ClientContext, Name, NamePattern, Records, Zone};
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
@@ -21,8 +21,12 @@ pub fn zone() -> Zone {
         zone.set(1, &web, Records { v4, ..Records::default() });
         zone.set(1, &Name::reverse_of(FROM), Records { names: [web.into()].into(), ..Records::default() });
     }
-    let context =
-        ClientContext { networks: Arc::from([1]), search: Name::parse("default.svc"), external: true };
+    let context = ClientContext {
+        networks: Arc::from([1]),
+        search: Name::parse("default.svc"),
+        external: true,
+        watched: NamePattern::parse("*.blue").into_iter().collect(),
+    };
     zone.set_clients(HashMap::from([(FROM, context)]));
     zone
 }
@@ -48,6 +52,10 @@ pub fn message(bytes: &[u8]) {
         }
     }
     let _ = crate::message::records(bytes);
+    let asked = Name::parse("web.blue").unwrap_or(Name::ROOT);
+    for is_own in [true, false] {
+        let _ = crate::told::find(&zone, Client::Endpoint(FROM), &asked, None, is_own, bytes);
+    }
     if let Some(fitting) = crate::message::fitting(bytes, 512) {
         assert!(fitting.end <= bytes.len().min(512));
     }

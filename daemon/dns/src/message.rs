@@ -184,6 +184,44 @@ impl std::fmt::Display for RecordData {
     }
 }
 
+/// A record as it is in a message.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RawRecord<'a> {
+    /// Where its owner's name begins.
+    pub(crate) owner: usize,
+    pub(crate) kind: RecordType,
+    pub(crate) class: u16,
+    /// In seconds. One with the upper bit set counts as zero (RFC 2181, section 8).
+    pub(crate) ttl: u32,
+    /// Where its data begins.
+    pub(crate) start: usize,
+    pub(crate) data: &'a [u8],
+}
+
+/// Iterates over the records of a message's answer section; `None` in place of one that is malformed, and after it.
+pub(crate) fn answers(message: &[u8]) -> Option<impl Iterator<Item = Option<RawRecord<'_>>>> {
+    let mut at = HEADER;
+    for _ in 0..u16_at(message, 4)? {
+        at = skip_name(message, at)?.checked_add(4)?;
+    }
+    let mut next = move || {
+        let owner = at;
+        let fixed = skip_name(message, at)?;
+        let start = fixed.checked_add(10)?;
+        at = start.checked_add(usize::from(u16_at(message, fixed + 8)?))?;
+        let ttl = u32_at(message, fixed + 4)?;
+        Some(RawRecord {
+            owner,
+            kind: RecordType(u16_at(message, fixed)?),
+            class: u16_at(message, fixed + 2)?,
+            ttl: if ttl > i32::MAX as u32 { 0 } else { ttl },
+            start,
+            data: message.get(start..at)?,
+        })
+    };
+    Some((0..u16_at(message, 6)?).map(move |_| next()))
+}
+
 /// Parses the rcode and the answer section of a message. `None` if it is malformed.
 pub fn records(message: &[u8]) -> Option<(Rcode, Vec<Record>)> {
     let rcode = Rcode(u16_at(message, 2)? & 15);
@@ -278,7 +316,7 @@ pub(crate) fn compose_alias_answer(
 }
 
 /// Reads a name that may be compressed. Each pointer must lead further back, so there is no loop.
-fn expand(message: &[u8], mut at: usize) -> Option<Name> {
+pub(crate) fn expand(message: &[u8], mut at: usize) -> Option<Name> {
     let mut name = Name::ROOT;
     let mut before = at;
     loop {

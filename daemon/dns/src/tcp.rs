@@ -15,7 +15,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::timeout;
 
 use crate::answer::{Outcome, Transport, answer};
-use crate::forward::{Job, Waiter};
+use crate::forward::{Job, Waiter, Work};
 use crate::share::{Admission, Connection, Places, Share};
 use crate::shared::{ListenRole, Shared};
 
@@ -65,7 +65,7 @@ pub(crate) async fn serve(
     listener: TcpListener,
     role: ListenRole,
     shared: Arc<Shared>,
-    jobs: mpsc::Sender<Job>,
+    jobs: mpsc::Sender<Work>,
     open: Rc<RefCell<Connections>>,
 ) {
     loop {
@@ -97,7 +97,7 @@ async fn converse(
     mut stream: TcpStream,
     asker: Client,
     shared: &Shared,
-    jobs: &mpsc::Sender<Job>,
+    jobs: &mpsc::Sender<Work>,
     set_busy: impl Fn(bool),
 ) -> io::Result<()> {
     let mut buffer = vec![0; usize::from(u16::MAX)];
@@ -113,12 +113,17 @@ async fn converse(
         let reply = match outcome {
             Outcome::Answer(length) => {
                 shared.counters.answered.fetch_add(1, Relaxed);
-                buffer.get(..length).unwrap_or_default()
+                let reply = buffer.get(..length).unwrap_or_default();
+                let found = shared.find(&shared.zone.load(), asker, &message, None, true, reply);
+                if let Some(found) = found {
+                    shared.tell(found).await;
+                }
+                reply
             }
             Outcome::Forward | Outcome::Alias(_) => {
                 let (sender, receiver) = oneshot::channel();
                 let job = Job { message, alias: outcome.alias(), asker, to: Waiter::Tcp(sender) };
-                jobs.send(job).await.map_err(io::Error::other)?;
+                jobs.send(Work::Forward(Box::new(job))).await.map_err(io::Error::other)?;
                 forwarded = receiver.await.map_err(io::Error::other)?;
                 &forwarded
             }

@@ -174,8 +174,12 @@ mod search_lists {
         zone.set_cluster(&name("_pg._tcp.db.shop.svc.cluster.local"), srv.into());
         let unready = Records { unready: true, ..Records::default() };
         zone.set_cluster(&name("late.shop.svc.cluster.local"), unready);
-        let context =
-            ClientContext { networks: Arc::from([]), search: Some(name("shop.svc")), external: true };
+        let context = ClientContext {
+            networks: Arc::from([]),
+            search: Some(name("shop.svc")),
+            external: true,
+            watched: Arc::from([]),
+        };
         zone.set_clients(HashMap::from([(CLIENT, context)]));
         zone
     }
@@ -297,8 +301,12 @@ mod search_lists {
     #[test]
     fn a_client_on_internal_networks_alone_gets_no_external_names() {
         let mut zone = zone(true);
-        let context =
-            ClientContext { networks: Arc::from([]), search: Some(name("shop.svc")), external: false };
+        let context = ClientContext {
+            networks: Arc::from([]),
+            search: Some(name("shop.svc")),
+            external: false,
+            watched: Arc::from([]),
+        };
         zone.set_clients(HashMap::from([(CLIENT, context)]));
         for (text, expected) in [
             ("db.shop.svc.cluster.local", "NOERROR 10.96.0.50"),
@@ -313,5 +321,224 @@ mod search_lists {
             assert!(answer.starts_with(expected), "{text}: {answer}");
         }
         assert_eq!(ask(&zone, "ext.shop.svc.cluster.local", RecordType::CNAME), "NOERROR db.example.org");
+    }
+}
+
+/// What a client is told of names that it is watched for, and the patterns of such names.
+mod told {
+    use std::collections::HashMap;
+    use std::net::{IpAddr, Ipv4Addr};
+    use std::sync::Arc;
+    use std::time::{Duration, Instant};
+
+    use ovl_zone::{Client, ClientContext, Name, NamePattern, OtherRecords, Records, Zone};
+    use proptest::prelude::*;
+
+    use crate::answer::{Outcome, Target, Transport, answer};
+    use crate::message::compose_alias_answer;
+    use crate::told::{Found, Recent, find};
+    use crate::wire::{Query, RecordType, question};
+
+    const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2));
+    const ASKER: Client = Client::Endpoint(CLIENT);
+
+    fn name(text: &str) -> Name {
+        Name::parse(text).unwrap()
+    }
+
+    fn pattern(text: &str) -> NamePattern {
+        NamePattern::parse(text).unwrap()
+    }
+
+    fn wire(text: &str) -> Vec<u8> {
+        [name(text).as_bytes(), &[0]].concat()
+    }
+
+    /// An answer with these records: owner, time to live, and a target or the last byte of an address.
+    fn said(asked: &str, records: &[(&str, u32, Result<&str, u8>)]) -> Vec<u8> {
+        let mut message = question(9, &name(asked), RecordType::A, 0, None);
+        message[2] |= 0x80;
+        message[7] = records.len() as u8;
+        for (owner, ttl, data) in records {
+            message.extend_from_slice(&wire(owner));
+            let (kind, data) = match data {
+                Ok(target) => (5, wire(target)),
+                Err(last) => (1, vec![192, 0, 2, *last]),
+            };
+            message.extend_from_slice(&[0, kind, 0, 1]);
+            message.extend_from_slice(&ttl.to_be_bytes());
+            message.extend_from_slice(&(data.len() as u16).to_be_bytes());
+            message.extend_from_slice(&data);
+        }
+        message
+    }
+
+    /// A zone with a client that is watched for these names, on a network with an endpoint `www.ovl.test`.
+    fn zone(watched: &[&str]) -> Zone {
+        let mut zone = Zone::new(Some(name("ovl.internal")));
+        zone.begin_cluster(name("cluster.local"), true);
+        zone.set_network(1, name("blue"), Vec::new());
+        for text in ["www.trap.test", "db"] {
+            zone.set(
+                1,
+                &name(text),
+                Records { v4: [Ipv4Addr::new(10, 0, 0, 3)].into(), ..Records::default() },
+            );
+        }
+        let alias = Some(name("www.ovl.test").into());
+        let external = OtherRecords { alias, ..OtherRecords::default() };
+        zone.set_cluster(&name("ext.shop.svc.cluster.local"), external.into());
+        let v4 = [Ipv4Addr::new(10, 0, 0, 4)].into();
+        zone.set_cluster(&name("db.shop.svc.cluster.local"), Records { v4, ..Records::default() });
+        let watched = watched.iter().map(|text| pattern(text)).collect();
+        let context = ClientContext {
+            networks: Arc::from([1]),
+            search: Some(name("shop.svc")),
+            external: true,
+            watched,
+        };
+        zone.set_clients(HashMap::from([(CLIENT, context)]));
+        zone
+    }
+
+    fn addresses(found: Option<Found>) -> Vec<(IpAddr, u32)> {
+        found.map(|found| found.addresses).unwrap_or_default()
+    }
+
+    fn at(last: u8, ttl: u32) -> (IpAddr, u32) {
+        ([192, 0, 2, last].into(), ttl)
+    }
+
+    /// What an answer of another resolver tells.
+    fn forwarded(watched: &[&str], asked: &str, records: &[(&str, u32, Result<&str, u8>)]) -> Option<Found> {
+        find(&zone(watched), ASKER, &name(asked), None, false, &said(asked, records))
+    }
+
+    #[test]
+    fn addresses_are_those_at_the_end_of_the_chain_with_its_shortest_time() {
+        let chain: &[(&str, u32, Result<&str, u8>)] = &[
+            // In any order, and with records that the chain does not lead to.
+            ("c.other.test", 60, Err(7)),
+            ("b.other.test", 30, Ok("C.other.test")),
+            ("c.other.test", 20, Err(8)),
+            ("x.other.test", 600, Err(9)),
+            ("www.ovl.test", 90, Ok("b.other.test")),
+        ];
+        let found = forwarded(&["*.ovl.test", "www.ovl.test"], "WWW.ovl.test", chain).unwrap();
+        assert_eq!(found.name, "www.ovl.test");
+        assert_eq!(found.patterns, [pattern("*.ovl.test"), pattern("www.ovl.test")]);
+        assert_eq!(found.addresses, [at(7, 30), at(8, 20)]);
+        assert_eq!(forwarded(&["c.other.test"], "www.ovl.test", chain), None, "another resolver's word");
+        // Nothing to reach.
+        assert_eq!(
+            forwarded(&["www.ovl.test"], "www.ovl.test", &[("www.ovl.test", 5, Ok("lost.test"))]),
+            None
+        );
+        let endless: &[_] = &[("a.ovl.test", 5, Ok("b.ovl.test")), ("b.ovl.test", 5, Ok("a.ovl.test"))];
+        assert_eq!(forwarded(&["a.ovl.test"], "a.ovl.test", endless), None);
+        // A time with the upper bit set is none.
+        let strange = forwarded(&["a.ovl.test"], "a.ovl.test", &[("a.ovl.test", u32::MAX, Err(1))]);
+        assert_eq!(addresses(strange), [at(1, 0)]);
+        assert_eq!(forwarded(&[], "a.ovl.test", &[("a.ovl.test", 5, Err(1))]), None);
+    }
+
+    #[test]
+    fn names_that_ovl_gives_in_place_of_the_asked_one_count() {
+        let ask = |watched: &[&str], asked: &str| {
+            let zone = zone(watched);
+            let message = question(1, &name(asked), RecordType::A, 0, None);
+            let mut buffer = [0; 2000];
+            match answer(&zone, ASKER, Transport::Tcp, &message, &mut buffer, 0) {
+                Outcome::Answer(length) => find(&zone, ASKER, &name(asked), None, true, &buffer[..length]),
+                Outcome::Alias(target) => {
+                    let Target { name: to, .. } = *target;
+                    let to = to.to_string();
+                    let upstream = said(&to, &[(&to, 60, Err(7))]);
+                    let query = Query::read(&message).unwrap();
+                    let whole = compose_alias_answer(&message, &query, &target, &upstream).unwrap();
+                    find(&zone, ASKER, &name(asked), Some(&target), false, &whole)
+                }
+                other => panic!("{other:?}"),
+            }
+        };
+        let told = |watched: &str, asked: &str| addresses(ask(&[watched], asked)).len();
+        for (watched, asked, count) in [
+            // An external Service is both.
+            ("www.ovl.test", "ext.shop.svc.cluster.local", 1),
+            ("*.cluster.local", "ext.shop.svc.cluster.local", 1),
+            // The steps of a search list are no names of what it ends at.
+            ("api.ovl.test", "api.ovl.test.shop.svc.cluster.local", 1),
+            ("*.cluster.local", "api.ovl.test.shop.svc.cluster.local", 0),
+            ("*.svc.cluster.local", "db.shop.svc.shop.svc.cluster.local", 1),
+            ("*.shop.svc.shop.svc.cluster.local", "db.shop.svc.shop.svc.cluster.local", 0),
+            // Names of the zone. What an endpoint is called is no name in the DNS.
+            ("db.shop.svc.cluster.local", "db.shop.svc.cluster.local", 1),
+            ("*.blue.ovl.internal", "db.blue.ovl.internal", 1),
+            ("db.blue", "db.blue", 0),
+            ("www.trap.test", "www.trap.test", 0),
+        ] {
+            assert_eq!(told(watched, asked), count, "{watched}: {asked}");
+        }
+    }
+
+    #[test]
+    fn the_same_is_told_again_after_a_second() {
+        let found = |ttl, last| Found {
+            name: "www.ovl.test".to_owned(),
+            patterns: vec![pattern("www.ovl.test")],
+            addresses: vec![at(1, ttl), at(last, ttl)],
+        };
+        let (mut recent, start) = (Recent::default(), Instant::now());
+        assert!(!recent.has(&found(5, 2), start));
+        recent.note(&found(5, 2), start);
+        let mut rotated = found(4, 2);
+        rotated.addresses.reverse();
+        assert!(recent.has(&rotated, start));
+        assert!(!recent.has(&found(5, 3), start), "another address");
+        assert!(!recent.has(&found(5, 2), start + Duration::from_secs(1)));
+    }
+
+    fn labels() -> impl Strategy<Value = Vec<String>> {
+        prop::collection::vec("[a-cA-C]{1,2}", 1..5)
+    }
+
+    proptest! {
+        /// A pattern matches what the API says, by a comparison of lists of labels.
+        #[test]
+        fn patterns_match_whole_labels(of in labels(), asked in labels(), wild in any::<bool>(), dots in any::<[bool; 2]>()) {
+            let lower = |labels: &[String]| labels.iter().map(|label| label.to_lowercase()).collect::<Vec<_>>();
+            let text = |labels: &[String], dot: bool| labels.join(".") + if dot { "." } else { "" };
+            let pattern = format!("{}{}", if wild { "*." } else { "" }, text(&of, dots[0]));
+            let expected = match wild {
+                false => lower(&of) == lower(&asked),
+                true => asked.len() > of.len() && lower(&asked).ends_with(&lower(&of)),
+            };
+            let asked = name(&text(&asked, dots[1]));
+            let pattern = NamePattern::parse(&pattern).unwrap();
+            prop_assert_eq!(pattern.matches(&asked), expected, "{} {}", pattern, asked);
+            prop_assert_eq!(NamePattern::parse(&pattern.to_string()), Some(pattern));
+        }
+
+        /// What is read of any answer is one of its records, and nothing panics.
+        #[test]
+        fn any_answer_is_read(bytes in prop::collection::vec(any::<u8>(), 0..300), asked in labels()) {
+            let asked = name(&asked.join("."));
+            let mut message = question(1, &asked, RecordType::A, 0, None);
+            message[2] |= 0x80;
+            message[7] = 3;
+            message.extend_from_slice(&bytes);
+            let watched = [asked.to_string(), "*.a".to_owned(), "*.b".to_owned()];
+            let watched: Vec<&str> = watched.iter().map(String::as_str).collect();
+            if let Some(found) = find(&zone(&watched), ASKER, &asked, None, false, &message) {
+                prop_assert!(found.addresses.len() <= 3 && !found.patterns.is_empty());
+            }
+        }
+    }
+
+    #[test]
+    fn patterns_that_match_no_name_are_none() {
+        for text in ["", "*", "*.", "a..b", "a.*.b", "*.*.b", "a*.b", &format!("{}.b", "a".repeat(64))] {
+            assert_eq!(NamePattern::parse(text), None, "{text}");
+        }
     }
 }

@@ -10,7 +10,7 @@ use ovl_udp::{ReceiveBatch, Received, SendBatch};
 use tokio::sync::mpsc;
 
 use crate::answer::{Outcome, Transport, answer};
-use crate::forward::{Job, Waiter};
+use crate::forward::{Job, Waiter, Work};
 use crate::shared::{ListenRole, Shared};
 use crate::sys::wait_readable;
 use crate::wire::MAX_UDP;
@@ -23,7 +23,7 @@ const BATCH: usize = 64;
 const MAX_QUERY: usize = 1024;
 
 /// Answers queries to these sockets until the engine ends.
-pub(crate) fn serve(sockets: &[(Arc<UdpSocket>, ListenRole)], shared: &Shared, jobs: &mpsc::Sender<Job>) {
+pub(crate) fn serve(sockets: &[(Arc<UdpSocket>, ListenRole)], shared: &Shared, jobs: &mpsc::Sender<Work>) {
     let (mut queries, mut answers) = (ReceiveBatch::new(BATCH, MAX_QUERY), SendBatch::new(BATCH, MAX_UDP));
     let mut zone = Cache::new(&shared.zone);
     let all: Vec<&UdpSocket> = sockets.iter().map(|(socket, _)| &**socket).collect();
@@ -45,13 +45,23 @@ pub(crate) fn serve(sockets: &[(Arc<UdpSocket>, ListenRole)], shared: &Shared, j
                 match answer(zone, asker, Transport::Udp, query, buffer, turn) {
                     Outcome::Answer(length) => {
                         answered += 1;
-                        answers.push(from, length);
+                        let told = buffer.get(..length).unwrap_or_default();
+                        match shared.find(zone, asker, query, None, true, told) {
+                            None => answers.push(from, length),
+                            Some(found) => {
+                                let to = Waiter::Udp(Arc::clone(socket), from);
+                                let work = Work::Tell { found, asker, answer: told.to_vec(), to };
+                                if jobs.try_send(work).is_err() {
+                                    ignored += 1;
+                                }
+                            }
+                        }
                     }
                     outcome @ (Outcome::Forward | Outcome::Alias(_)) => {
                         let to = Waiter::Udp(Arc::clone(socket), from);
                         let job = Job { message: query.to_vec(), alias: outcome.alias(), asker, to };
                         // If the queue is full, the client retries.
-                        if jobs.try_send(job).is_err() {
+                        if jobs.try_send(Work::Forward(Box::new(job))).is_err() {
                             ignored += 1;
                         }
                     }

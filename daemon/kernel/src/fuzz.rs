@@ -8,7 +8,7 @@ use ovl_dataplane::device::Device;
 use super::attribute::{HEADER, messages};
 use super::dump::DeviceNames;
 use super::known::KernelModel;
-use super::{conntrack, fact, flows, link, nftables, sources, wireguard};
+use super::{conntrack, fact, flows, link, nftables, sources, timed, wireguard};
 
 /// Reads the bytes as messages, and as the payload of a message of each kind.
 pub fn netlink(bytes: &[u8]) {
@@ -41,6 +41,7 @@ pub fn netlink(bytes: &[u8]) {
     }
     let _ = fact::route(payload, &devices);
     nftables::fuzz(payload);
+    timed::fuzz(payload);
     wireguard::fuzz(payload);
     conntrack::fuzz(payload);
     flows::fuzz(payload);

@@ -49,6 +49,7 @@ mod sysctl;
 mod tables;
 #[cfg(test)]
 mod tests;
+mod timed;
 mod trace;
 mod tunnel;
 mod watch;
@@ -100,6 +101,7 @@ pub use survey::{
     survey,
 };
 pub use sys::{own_addresses, return_free_memory};
+pub use timed::{TimedChange, TimedElement};
 pub use trace::{
     CapturedFilterDrop, TraceProbe, TraceWatch, WatchSpec, listens, remove_left_traces, wall_ns,
 };
@@ -449,6 +451,21 @@ impl KernelHandle {
     /// not exist is empty.
     pub async fn counts(&self, table: Table, sets: Vec<String>) -> Result<Vec<Vec<CountedElement>>> {
         self.ask(|reply| Request::Counts(table, sets, reply)).await?
+    }
+
+    /// Reads the elements that end by themselves of all sets of a table whose names begin with `prefix`; none if there is no
+    /// table.
+    pub async fn timed(&self, table: Table, prefix: String) -> Result<Vec<TimedElement>> {
+        self.ask(|reply| Request::Timed(table, prefix, reply)).await?
+    }
+
+    /// Changes elements that end by themselves, in one transaction for each set.
+    ///
+    /// # Errors
+    ///
+    /// A set is not there or full. The changes of other sets are made.
+    pub async fn change_timed(&self, table: Table, changes: Vec<TimedChange>) -> Result<()> {
+        self.ask(|reply| Request::ChangeTimed(table, changes, reply)).await?
     }
 
     /// Reads what passed each host interface of an endpoint.

@@ -24,9 +24,9 @@ const GET_RULE: u16 = message_type(libc::NFT_MSG_GETRULE);
 const DEL_RULE: u16 = message_type(libc::NFT_MSG_DELRULE);
 const GET_SET: u16 = message_type(libc::NFT_MSG_GETSET);
 const DEL_SET: u16 = message_type(libc::NFT_MSG_DELSET);
-const NEW_ELEMENTS: u16 = message_type(libc::NFT_MSG_NEWSETELEM);
+pub(super) const NEW_ELEMENTS: u16 = message_type(libc::NFT_MSG_NEWSETELEM);
 const GET_ELEMENTS: u16 = message_type(libc::NFT_MSG_GETSETELEM);
-const DEL_ELEMENTS: u16 = message_type(libc::NFT_MSG_DELSETELEM);
+pub(super) const DEL_ELEMENTS: u16 = message_type(libc::NFT_MSG_DELSETELEM);
 const GET_OBJECT: u16 = message_type(libc::NFT_MSG_GETOBJ);
 const DEL_OBJECT: u16 = message_type(libc::NFT_MSG_DELOBJ);
 
@@ -43,17 +43,17 @@ const CHAIN_NAME: u16 = 3;
 const RULE_CHAIN: u16 = 2;
 const SET_NAME: u16 = 2;
 const SET_FLAGS: u16 = 3;
-const ELEMENTS_SET: u16 = 2;
-const ELEMENTS_LIST: u16 = 3;
-const ELEMENT: u16 = 1;
-const ELEMENT_KEY: u16 = 1;
+pub(super) const ELEMENTS_SET: u16 = 2;
+pub(super) const ELEMENTS_LIST: u16 = 3;
+pub(super) const ELEMENT: u16 = 1;
+pub(super) const ELEMENT_KEY: u16 = 1;
 const ELEMENT_DATA: u16 = 2;
 const ELEMENT_FLAGS: u16 = 3;
-const ELEMENT_EXPIRATION: u16 = 5;
+pub(super) const ELEMENT_EXPIRATION: u16 = 5;
 const ELEMENT_EXPRESSION: u16 = 7;
 const ELEMENT_KEY_END: u16 = 10;
 const EXPRESSION_DATA: u16 = 2;
-const DATA_VALUE: u16 = 1;
+pub(super) const DATA_VALUE: u16 = 1;
 const DATA_VERDICT: u16 = 2;
 const VERDICT_CODE: u16 = 1;
 const VERDICT_CHAIN: u16 = 2;
@@ -70,7 +70,7 @@ const ANONYMOUS: u32 = libc::NFT_SET_ANONYMOUS as u32;
 const INTERVAL_END: u32 = libc::NFT_SET_ELEM_INTERVAL_END as u32;
 
 /// The size in bytes at which a list of elements is split: an attribute has at most 64 KiB.
-const LIST: usize = 56 * 1024;
+pub(super) const LIST: usize = 56 * 1024;
 
 /// The length of `nfgenmsg`, the fixed part of a message.
 pub(super) const FIXED: usize = 4;
@@ -212,6 +212,28 @@ impl Nftables {
 
     fn counts_in(&mut self, mut question: Attributes, table: &str, set: &str) -> Result<Vec<CountedElement>> {
         question.put_text(ELEMENTS_SET, set);
+        self.elements_in(&question, table, set, counted)
+    }
+
+    /// Reads the elements of a set of which `read` makes something; empty if there is no set.
+    pub(super) fn elements<T>(
+        &mut self,
+        table: Table,
+        set: &str,
+        read: impl Fn(&[u8]) -> Option<T>,
+    ) -> Result<Vec<T>> {
+        let mut question = in_table(table);
+        question.put_text(ELEMENTS_SET, set);
+        self.elements_in(&question, table.name(), set, read)
+    }
+
+    fn elements_in<T>(
+        &mut self,
+        question: &Attributes,
+        table: &str,
+        set: &str,
+        read: impl Fn(&[u8]) -> Option<T>,
+    ) -> Result<Vec<T>> {
         let mut batch = Batch::default();
         batch.push_built(GET_ELEMENTS, 0, question.bytes());
         let dump = match self.0.dump(batch)? {
@@ -224,7 +246,7 @@ impl Nftables {
                 .filter(|(kind, _)| *kind == ELEMENTS_LIST)
                 .map(|(_, list)| list)
         });
-        Ok(lists.flat_map(|list| attributes(list, 0)).filter_map(|(_, element)| counted(element)).collect())
+        Ok(lists.flat_map(|list| attributes(list, 0)).filter_map(|(_, element)| read(element)).collect())
     }
 
     /// Changes elements of sets, in one transaction.
@@ -313,7 +335,8 @@ impl Nftables {
         Ok(())
     }
 
-    fn commit(&mut self, mut batch: Batch) -> Result<Result<(), Refusal>> {
+    /// Ends a transaction that [`begin`] began.
+    pub(super) fn commit(&mut self, mut batch: Batch) -> Result<Result<(), Refusal>> {
         batch.close_transaction(BATCH_END, &about_tables());
         let (results, _) = self.0.execute(batch)?;
         Ok(results.into_iter().find_map(Result::err).map_or(Ok(()), Err))
@@ -333,7 +356,7 @@ fn counted(element: &[u8]) -> Option<CountedElement> {
 }
 
 /// The first attribute of a type.
-fn find(payload: &[u8], fixed: usize, wanted: u16) -> Option<&[u8]> {
+pub(super) fn find(payload: &[u8], fixed: usize, wanted: u16) -> Option<&[u8]> {
     attributes(payload, fixed).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
 }
 
@@ -364,7 +387,7 @@ pub(super) fn is_in(table: Table, payload: &[u8]) -> bool {
         && attributes(payload, FIXED).any(|(kind, value)| kind == IN_TABLE && text(value) == table.name())
 }
 
-fn in_table(table: Table) -> Attributes {
+pub(super) fn in_table(table: Table) -> Attributes {
     let mut message = Attributes::after(&[family(table), 0, 0, 0]);
     message.put_text(IN_TABLE, table.name());
     message
@@ -374,7 +397,8 @@ fn about_tables() -> [u8; FIXED] {
     [0, 0, 0, SUBSYSTEM as u8]
 }
 
-fn begin() -> Batch {
+/// Begins a transaction.
+pub(super) fn begin() -> Batch {
     let mut batch = Batch::default();
     batch.push_built(BATCH_BEGIN, 0, &about_tables());
     batch

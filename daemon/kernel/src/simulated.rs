@@ -149,6 +149,8 @@ impl Held {
             Request::Counts(_, sets, reply) => {
                 drop(reply.send(Ok(sets.iter().map(|_| Vec::new()).collect())));
             }
+            Request::Timed(_, _, reply) => drop(reply.send(Ok(Vec::new()))),
+            Request::ChangeTimed(_, _, reply) => drop(reply.send(Ok(()))),
             Request::Traffic(reply) => drop(reply.send(Ok(BTreeMap::new()))),
             Request::Groups(reply) => drop(reply.send(BTreeMap::new())),
             Request::AskForMembers(_, reply) => drop(reply.send(())),

@@ -14,6 +14,7 @@ use super::CountedElement;
 use super::error::{KernelError, Result};
 use super::filter::{self, NftRun};
 use super::nftables::{Change, Nftables, ObjectNames, fits};
+use super::timed::{self, TimedChange, TimedElement};
 use super::watch::Watch;
 
 /// The maximum age of a cached skeleton.
@@ -244,6 +245,31 @@ impl Tables {
     /// Reads the elements and counters of sets that packets add elements to.
     pub(super) fn counts(&mut self, table: Table, sets: &[String]) -> Result<Vec<Vec<CountedElement>>> {
         sets.iter().map(|set| self.nftables.counts(table, set)).collect()
+    }
+
+    /// Reads the elements that end by themselves of all sets of a table whose names begin with `prefix`.
+    pub(super) fn timed(&mut self, table: Table, prefix: &str) -> Result<Vec<TimedElement>> {
+        let mut all = Vec::new();
+        for set in self.nftables.names(table)?.sets.iter().filter(|set| set.starts_with(prefix)) {
+            all.extend(timed::of_set(&mut self.nftables, table, set)?);
+        }
+        Ok(all)
+    }
+
+    /// Changes elements that end by themselves, in one transaction for each set. Returns the first refusal.
+    pub(super) fn change_timed(&mut self, table: Table, changes: &[TimedChange]) -> Result<()> {
+        let mut sets: BTreeMap<&str, Vec<&TimedChange>> = BTreeMap::new();
+        for change in changes {
+            sets.entry(change.set()).or_default().push(change);
+        }
+        let mut first = Ok(());
+        for (set, changes) in sets {
+            let result = timed::change(&mut self.nftables, table, set, &changes)?;
+            let result = result
+                .map_err(|refusal| refusal.into_error(format!("cannot change elements of {table} {set}")));
+            first = first.and(result);
+        }
+        first
     }
 
     /// Reads a named counter, in packets; 0 if there is no counter.

@@ -31,6 +31,7 @@ use super::netns::{self, Netns, NetnsWorker};
 use super::socket::Route;
 use super::sweep::{self, Sweeper};
 use super::tables::Tables;
+use super::timed::{TimedChange, TimedElement};
 use super::tunnel::{self, TunnelStatus, Tunnels};
 use super::watch::Watch;
 use super::{
@@ -61,6 +62,8 @@ pub(super) enum Request {
     Mend(Netns, Vec<PeerSpec>, oneshot::Sender<Result<Vec<Mended>>>),
     Sweep(oneshot::Sender<Result<()>>),
     Counts(Table, Vec<String>, oneshot::Sender<Result<Vec<Vec<CountedElement>>>>),
+    Timed(Table, String, oneshot::Sender<Result<Vec<TimedElement>>>),
+    ChangeTimed(Table, Vec<TimedChange>, oneshot::Sender<Result<()>>),
     Traffic(oneshot::Sender<Result<BTreeMap<Device, Traffic>>>),
     Groups(oneshot::Sender<BTreeMap<Device, BTreeSet<IpAddr>>>),
     AskForMembers(Vec<Device>, oneshot::Sender<()>),
@@ -196,6 +199,13 @@ impl Worker {
             Request::Sweep(reply) => self.sweeper.sweep_all(reply),
             Request::Counts(table, sets, reply) => {
                 let _ = reply.send(self.tables.counts(table, &sets));
+            }
+            Request::Timed(table, prefix, reply) => {
+                let _ = reply.send(self.tables.timed(table, &prefix));
+            }
+            Request::ChangeTimed(table, changes, reply) => {
+                let _ = reply.send(self.tables.change_timed(table, &changes));
+                self.listen_to_tables();
             }
             Request::Traffic(reply) => {
                 let _ = reply.send(dump::traffic(&mut self.route));

@@ -291,7 +291,8 @@ impl Node {
         let host = &self.config.node;
         if by.table == ovl_dataplane::nft::Table::Policy.name() {
             let port = protocol_of(key.protocol).map(|protocol| (protocol, to.1));
-            let judged = policy::judgement(&self.state.borrow().view, key.source, to.0, port);
+            let state = self.state.borrow();
+            let judged = policy::judgement(&state.view, state.admitted_now(), key.source, to.0, port);
             let refusing = [judged.egress, judged.ingress].into_iter().find(|side| !side.passes);
             if let Some(side) = refusing {
                 return format!("dropped on {host} by network policy: {}", side.why);

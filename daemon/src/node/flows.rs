@@ -295,7 +295,8 @@ impl Node {
     }
 
     fn rendered(&self, tick: &FlowTick, drops: Vec<ovl_control::PolicyDrop>) -> Flows {
-        let (flows, is_cut) = render(&self.state.borrow().view, &tick.flows, drops);
+        let state = self.state.borrow();
+        let (flows, is_cut) = render(&state.view, state.admitted_now(), &tick.flows, drops);
         Flows {
             host: self.config.node.clone(),
             time_ms: self.environment.wall_ms(),

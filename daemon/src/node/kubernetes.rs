@@ -11,7 +11,7 @@ use ovl_manifest::FieldProblem;
 use ovl_manifest::object::{self as manifest, Identity};
 use ovl_proto::id::EndpointId;
 use ovl_proto::object::{Body, ObjectKey};
-use ovl_proto::resource::{Kind, Pod, Resource, ResourceKey, Source, Validation};
+use ovl_proto::resource::{Kind, Name, Pod, Resource, ResourceKey, Source, Validation};
 use ovl_proto::table::{Endpoint, Entry};
 use ovl_proto::wire;
 use ovl_subsystems::services::allocation::{ReservedClaims, ServiceAllocator};
@@ -33,6 +33,9 @@ use crate::problems::Code;
 const RESERVE: usize = 1 << 20;
 /// The number of documents from which on their memory is given back to the kernel.
 const MANY: usize = 1000;
+/// Why a policy with domain names is not in force as a whole.
+const UNHEARD: &str = "it has domainNames, and queries to the cluster DNS go to a Service of the cluster: ovl does not see its \
+                       answers, so the rules accept nothing by the names that are asked for there";
 /// How many problems of an object its sentence has.
 const MOST_REASONS: usize = 3;
 
@@ -180,6 +183,10 @@ impl Node {
         let Taken { heard, writes, mut reply } = taken;
         reply.changed = writes.len();
         self.write_resources(writes).await?;
+        // The Service of the cluster DNS may have come after the policy.
+        let mut unheard = self.unheard_policies();
+        unheard.retain(|unheard| reply.failed.iter().all(|failed| failed.key != unheard.key));
+        reply.failed.extend(unheard);
         // No event: where pods come and go, slices change all the time.
         let (changed, stale, failed) = (reply.changed, reply.stale, reply.failed.len());
         tracing::debug!(changed, stale, failed, "mirrored");
@@ -252,13 +259,7 @@ impl Node {
         // Boxed up only if the object cannot be read: a policy must not be lost silently.
         let policy = stand_in(&key, &value);
         let mut resource = match manifest::read(value, None, Validation::Ignore) {
-            Ok(read) => {
-                // It is in force, but without some of its peers.
-                if key.kind == Kind::ClusterNetworkPolicy && !read.warnings.is_empty() {
-                    taken.fail(&key, sentence(&read.warnings));
-                }
-                read.resource
-            }
+            Ok(read) => read.resource,
             Err(problems) => {
                 let closed = policy.filter(|(it, _)| manifest::check(it).is_ok());
                 let mut reason = sentence(&problems);
@@ -273,6 +274,26 @@ impl Node {
         // What a server keeps for its clients is no use here, and may be long.
         resource.meta_mut().annotations.retain(|name, _| !is_bookkeeping(name));
         Some(resource)
+    }
+
+    /// Returns the mirrored policies with domain names, if queries to the cluster DNS go to another program than ovl. They are in
+    /// force, but without these peers.
+    fn unheard_policies(&self) -> Vec<NotMirrored> {
+        let state = self.state.borrow();
+        let resources = &state.view.resources;
+        let with_names = resources.cluster_policies().iter().filter(|(_, policy)| {
+            let mut peers = policy.spec.egress.iter().flat_map(|rule| &rule.to);
+            policy.metadata.source.is_some() && peers.any(|peer| !peer.domain_names.is_empty())
+        });
+        let mut with_names = with_names.peekable();
+        if with_names.peek().is_none() || state.subsystems.names.handed_over(resources).is_empty() {
+            return Vec::new();
+        }
+        let failed = |name: &String| NotMirrored {
+            key: ResourceKey { kind: Kind::ClusterNetworkPolicy, name: Name::new("", name) },
+            reason: UNHEARD.to_owned(),
+        };
+        with_names.map(|(name, _)| failed(name)).collect()
     }
 
     /// Whether an object is stored exactly so.

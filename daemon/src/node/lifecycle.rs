@@ -154,13 +154,14 @@ async fn start_tasks(node: &Rc<Node>, inbox: Inbox, listener: Option<UnixListene
     // processed here. A plugin that finds the socket is answered afterwards.
     node.carry_out_all_deleted().await;
     node.carry_out_docker().await;
-    let Inbox { mut gossip, mut links, mut kernel, saved } = inbox;
+    let Inbox { mut gossip, mut links, mut kernel, saved, told } = inbox;
     let mut tasks = JoinSet::new();
     if let Some(listener) = listener {
         tasks.spawn_local(control::serve(Rc::clone(node), listener));
     }
     tasks.spawn_local(Rc::clone(node).save_loop(saved));
     tasks.spawn_local(Rc::clone(node).reconcile_loop());
+    tasks.spawn_local(Rc::clone(node).told_loop(told));
     tasks.spawn_local(Rc::clone(node).admission_loop());
     tasks.spawn_local(Rc::clone(node).underlay_loop());
     tasks.spawn_local(Rc::clone(node).ranges_loop());

@@ -6,6 +6,7 @@
 
 mod addresses;
 mod admission;
+mod admitted;
 mod alloc;
 mod apply;
 mod asking;
@@ -86,6 +87,7 @@ use tokio::sync::{Notify, mpsc};
 
 use self::state::{RunDir, State};
 use crate::addresses::Addresses;
+use crate::admitted::AdmittedNames;
 use crate::asked::Asked;
 use crate::capture::Captures;
 use crate::clashes::Clashes;
@@ -219,6 +221,7 @@ struct Inbox {
     links: mpsc::Receiver<StreamEvent>,
     kernel: mpsc::Receiver<KernelEvent>,
     saved: mpsc::UnboundedReceiver<(u64, Result<()>)>,
+    told: mpsc::Receiver<ovl_dns::Told>,
 }
 
 /// Capacity of each event channel. When the channel of streams is full, streams are slowed down.
@@ -342,7 +345,8 @@ impl Node {
         .await?;
         let (saved_tell, saved_events) = mpsc::unbounded_channel();
         let zone = state.subsystems.names.zone().clone();
-        let (resolver, unnamed) = Resolver::start(&config, environment.owns_host(), zone);
+        let (told_tell, told) = mpsc::channel(INBOX);
+        let (resolver, unnamed) = Resolver::start(&config, environment.owns_host(), zone, told_tell);
         state.problems.set(Code::ResolverDown, "", unnamed);
         let resolv_conf = Resolver::upstream_servers(&config);
         let sandbox_dir = run_dir.sandboxes();
@@ -400,7 +404,13 @@ impl Node {
         node.adopt().await?;
         Ok((
             node,
-            Inbox { gossip: gossip_events, links: link_events, kernel: kernel_events, saved: saved_events },
+            Inbox {
+                gossip: gossip_events,
+                links: link_events,
+                kernel: kernel_events,
+                saved: saved_events,
+                told,
+            },
         ))
     }
 
@@ -463,7 +473,9 @@ impl Node {
         self.recompute_networks();
         self.refresh_all_names();
         self.refuse_networks();
+        self.adopt_admitted().await;
         self.full_pass().await;
+        self.admit_again().await;
         self.read_sandboxes()?;
         if let Err(failed) = self.living_sandboxes().await {
             tracing::error!(error = failed.0.message, "cannot look after sandboxes");
@@ -629,6 +641,7 @@ fn first_state(
         wall: LastWall::default(),
         bridges: Bridges::new(saved.bridges.iter().cloned()),
         kubernetes: Kubernetes::default(),
+        admitted: AdmittedNames::default(),
         workloads: Workloads::default(),
         subsystems: Subsystems::new(Settings {
             generation: u32::from_le_bytes(random(&**environment)),

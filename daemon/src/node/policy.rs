@@ -60,21 +60,25 @@ impl Node {
         to: &str,
         port: Option<(Protocol, u16)>,
     ) -> Result<Vec<PolicyJudgement>, Failed> {
-        policy::judge(&self.state.borrow().view, from, to, port)
+        let state = self.state.borrow();
+        policy::judge(&state.view, state.admitted_now(), from, to, port)
     }
 
     /// Lists the connections of which packets were dropped recently.
     pub(super) async fn policy_drops(&self) -> Result<Vec<PolicyDrop>, Failed> {
         let sets = Counter::all().map(Counter::by_connection).to_vec();
         let counts = self.kernel.counts(Table::Policy, sets).await.map_err(Failed::from)?;
-        Ok(policy::drops(&self.state.borrow().view, counts))
+        let state = self.state.borrow();
+        Ok(policy::drops(&state.view, state.admitted_now(), counts))
     }
 
     /// Adds the dropped packets to the metrics.
     pub(super) async fn add_policies(&self, page: &mut Page) -> Result<(), Failed> {
         if self.state.borrow().view.resources.has_policies() {
             let refused = self.refused().await?;
-            policy::add_refused(page, &self.state.borrow().view, &refused);
+            let state = self.state.borrow();
+            policy::add_refused(page, &state.view, &refused);
+            state.admitted.add_to(page, state.clock.elapsed(), self.resolver.late());
         }
         Ok(())
     }

@@ -74,6 +74,7 @@ impl Node {
                 self.quick_pass().await;
                 self.measured.borrow_mut().quick_pass(started.elapsed());
             }
+            self.admit_again().await;
         }
     }
 
@@ -120,6 +121,7 @@ impl Node {
         }
         if drift {
             self.tell_repairs(&pass.outcomes);
+            self.state.borrow_mut().admitted.note_drift();
         }
         self.note_batch(&pass.outcomes, None, true);
         self.tell_announced();
@@ -161,6 +163,7 @@ impl Node {
         let state = &mut *guard;
         state.reconcile.count(outcomes.len());
         super::multicast::note_outcomes(state, outcomes);
+        state.admitted.note_outcomes(outcomes);
         let refusals: Vec<Option<String>> =
             outcomes.iter().map(|outcome| outcome.result.as_ref().err().map(ToString::to_string)).collect();
         let told = outcomes

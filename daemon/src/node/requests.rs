@@ -28,6 +28,7 @@ use crate::control::Answers;
 use crate::encryption;
 use crate::events::{Events, Period};
 use crate::flows::MOST_FLOWS;
+use crate::modes::DnsMode;
 use crate::problems::Code;
 use ovl_metrics::Format;
 
@@ -207,6 +208,8 @@ impl Node {
         };
         problems.extend(self.resolver.problems(called));
         problems.extend(crate::names::ambiguous_names(&state.view));
+        problems.extend(state.admitted.problems(state.clock.elapsed()));
+        problems.extend(state.unheard_names(self.config.dns != DnsMode::Off));
         problems.extend(state.reconcile.problems());
         let starting = !state.is_member() || !state.phase.is_caught_up();
         Status {

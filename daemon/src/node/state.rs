@@ -21,6 +21,7 @@ use tokio::time::Instant;
 
 use super::Failed;
 use crate::addresses::Addresses;
+use crate::admitted::AdmittedNames;
 use crate::asked::Asked;
 use crate::capture::Captures;
 use crate::clashes::Clashes;
@@ -71,6 +72,8 @@ pub(crate) struct State {
     pub bridges: Bridges,
     /// What is known from a Kubernetes API server.
     pub kubernetes: Kubernetes,
+    /// What workloads were told for domain names of policies.
+    pub admitted: AdmittedNames,
     /// Index of the endpoints that labels select and of the backends of each Service.
     pub workloads: Workloads,
     /// Subsystems, which contribute to the desired data plane.

@@ -177,7 +177,7 @@ impl Node {
         let Leaving { steps, mut ways } = {
             let state = self.state.borrow();
             let flow = Flow { from: from.as_ref(), source, to, kind };
-            leave(&facts.here(&state.view), flow, &interface)
+            leave(&facts.here(&state), flow, &interface)
         };
         let steps = name.into_iter().chain(steps).collect();
         ways.truncate(MOST_WAYS);
@@ -506,7 +506,7 @@ impl Node {
         let facts = self.trace_facts().await?;
         let (endpoint, to, kind_there) = {
             let state = self.state.borrow();
-            let here = facts.here(&state.view);
+            let here = facts.here(&state);
             let endpoint = receiver(&here, &arrival, kind).cloned();
             let (to, there) = inner(&here, &arrival, kind);
             (endpoint, to, there)
@@ -523,7 +523,7 @@ impl Node {
             self.watch_for(by, cookie, netns).await?;
         }
         let state = self.state.borrow();
-        Ok((arrive(&facts.here(&state.view), &arrival, kind, &interface), endpoint.is_some()))
+        Ok((arrive(&facts.here(&state), &arrival, kind, &interface), endpoint.is_some()))
     }
 
     /// Watches for the probe of a host until it collects what was seen.
@@ -662,9 +662,10 @@ impl Node {
 }
 
 impl Facts {
-    fn here<'a>(&'a self, view: &'a ovl_cluster::view::View) -> Here<'a> {
+    fn here<'a>(&'a self, state: &'a super::state::State) -> Here<'a> {
         Here {
-            view,
+            view: &state.view,
+            admitted: state.admitted_now(),
             desired: &self.desired,
             actual: &self.actual,
             own: &self.own,

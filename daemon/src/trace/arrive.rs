@@ -91,7 +91,7 @@ pub(crate) fn arrive(
         Some(placed) if placed.node.record.id == view.me => {
             let endpoint = placed.endpoint;
             let switched = is_switched(view, endpoint);
-            steps.push(policy(view, (arrival.source, to), kind, Direction::Ingress, switched));
+            steps.push(policy(here, (arrival.source, to), kind, Direction::Ingress, switched));
             steps.push(delivery(here, endpoint));
             steps.push(destination(endpoint, to, kind, interface));
         }

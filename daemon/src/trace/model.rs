@@ -20,6 +20,7 @@ use ovl_proto::id::{NetworkId, NodeId};
 use ovl_proto::object::{Mode, Network};
 use ovl_proto::resource::Protocol;
 use ovl_proto::table::Endpoint;
+use ovl_subsystems::policy::admitted::AdmittedAt;
 use ovl_subsystems::policy::{Direction, protocol_number};
 use ovl_subsystems::publish::published;
 use ovl_subsystems::services::{Client, Translated, translate};
@@ -32,6 +33,8 @@ use crate::policy::judgement;
 pub(crate) struct Here<'a> {
     /// The cluster.
     pub view: &'a View,
+    /// What workloads were told for domain names of policies.
+    pub admitted: AdmittedAt<'a>,
     /// What the kernel should hold.
     pub desired: &'a Dataplane,
     /// What the kernel holds.
@@ -282,7 +285,7 @@ fn way(here: &Here<'_>, flow: Flow<'_>, to: (IpAddr, Option<u16>), is_translated
     let mut way = Way { to, steps: Vec::new(), host: None, arrival: None };
     let kind = to_port(flow.kind, to.1);
     if let Some(from) = flow.from {
-        way.steps.push(policy(view, (flow.source, to.0), kind, Direction::Egress, is_switched(view, from)));
+        way.steps.push(policy(here, (flow.source, to.0), kind, Direction::Egress, is_switched(view, from)));
     }
     let target = with_address(view, to.0);
     if let Some(step) = isolation(here, flow, to.0, target, is_translated) {
@@ -309,13 +312,13 @@ fn way(here: &Here<'_>, flow: Flow<'_>, to: (IpAddr, Option<u16>), is_translated
 
 /// Returns the step of the policies of one end.
 pub(super) fn policy(
-    view: &View,
+    here: &Here<'_>,
     (from, to): (IpAddr, IpAddr),
     kind: ProbeKind,
     direction: Direction,
     switched: bool,
 ) -> Step {
-    let judged = judgement(view, from, to, port(kind));
+    let judged = judgement(here.view, here.admitted, from, to, port(kind));
     let (stage, side) = match direction {
         Direction::Egress => (Stage::EgressPolicy, judged.egress),
         Direction::Ingress => (Stage::IngressPolicy, judged.ingress),

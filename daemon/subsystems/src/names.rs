@@ -15,6 +15,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::IpAddr;
 
 use ovl_cluster::backends::{Backends, Settled};
+use ovl_cluster::resources::Resources;
 use ovl_cluster::selectables::SelectableChange;
 use ovl_cluster::view::View;
 use ovl_dataplane::op::Op;
@@ -134,6 +135,11 @@ impl Names {
         &self.cluster_domain
     }
 
+    /// Returns the addresses of the cluster DNS at which another program answers in place of ovl.
+    pub fn handed_over(&self, resources: &Resources) -> BTreeSet<IpAddr> {
+        self.delivery.elsewhere(resources)
+    }
+
     /// Records that endpoints of this host on a network use the resolver. The next plan sends what they need.
     pub fn resolve(&mut self, network: NetworkId) {
         self.delivery.resolve(network);
@@ -197,7 +203,11 @@ impl Names {
                 let labels = view.known_labels(view.me, endpoint);
                 self.policies.allow_resolver(&view.resources, &endpoint.namespace, labels.as_deref(), &peer)
             };
-            zone::set_clients(zone, view, place, may_ask);
+            let watched = |endpoint: &Endpoint| {
+                let labels = view.known_labels(view.me, endpoint);
+                self.policies.patterns_of(&view.resources, &endpoint.namespace, labels.as_deref())
+            };
+            zone::set_clients(zone, view, place, may_ask, watched);
         }
     }
 

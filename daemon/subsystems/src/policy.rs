@@ -5,6 +5,7 @@
 //! [`Enforcement`] owns the state: its [`PolicyLedger`] is what was last sent to the kernel. Begin to read at
 //! [`Policies::new`], and then at [`PolicyLedger::plan`].
 
+pub mod admitted;
 mod enforcement;
 pub mod explain;
 mod frames;
@@ -12,6 +13,7 @@ mod index;
 mod ledger;
 pub mod members;
 mod merged;
+pub mod names;
 pub mod refused;
 pub mod resolver;
 mod rules;
@@ -28,8 +30,10 @@ use ovl_proto::resource::{
 };
 
 use self::index::Index;
+use self::names::NameKey;
 use ovl_cluster::digest::hash;
 use ovl_cluster::resources::Resources;
+use ovl_zone::NamePattern;
 
 pub use enforcement::Enforcement;
 pub use ledger::{PolicyLedger, part};
@@ -95,6 +99,8 @@ pub struct Policies {
     anywhere: Index,
     /// The distinct named ports of all rules.
     ports: Vec<(String, Protocol)>,
+    /// The distinct patterns of domain names of all rules.
+    names: Vec<(NamePattern, NameKey)>,
 }
 
 /// A compiled network policy.
@@ -150,6 +156,8 @@ pub enum RulePeer {
         /// The prefixes that are excluded from it. They do not overlap.
         except: Vec<IpNet>,
     },
+    /// The addresses that the workloads were told for the domain names that match a pattern: its index in `Policies::names`.
+    Name(usize),
 }
 
 /// A port of a rule.
@@ -256,6 +264,7 @@ impl Policies {
         all.keys = builder.pods.iter().map(Pods::key).collect();
         all.pods = builder.pods;
         all.ports = builder.ports;
+        all.names = builder.names;
         all
     }
 
@@ -265,7 +274,7 @@ impl Policies {
         for ClusterRule { rule, .. } in rules.filter(|rule| rule.action != RuleAction::Accept) {
             self.refusing.extend(rule.peers.iter().filter_map(|peer| match peer {
                 RulePeer::Pods(place) => Some(*place),
-                RulePeer::Block { .. } => None,
+                RulePeer::Block { .. } | RulePeer::Name(_) => None,
             }));
             self.refusing_ports.extend(rule.ports.iter().filter_map(|port| match port {
                 RulePort::Named(place) => Some(*place),
@@ -365,6 +374,7 @@ struct Builder<'a> {
     pods: Vec<Pods>,
     places: BTreeMap<Pods, usize>,
     ports: Vec<(String, Protocol)>,
+    names: Vec<(NamePattern, NameKey)>,
 }
 
 impl Builder<'_> {
@@ -410,6 +420,15 @@ impl Builder<'_> {
             self.pods.push(pods);
         }
         RulePeer::Pods(place)
+    }
+
+    fn name_peer(&mut self, pattern: NamePattern) -> RulePeer {
+        let known = self.names.iter().position(|(known, _)| *known == pattern);
+        RulePeer::Name(known.unwrap_or_else(|| {
+            let key = NameKey::of(&pattern);
+            self.names.push((pattern, key));
+            self.names.len() - 1
+        }))
     }
 
     fn port(&mut self, PolicyPort { protocol, port, end_port, .. }: &PolicyPort) -> RulePort {

@@ -215,10 +215,14 @@ impl Feeder {
             return Ok(());
         }
         let names = |news: &News| news.objects.iter().map(|(name, _)| name.clone()).collect();
-        let told: Vec<(Kind, Vec<Name>)> = news.iter().map(|news| (news.kind, names(news))).collect();
+        let mut told: BTreeMap<Kind, Vec<Name>> = news.iter().map(|news| (news.kind, names(news))).collect();
         let failed: BTreeMap<ResourceKey, String> = connection.tell(cluster.as_deref(), news).await?;
         self.failures = 0;
         failed.iter().for_each(|(key, reason)| self.refuse(key, reason));
+        // What was told may be in the way of another object.
+        for key in failed.keys() {
+            told.entry(key.kind).or_default().push(key.name.clone());
+        }
         for (kind, names) in told {
             self.store(kind, |store| store.note_failed(&names, &names_of(kind, &failed)));
         }

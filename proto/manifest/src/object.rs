@@ -406,7 +406,6 @@ fn complete(resource: &mut Resource, terminating: bool, warnings: &mut Vec<Field
         Resource::ClusterNetworkPolicy(it) => {
             let networks = it.spec.egress.iter_mut().flat_map(|rule| &mut rule.to);
             networks.flat_map(|peer| &mut peer.networks).for_each(|net| *net = net.trunc());
-            warnings.extend(cluster_policy::not_acted_on(it));
         }
         Resource::Node(it) => it.status.addresses.retain(|address| address.ip().is_some()),
         Resource::NetworkPolicy(it) => {

@@ -173,7 +173,8 @@ pub struct ClusterPeer {
     /// Nodes, of egress rules only: their addresses. Without requirements: all. While no Node is known, the rule fails
     /// closed.
     pub nodes: Option<LabelSelector>,
-    /// Names of the DNS, of egress rules only. ovl does not act on them.
+    /// Names of the DNS, of egress rules with the action `Accept` only: `www.example.com`, or `*.example.com` for the names below
+    /// it. They stand for the addresses that the workloads were told for them.
     pub domain_names: Vec<String>,
     /// Fields that this release does not know.
     #[serde(skip)]

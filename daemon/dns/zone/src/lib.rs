@@ -4,7 +4,9 @@
 //! makes one; the DNS server of `ovl-dns` answers from it. The crate does no I/O. Begin to read at [`Zone::find`].
 
 mod name;
+mod pattern;
 mod zone;
 
 pub use name::{KeptName, Name};
+pub use pattern::NamePattern;
 pub use zone::{Client, ClientContext, NetworkKey, OtherRecords, Records, Resolution, Zone};

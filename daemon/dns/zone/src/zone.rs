@@ -9,6 +9,7 @@ use std::sync::{Arc, LazyLock};
 use ipnet::IpNet;
 
 use crate::name::{KeptName, Name};
+use crate::pattern::NamePattern;
 
 /// The client that sent a query.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -177,6 +178,8 @@ pub struct ClientContext {
     pub search: Option<Name>,
     /// Names of no local domain are looked up for it at the upstream servers.
     pub external: bool,
+    /// The names whose addresses are made known before it is told them: its network policies admit connections to them.
+    pub watched: Arc<[NamePattern]>,
 }
 
 /// The names of the cluster domain, which all clients see.
@@ -314,6 +317,24 @@ impl Zone {
             Client::HostOnly => true,
             Client::Endpoint(address) => self.clients.get(&address).is_some_and(|context| context.external),
         }
+    }
+
+    /// Returns the names whose addresses are made known before a client is told them.
+    #[inline]
+    pub fn watched(&self, client: Client) -> &[NamePattern] {
+        match client {
+            Client::Host | Client::HostOnly => &[],
+            Client::Endpoint(address) => self.clients.get(&address).map_or(&[], |context| &context.watched),
+        }
+    }
+
+    /// Whether a name means the same to all clients: it is in a domain whose names ovl gives by network or by namespace, or in
+    /// no domain of ovl. What an endpoint is called is neither: who creates it chooses that name.
+    pub fn is_full(&self, client: Client, name: &Name) -> bool {
+        let cluster = self.cluster.as_ref().map(|cluster| &cluster.domain);
+        let mut domains = cluster.into_iter().chain(&self.domain);
+        domains.any(|domain| name.strip_suffix(domain).is_some())
+            || matches!(self.find(client, name), Resolution::External)
     }
 
     /// Resolves a name for a client.

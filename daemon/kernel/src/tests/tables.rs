@@ -11,7 +11,7 @@ use ovl_dataplane::state::Dataplane;
 use ovl_proto::id::Mac;
 
 use super::lab::{Lab, in_namespace, ip, net, run};
-use crate::{Goal, KernelEvent};
+use crate::{Goal, KernelEvent, TimedChange, TimedElement};
 
 const T: Table = Table::Services;
 
@@ -260,6 +260,68 @@ fn changes_of_tables_by_others_are_noticed_and_repaired() {
         // Elements that packets add are not drift.
         run("nft 'add element inet ovl-services affinity { 10.0.0.1 . 80 : 10.0.0.2 }'");
         assert!(repair(&lab, &wanted).await.is_empty());
+    });
+}
+
+/// Elements that end by themselves: another end takes the place of the first one, one that has ended is no error, and a new
+/// process finds them, also after it has written the table.
+#[test]
+fn elements_that_end_are_put_deleted_and_found_again() {
+    const KEY: [u8; 4] = [192, 0, 2, 7];
+    in_namespace(async || {
+        let named = |set: &str, key: [u8; 4], left_ms| TimedElement {
+            set: set.to_owned(),
+            key: key.into(),
+            left_ms,
+            comment: "www.ovl.test".to_owned(),
+        };
+        let mut skeleton = skeleton();
+        for name in ["name.a", "name.b"] {
+            let body = "type ipv4_addr; size 3; flags timeout".to_owned();
+            skeleton.objects.push(Object { kind: "set", name: name.to_owned(), body });
+        }
+        let mut wanted = wanted();
+        wanted.tables.insert(T, Arc::new(skeleton));
+        let mut lab = Lab::start();
+        lab.pass(&wanted).await;
+        let put = |set: &str, key, left| TimedChange::Put(named(set, key, left));
+        let many =
+            vec![put("name.a", KEY, 60_000), put("name.a", [192, 0, 2, 8], 1), put("name.b", KEY, 50_000)];
+        lab.kernel.change_timed(T, many).await.unwrap();
+        let listed = run("nft list set inet ovl-services name.a");
+        assert!(
+            listed.contains("192.0.2.7 timeout 1m expires") && listed.contains("\"www.ovl.test\""),
+            "{listed}"
+        );
+        let again = vec![
+            put("name.a", KEY, 600_000),
+            TimedChange::Delete("name.a".to_owned(), [192, 0, 2, 8].into()),
+        ];
+        lab.kernel.change_timed(T, again).await.unwrap();
+        assert_eq!(noticed(&mut lab).await, [], "ovld's own changes are no drift");
+        let found = async |lab: &Lab| {
+            let mut found = lab.kernel.timed(T, "name.".to_owned()).await.unwrap();
+            found.sort_by(|a, b| a.set.cmp(&b.set));
+            found
+        };
+        let all = found(&lab).await;
+        assert_eq!(all.len(), 2, "{all:?}");
+        assert!((590_000..=600_000).contains(&all[0].left_ms) && all[1].left_ms <= 50_000, "{all:?}");
+        assert_eq!((&*all[0].comment, &*all[0].key), ("www.ovl.test", &KEY[..]));
+        // A full set refuses, and the other one is changed.
+        let full = (1..=4).map(|n| put("name.a", [10, 0, 0, n], 60_000)).chain([put(
+            "name.b",
+            [10, 0, 0, 1],
+            60_000,
+        )]);
+        assert!(lab.kernel.change_timed(T, full.collect()).await.is_err());
+        assert_eq!(found(&lab).await.len(), 3);
+        // A new process.
+        let lab = Lab::start();
+        assert_eq!(found(&lab).await.len(), 3);
+        repair(&lab, &wanted).await;
+        assert_eq!(found(&lab).await.len(), 3);
+        assert!(lab.kernel.timed(Table::Divert, "name.".to_owned()).await.unwrap().is_empty());
     });
 }
 

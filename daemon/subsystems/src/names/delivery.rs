@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use ovl_cluster::resources::Resources;
 use ovl_dataplane::device::Device;
 use ovl_dataplane::diff::diff;
 use ovl_dataplane::nft::{Skeleton, Table};
@@ -57,11 +58,17 @@ impl Delivery {
     /// Returns the addresses of the cluster DNS at which ovl answers.
     fn answered(&self, cluster: &Cluster<'_>) -> Vec<IpAddr> {
         let mut answered = self.cluster_dns.clone();
-        if self.hands_over {
-            let elsewhere = handed_over(&cluster.view.resources, answered.iter().copied());
-            answered.retain(|address| !elsewhere.contains(address));
-        }
+        let elsewhere = self.elsewhere(&cluster.view.resources);
+        answered.retain(|address| !elsewhere.contains(address));
         answered
+    }
+
+    /// Returns the addresses of the cluster DNS at which another program answers.
+    pub(super) fn elsewhere(&self, resources: &Resources) -> BTreeSet<IpAddr> {
+        match self.hands_over {
+            true => handed_over(resources, self.cluster_dns.iter().copied()),
+            false => BTreeSet::new(),
+        }
     }
 
     /// Records that endpoints of this host on a network use the resolver.

@@ -6,11 +6,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use ovl_proto::id::{EndpointId, NetworkId};
 use ovl_proto::table::{Endpoint, canonical_name, is_same_name};
-use ovl_zone::{ClientContext, Name, NetworkKey, Records, Zone};
+use ovl_zone::{ClientContext, Name, NamePattern, NetworkKey, Records, Zone};
 
 use ovl_cluster::view::{NetworkState, Placed, View};
 
@@ -113,17 +114,19 @@ fn label(state: &NetworkState) -> Option<Name> {
 }
 
 /// Sets the clients of the zone by their addresses. `place` returns where an endpoint of this host is; `None` leaves the
-/// endpoint out. `may_ask` returns whether policies allow an endpoint to query the resolver.
+/// endpoint out. `may_ask` returns whether policies allow an endpoint to query the resolver, and `watched` the names that they admit
+/// connections to.
 pub(super) fn set_clients(
     zone: &mut Zone,
     view: &View,
     place: impl Fn(EndpointId) -> Option<Place>,
     may_ask: impl Fn(&Endpoint) -> bool,
+    watched: impl Fn(&Endpoint) -> Vec<NamePattern>,
 ) {
-    let clients = clients(view, place, may_ask).into_iter().map(|(address, client)| {
+    let clients = clients(view, place, may_ask, watched).into_iter().map(|(address, client)| {
         let networks = client.networks.into_iter().map(key).collect();
         let search = Name::parse(&format!("{}.svc", client.namespace));
-        (address, ClientContext { networks, search, external: client.external })
+        (address, ClientContext { networks, search, external: client.external, watched: client.watched })
     });
     zone.set_clients(clients.collect());
 }
@@ -184,6 +187,8 @@ struct DnsClient {
     namespace: String,
     /// Whether it gets answers for names outside of the cluster.
     external: bool,
+    /// The names that policies admit connections to.
+    watched: Arc<[NamePattern]>,
 }
 
 /// Returns the clients of the resolver by source address: the local endpoints without an address conflict that may query
@@ -192,6 +197,7 @@ fn clients(
     view: &View,
     place: impl Fn(EndpointId) -> Option<Place>,
     may_ask: impl Fn(&Endpoint) -> bool,
+    watched: impl Fn(&Endpoint) -> Vec<NamePattern>,
 ) -> BTreeMap<IpAddr, DnsClient> {
     let mut namespaces: BTreeMap<(u64, Option<EndpointId>), BTreeMap<String, &Endpoint>> = BTreeMap::new();
     let own = view.own().into_iter().flat_map(|own| own.table.endpoints());
@@ -205,9 +211,15 @@ fn clients(
     for endpoints in namespaces.values() {
         let networks: Vec<NetworkId> = endpoints.values().map(|endpoint| endpoint.network).collect();
         let external = networks.iter().any(|network| has_external_names(view, *network));
+        // A workload may be told at one interface and connect from another one.
+        let mut patterns: Vec<NamePattern> = endpoints.values().flat_map(|it| watched(it)).collect();
+        patterns.sort_unstable();
+        patterns.dedup();
+        let watched: Arc<[NamePattern]> = patterns.into();
         for endpoint in endpoints.values().filter(|endpoint| may_ask(endpoint)) {
             let namespace = endpoint.namespace.clone();
-            let client = DnsClient { networks: networks.clone(), namespace, external };
+            let watched = Arc::clone(&watched);
+            let client = DnsClient { networks: networks.clone(), namespace, external, watched };
             clients.extend(endpoint.addresses.iter().map(|net| (net.addr(), client.clone())));
         }
     }

@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use super::{Direction, PolicyLedger, part};
+use super::{Direction, Policies, PolicyLedger, part};
 use ovl_cluster::resources::Resources;
 use ovl_cluster::view::View;
 use ovl_dataplane::op::Op;
@@ -40,6 +40,11 @@ impl Enforcement {
             touched: BTreeSet::new(),
             refused: Rejected::default(),
         }
+    }
+
+    /// Returns the policies that were last sent.
+    pub fn policies(&self) -> &Policies {
+        self.ledger.policies()
     }
 
     /// Returns the directions in which an endpoint of a namespace is isolated while its labels are not known.

@@ -5,10 +5,13 @@
 
 use std::fmt;
 use std::net::IpAddr;
+use std::time::Duration;
 
+use ovl_proto::id::NodeId;
 use ovl_proto::object::Mode;
 use ovl_proto::resource::{LabelSelector, Name, Operator, Protocol, Requirement, RuleAction};
 
+use super::admitted::AdmittedAt;
 use super::{
     ClusterPolicy, ClusterRule, Direction, Namespaces, Policies, Rule, RulePeer, RulePort, in_block,
 };
@@ -28,6 +31,11 @@ impl<'a> ConnectionEnd<'a> {
     pub fn of(view: &'a View, address: IpAddr) -> Self {
         let mut found = view.networks.keys().filter_map(|id| view.endpoint_by_address(*id, address));
         Self { address, endpoint: found.next() }
+    }
+
+    /// Whether the end is an endpoint of a host.
+    pub fn is_on(&self, host: NodeId) -> bool {
+        self.endpoint.is_some_and(|placed| placed.node.record.id == host)
     }
 
     /// Whether the other end is the host of this endpoint.
@@ -106,6 +114,7 @@ impl Judgement {
 pub fn explain(
     view: &View,
     policies: &Policies,
+    admitted: AdmittedAt<'_>,
     from: &ConnectionEnd<'_>,
     to: &ConnectionEnd<'_>,
     port: Option<(Protocol, u16)>,
@@ -124,14 +133,24 @@ pub fn explain(
             return Side::Undecided(deciding.undecided.into_iter().cloned().collect());
         }
         let fits = |rule: &Rule| {
-            peers_fit(view, policies, &rule.peers, other) && ports_fit(view, policies, &rule.ports, to, port)
+            peers_fit(view, policies, own, admitted, &rule.peers, other)
+                && ports_fit(view, policies, &rule.ports, to, port)
         };
         let decision = |tier: &[&ClusterPolicy]| {
             let rules =
                 tier.iter().flat_map(|policy| policy.rules(direction).iter().map(move |it| (policy, it)));
             let (policy, found) = rules.into_iter().find(|(_, found)| fits(&found.rule))?;
             let (policy, rule) = (policy.name.clone(), found.number);
-            let says = describe_cluster(policies, found, direction);
+            let mut says = describe_cluster(policies, found, direction);
+            let mut names = found.rule.peers.iter();
+            if let Some((name, left)) =
+                names.find_map(|peer| told_for(view, policies, own, admitted, peer, other))
+            {
+                // A long one is not kept in the kernel, from which an earlier run's are known.
+                let name = if name.is_empty() { "a name" } else { name };
+                says +=
+                    &format!(" ({} was answered for {name}; {} s are left)", other.address, left.as_secs());
+            }
             match found.action {
                 RuleAction::Accept => Some(Side::Passes { policy, rule, says }),
                 RuleAction::Deny => Some(Side::Denied { policy, rule, says }),
@@ -156,9 +175,17 @@ pub fn explain(
     Judgement { egress: side(from, to, Direction::Egress), ingress: side(to, from, Direction::Ingress) }
 }
 
-fn peers_fit(view: &View, policies: &Policies, peers: &[RulePeer], other: &ConnectionEnd<'_>) -> bool {
+fn peers_fit(
+    view: &View,
+    policies: &Policies,
+    own: &ConnectionEnd<'_>,
+    admitted: AdmittedAt<'_>,
+    peers: &[RulePeer],
+    other: &ConnectionEnd<'_>,
+) -> bool {
     let fits = |peer: &RulePeer| match peer {
         RulePeer::Block { cidr, except } => in_block(other.address, *cidr, except),
+        RulePeer::Name(_) => told_for(view, policies, own, admitted, peer, other).is_some(),
         RulePeer::Pods(place) => policies.pods(*place).zip(other.endpoint).is_some_and(|(pods, placed)| {
             let endpoint = placed.endpoint;
             let namespace = view.resources.namespace_labels(&endpoint.namespace);
@@ -167,6 +194,21 @@ fn peers_fit(view: &View, policies: &Policies, peers: &[RulePeer], other: &Conne
         }),
     };
     peers.is_empty() || peers.iter().any(fits)
+}
+
+/// Returns the name for which the workload was told the address of the other end, if the peer is a pattern that matches it, and
+/// how long that still counts. `None` also if the workload is on another host: what its resolver answered is known there.
+fn told_for<'a>(
+    view: &View,
+    policies: &Policies,
+    own: &ConnectionEnd<'_>,
+    admitted: AdmittedAt<'a>,
+    peer: &RulePeer,
+    other: &ConnectionEnd<'_>,
+) -> Option<(&'a str, Duration)> {
+    let RulePeer::Name(place) = peer else { return None };
+    let (_, key) = policies.pattern(*place).filter(|_| own.is_on(view.me))?;
+    admitted.find(key, other.address)
 }
 
 fn ports_fit(
@@ -212,6 +254,9 @@ pub fn describe(policies: &Policies, rule: &Rule, direction: Direction) -> Strin
 fn describe_peer(policies: &Policies, peer: &RulePeer) -> String {
     match peer {
         RulePeer::Block { cidr, except } if except.is_empty() => cidr.to_string(),
+        RulePeer::Name(place) => {
+            policies.pattern(*place).map_or_else(String::new, |(pattern, _)| pattern.to_string())
+        }
         RulePeer::Block { cidr, except } => {
             let except: Vec<String> = except.iter().map(ToString::to_string).collect();
             format!("{cidr} except {}", except.join(" and "))

@@ -35,6 +35,8 @@ pub(super) struct Peers {
     pub(super) everybody: bool,
     /// Selectors of endpoints: indexes into [`super::Policies::pods`].
     pub(super) pods: BTreeSet<usize>,
+    /// Patterns of domain names: indexes into [`super::Policies`]'s list of them.
+    pub(super) names: BTreeSet<usize>,
     /// IPv4 addresses.
     pub(super) v4: Ranges,
     /// IPv6 addresses.
@@ -176,6 +178,9 @@ pub(super) fn merge(rules: &[Rule]) -> BTreeMap<Ports, Peers> {
             match peer {
                 RulePeer::Pods(place) => {
                     peers.pods.insert(*place);
+                }
+                RulePeer::Name(place) => {
+                    peers.names.insert(*place);
                 }
                 RulePeer::Block { cidr, except } => {
                     let ranges = if cidr.addr().is_ipv4() { &mut *v4 } else { &mut *v6 };

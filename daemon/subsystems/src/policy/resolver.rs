@@ -79,6 +79,8 @@ impl Policies {
             RulePeer::Pods(place) => self.pods(*place).is_some_and(|pods| {
                 pods.matches(NAMESPACE, &resolver.namespace_labels, Some(&resolver.labels))
             }),
+            // To admit a name admits no query for it.
+            RulePeer::Name(_) => false,
             RulePeer::Block { cidr, except } => {
                 resolver.addresses.iter().any(|address| in_block(*address, *cidr, except))
             }

@@ -142,7 +142,8 @@ pub(super) fn skeleton(policies: &Policies, slots: Slots, switched: bool) -> Ske
             ],
         ));
     }
-    Skeleton { sets: sets(policies, slots), objects: objects(), chains }
+    let names = policies.names.iter().flat_map(|(_, key)| key.objects());
+    Skeleton { sets: sets(policies, slots), objects: objects().into_iter().chain(names).collect(), chains }
 }
 
 fn sets(policies: &Policies, slots: Slots) -> Vec<Set> {
@@ -285,6 +286,8 @@ fn cluster_chain(policies: &Policies, policy: &ClusterPolicy, direction: Directi
             for (fits, condition) in conditions(policies, &peers, &ports, direction) {
                 rules.extend(verdicts(found.action, policy.tier, direction, fits, &condition));
             }
+            // Rules about domain names only accept.
+            rules.extend(admitted_by_name(policies, &peers, &ports, direction));
         }
     }
     chain(&cluster_chain_of(policy, direction), None, &rules)
@@ -338,6 +341,26 @@ fn conditions(policies: &Policies, peers: &Peers, ports: &Ports, direction: Dire
         }
     }
     found
+}
+
+/// Returns the rules that accept connections to what workloads were told for domain names, and those that were accepted so
+/// before.
+fn admitted_by_name(policies: &Policies, peers: &Peers, ports: &Ports, direction: Direction) -> Vec<String> {
+    let mut rules = Vec::new();
+    for (_, key) in peers.names.iter().filter_map(|place| policies.pattern(*place)) {
+        for (family, port) in port_matches(policies, ports) {
+            for v4 in [true, false].into_iter().filter(|v4| family.is_none_or(|family| family == *v4)) {
+                let (pass, kept) = (format!("goto pass.{}", short(direction)), key.kept(v4));
+                let ends = format!("{} . {}", source(v4), target(v4));
+                let fits = format!("{} @{} {port}", other_end(direction, v4), key.set(v4));
+                // A full set ends the rule, and not the connection.
+                rules.push(format!("{fits}update @{kept} {{ {ends} }}"));
+                rules.push(format!("{fits}{pass}"));
+                rules.push(format!("ct state established,related {ends} @{kept} {port}{pass}"));
+            }
+        }
+    }
+    rules
 }
 
 /// Returns one of several values as nft writes it: a set if there are more than one.

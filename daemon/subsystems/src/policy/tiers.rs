@@ -16,6 +16,7 @@ use ovl_proto::resource::{
     ClusterProtocol, LabelSelector, Labels, Name, NamespacedPod, NodeAddress, PolicySubject, Protocol,
     RuleAction, Tier,
 };
+use ovl_zone::NamePattern;
 
 use super::{
     Builder, DEFAULT, Direction, Namespaces, Pods, Policies, Policy, Rule, RulePeer, RulePort, UNDECIDED,
@@ -61,6 +62,12 @@ impl ClusterPolicy {
             Direction::Ingress => &self.ingress,
             Direction::Egress => &self.egress,
         }
+    }
+
+    /// Whether a rule has a domain name as a peer.
+    pub fn has_patterns(&self) -> bool {
+        let mut peers = self.egress.iter().flat_map(|rule| &rule.rule.peers);
+        peers.any(|peer| matches!(peer, RulePeer::Name(_)))
     }
 
     fn denies(&self, direction: Direction) -> bool {
@@ -231,20 +238,21 @@ impl Builder<'_> {
             tier: spec.tier.unwrap_or(Tier::Admin),
             priority: spec.priority.unwrap_or_default(),
             subject: subject(&spec.subject),
-            ingress: self.cluster_rules(ingress),
-            egress: self.cluster_rules(egress),
+            ingress: self.cluster_rules(Direction::Ingress, ingress),
+            egress: self.cluster_rules(Direction::Egress, egress),
         }
     }
 
     fn cluster_rules<'a>(
         &mut self,
+        direction: Direction,
         rules: impl Iterator<
             Item = (&'a String, Option<RuleAction>, &'a Vec<ClusterPeer>, &'a Vec<ClusterProtocol>),
         >,
     ) -> Vec<ClusterRule> {
         let mut all = Vec::new();
         for (n, (name, action, peers, protocols)) in rules.enumerate() {
-            let made = self.cluster_rule(action.unwrap_or(RuleAction::Deny), peers, protocols);
+            let made = self.cluster_rule(direction, action.unwrap_or(RuleAction::Deny), peers, protocols);
             all.extend(made.into_iter().map(|(action, rule)| ClusterRule {
                 number: n + 1,
                 name: name.clone(),
@@ -258,11 +266,13 @@ impl Builder<'_> {
     /// Compiles a rule: none if it fits nothing, and two if it is different for peers whose labels are not known.
     fn cluster_rule(
         &mut self,
+        direction: Direction,
         action: RuleAction,
         peers: &[ClusterPeer],
         protocols: &[ClusterProtocol],
     ) -> Vec<(RuleAction, Rule)> {
-        let found: Vec<Option<Vec<RulePeer>>> = peers.iter().map(|peer| self.cluster_peer(peer)).collect();
+        let found: Vec<Option<Vec<RulePeer>>> =
+            peers.iter().map(|peer| self.cluster_peer(peer, direction, action)).collect();
         let ports: Vec<Option<Vec<RulePort>>> =
             protocols.iter().map(|protocol| self.cluster_ports(protocol)).collect();
         let is_whole =
@@ -293,10 +303,18 @@ impl Builder<'_> {
     }
 
     /// Returns the peer's endpoints or addresses. `None` if ovl does not act on it.
-    fn cluster_peer(&mut self, peer: &ClusterPeer) -> Option<Vec<RulePeer>> {
+    fn cluster_peer(
+        &mut self,
+        peer: &ClusterPeer,
+        direction: Direction,
+        action: RuleAction,
+    ) -> Option<Vec<RulePeer>> {
         let ClusterPeer { namespaces, pods, networks, nodes, domain_names, .. } = peer;
         if !domain_names.is_empty() {
-            return None;
+            // Only what a workload may do depends on what it was told, and only if it is allowed: some addresses may be unknown.
+            let patterns = domain_names.iter().filter_map(|text| NamePattern::parse(text));
+            return ((direction, action) == (Direction::Egress, RuleAction::Accept))
+                .then(|| patterns.map(|pattern| self.name_peer(pattern)).collect());
         }
         if let Some(selector) = nodes {
             return self.node_peers(selector);

@@ -157,9 +157,12 @@ impl Services {
         let is_first = !std::mem::replace(&mut self.started, true);
         let any = view.has_services();
         let own_dns = self.ranges.answered_dns(&view.resources);
-        let context = context
-            || std::mem::replace(&mut self.any, any) != any
-            || std::mem::replace(&mut self.own_dns, own_dns.clone()) != own_dns;
+        let is_dns_moved = std::mem::replace(&mut self.own_dns, own_dns.clone()) != own_dns;
+        if is_dns_moved {
+            // The Service there is translated from now on, or not any more, whether its backends changed or not.
+            names.extend(view.resources.services().keys().cloned());
+        }
+        let context = context || std::mem::replace(&mut self.any, any) != any || is_dns_moved;
         if context || is_first {
             let context = NetworkContext::of(view, &self.ranges);
             if context != self.context {

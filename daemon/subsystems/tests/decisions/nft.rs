@@ -1,10 +1,14 @@
 //! An interpreter of nftables rules that is sufficient for the first packet of a connection in `inet ovl-policy`.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 use ovl_dataplane::nft::{Field, Key, Skeleton, Table, Value};
 use ovl_dataplane::state::Dataplane;
+
+/// The elements of sets that end by themselves, by the name of their set.
+pub(crate) type Told = BTreeSet<(String, IpAddr)>;
 
 /// The first packet of a connection.
 #[derive(Debug, Clone)]
@@ -15,10 +19,10 @@ pub(crate) struct Packet {
     pub(crate) port: u16,
 }
 
-/// Whether the table accepts a packet. Without a table, it is accepted.
-pub(crate) fn passes(dataplane: &Dataplane, packet: &Packet) -> bool {
+/// Whether the table accepts a packet. Without a table, it is accepted. `told` are the elements of sets that end by themselves.
+pub(crate) fn passes(dataplane: &Dataplane, told: &Told, packet: &Packet) -> bool {
     let Some(skeleton) = dataplane.tables.get(&Table::Policy) else { return true };
-    let mut run = Run { dataplane, skeleton, packet, priority: 0 };
+    let mut run = Run { dataplane, skeleton, told, packet, priority: 0 };
     run.chain("forward") != Verdict::Drop
 }
 
@@ -36,6 +40,7 @@ enum Verdict {
 struct Run<'a> {
     dataplane: &'a Dataplane,
     skeleton: &'a Skeleton,
+    told: &'a Told,
     packet: &'a Packet,
     priority: u32,
 }
@@ -163,6 +168,10 @@ impl Run<'_> {
 
     fn look_up(&self, name: &str, key: &[Field<'_>]) -> Option<Value> {
         let name = name.trim_start_matches('@');
+        if let ([Field::Ip(at)], true) = (key, name.starts_with("name.")) {
+            assert!(self.skeleton.objects.iter().any(|object| object.name == name), "no set {name}");
+            return self.told.contains(&(name.to_owned(), *at)).then_some(Value::None);
+        }
         let set = self.skeleton.sets.iter().find(|set| set.name == name);
         let set = set.unwrap_or_else(|| panic!("no set {name}"));
         self.dataplane.elements.of(set)?.get(&Key::of(key)).cloned()

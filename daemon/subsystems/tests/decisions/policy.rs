@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::time::Duration;
 
 use ovl_cluster::view::View;
 use ovl_dataplane::nft::{Element, Table};
@@ -20,13 +21,24 @@ use ovl_proto::resource::{
 use ovl_proto::table::{Endpoint, Entry, Key, PodIdentity};
 use ovl_proto::wire::fields::Unknown;
 use ovl_subsystems::local::Local;
+use ovl_subsystems::policy::admitted::{Admitted, AdmittedAt};
 use ovl_subsystems::policy::explain::{ConnectionEnd, Side, explain};
+use ovl_subsystems::policy::names::NameKey;
 use ovl_subsystems::policy::resolver::ResolverPeer;
 use ovl_subsystems::policy::{Policies, PolicyLedger, part, protocol_number};
+use ovl_zone::NamePattern;
 use proptest::prelude::*;
 
-use super::nft::{Packet, passes};
+use super::nft::{Packet, Told, passes};
 use super::world::{NET, id, net, switched};
+
+/// Patterns of domain names.
+const ONE: &str = "www.ovl.test";
+const ALL: &str = "*.ovl.test";
+
+fn none(admitted: &Admitted) -> AdmittedAt<'_> {
+    AdmittedAt { admitted, now: Duration::ZERO }
+}
 
 fn labels(all: &[(&str, &str)]) -> Labels {
     all.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
@@ -181,7 +193,7 @@ fn the_explanation_names_the_policy_and_the_rule() {
     let policies = Policies::new(&view.resources);
     let judge = |from: u8, port: u16| {
         let [from, to] = [from, 9].map(|n| ConnectionEnd::of(&view, address(n)));
-        explain(&view, &policies, &from, &to, Some((Protocol::Tcp, port)))
+        explain(&view, &policies, none(&Admitted::default()), &from, &to, Some((Protocol::Tcp, port)))
     };
     let name = Name::new("default", "db-allow-api-only");
     let says = "from pods with app=api of namespace default, TCP 5432".to_owned();
@@ -192,13 +204,21 @@ fn the_explanation_names_the_policy_and_the_rule() {
     assert_eq!(judge(10, 6379).ingress, Side::Refused(vec![name]));
     // Programs of its own host always reach it.
     let host = ConnectionEnd::of(&view, "10.9.0.1".parse().unwrap());
-    let judged = explain(&view, &policies, &host, &ConnectionEnd::of(&view, address(9)), None);
+    let judged = explain(
+        &view,
+        &policies,
+        none(&Admitted::default()),
+        &host,
+        &ConnectionEnd::of(&view, address(9)),
+        None,
+    );
     assert_eq!((judged.egress, judged.ingress), (Side::Outside, Side::AtHome));
     // On a routed network the first address of the subnet is a gateway of the host alone that holds the first block.
     let mut routed = example();
     routed.networks.get_mut(&NET).unwrap().network.mode = Mode::L3;
     let [host, own] = ["10.9.0.1".parse().unwrap(), address(9)].map(|at| ConnectionEnd::of(&routed, at));
-    let judged = explain(&routed, &Policies::new(&routed.resources), &host, &own, None);
+    let judged =
+        explain(&routed, &Policies::new(&routed.resources), none(&Admitted::default()), &host, &own, None);
     assert!(matches!(judged.ingress, Side::Refused(_)), "{judged:?}");
 }
 
@@ -219,7 +239,7 @@ fn a_pod_of_unknown_labels_is_isolated() {
     let judge = |view: &View, from: u8, to: u8| {
         let policies = Policies::new(&view.resources);
         let [from, to] = [from, to].map(|n| ConnectionEnd::of(view, address(n)));
-        explain(view, &policies, &from, &to, Some((Protocol::Tcp, 5432)))
+        explain(view, &policies, none(&Admitted::default()), &from, &to, Some((Protocol::Tcp, 5432)))
     };
     let example = Name::new("default", "db-allow-api-only");
     assert_eq!(judge(&view, 10, 11).ingress, Side::Undecided(vec![example]));
@@ -382,9 +402,12 @@ fn cluster_peers(is_egress: bool) -> impl Strategy<Value = ClusterPeer> {
         true => ClusterPeer { nodes: Some(it), ..ClusterPeer::default() },
         false => ClusterPeer { namespaces: Some(it), ..ClusterPeer::default() },
     });
-    // On which ovl does not act.
-    let unknown = Just(ClusterPeer { domain_names: vec!["ovl.test".to_owned()], ..ClusterPeer::default() });
-    prop_oneof![4 => namespaces, 4 => pods, 2 => nets, 2 => nodes, 1 => unknown]
+    // Also with an action other than Accept: then they fail closed.
+    let names = prop::sample::subsequence(vec![ONE, ALL, "no..name"], 1..3).prop_map(|names| ClusterPeer {
+        domain_names: names.into_iter().map(str::to_owned).collect(),
+        ..ClusterPeer::default()
+    });
+    prop_oneof![4 => namespaces, 4 => pods, 2 => nets, 2 => nodes, 2 => names]
 }
 
 fn cluster_protocols() -> impl Strategy<Value = ClusterProtocol> {
@@ -618,14 +641,22 @@ proptest! {
             (host, part(&view, &Local::default(), 1))
         }).into();
         let ends = [9_u8, 10, 17, 18, 77];
+        let (now, mut admitted, mut told) = (Duration::from_secs(1), Admitted::default(), Told::new());
+        for (pattern, of) in [(ONE, address(17)), (ALL, address(77)), (ALL, address(10))] {
+            let pattern = NamePattern::parse(pattern).unwrap();
+            told.insert((NameKey::of(&pattern).set(true), of));
+            admitted.admit(now, &[pattern], "www.ovl.test", &[(of, 60)]);
+        }
         for from in ends {
+            // What is admitted for names is known on the host of the source.
+            view.me = id(if from == 77 { 1 } else { host_of(from) });
             for to in ends.into_iter().filter(|to| *to != from) {
                 let [here, there] = [from, to].map(|n| ConnectionEnd::of(&view, address(n)));
                 for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
                     for port in 80..84_u16 {
-                        let judged = explain(&view, &policies, &here, &there, Some((protocol, port)));
+                        let judged = explain(&view, &policies, AdmittedAt { admitted: &admitted, now }, &here, &there, Some((protocol, port)));
                         let packet = Packet { from: address(from), to: address(to), protocol: protocol_number(protocol), port };
-                        let by_tables = [from, to].iter().filter_map(|n| dataplanes.get(&host_of(*n))).all(|dataplane| passes(dataplane, &packet));
+                        let by_tables = [from, to].iter().filter_map(|n| dataplanes.get(&host_of(*n))).all(|dataplane| passes(dataplane, &told, &packet));
                         prop_assert_eq!(judged.passes(), by_tables, "{:?}: {:?}", packet, judged);
                     }
                 }

@@ -4,7 +4,7 @@ use ovl_proto::resource::{
     ClusterNetworkPolicy, ClusterPeer, ClusterPorts, ClusterProtocol, PolicySubject, RuleAction,
 };
 
-use crate::problem::{FieldProblem, FieldProblems};
+use crate::problem::FieldProblems;
 
 use super::names;
 use super::policy::check_selector;
@@ -99,6 +99,10 @@ fn check_rule(
         }
         check_count(&format!("{path}.networks"), networks.len(), problems);
         check_count(&format!("{path}.domainNames"), domain_names.len(), problems);
+        for (n, name) in domain_names.iter().enumerate() {
+            let is_name = names::is_domain_name(name);
+            problems.want(is_name, format!("{path}.domainNames[{n}]"), names::DOMAIN_NAME);
+        }
         let is_allowlist = domain_names.is_empty() || action == Some(RuleAction::Accept);
         problems.want(
             is_allowlist,
@@ -142,18 +146,4 @@ fn check_protocol(path: &str, protocol: &ClusterProtocol, problems: &mut FieldPr
             },
         }
     }
-}
-
-/// Returns the peers on which ovl does not act, with what that means. The API demands that their rules fail closed.
-pub(super) fn not_acted_on(policy: &ClusterNetworkPolicy) -> Vec<FieldProblem> {
-    let mut found = Vec::new();
-    for (n, rule) in policy.spec.egress.iter().enumerate() {
-        for (m, _) in rule.to.iter().enumerate().filter(|(_, peer)| !peer.domain_names.is_empty()) {
-            // Rules with another action are refused.
-            let reason =
-                "ovl does not act on domainNames, so the rule accepts nothing by this peer".to_owned();
-            found.push(FieldProblem { field: format!("spec.egress[{n}].to[{m}].domainNames"), reason });
-        }
-    }
-    found
 }

@@ -12,6 +12,25 @@ pub(crate) const LABEL_KEY: &str = "not a label key: at most 63 letters, digits,
 pub(crate) const LABEL_VALUE: &str =
     "not a label value: at most 63 letters, digits, '-', '_' and '.', a letter or digit first and last";
 pub(crate) const PORT_NAME: &str = "not a port name: at most 15 lower-case letters, digits and '-', at least one letter, no '-' first, last or twice in a row";
+pub(crate) const DOMAIN_NAME: &str =
+    "not a domain name such as www.example.com, or *.example.com for all names below one";
+
+/// Whether a text is a domain name of at least two labels, or one with a wildcard for labels on the left, as the peers of
+/// ClusterNetworkPolicies have them. The API's pattern lets some more characters begin a label than one would expect (`A-z`).
+pub(crate) fn is_domain_name(text: &str) -> bool {
+    let name = text.strip_prefix("*.").unwrap_or(text);
+    let name = name.strip_suffix('.').unwrap_or(name);
+    let is_label = |label: &str| {
+        let begins = label.starts_with(|c: char| c.is_ascii_alphanumeric() || "[\\]^_`".contains(c));
+        let ends = label.len() == 1 || label.ends_with(|c: char| c.is_ascii_alphanumeric());
+        let mut others = label.chars().skip(1);
+        begins
+            && ends
+            && label.len() <= 63
+            && others.all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_'))
+    };
+    name.len() <= 253 && name.contains('.') && name.split('.').all(is_label)
+}
 
 /// Whether a name is a DNS-1123 label.
 pub(crate) fn is_label(name: &str) -> bool {
@@ -50,4 +69,21 @@ pub(crate) fn is_port_name(name: &str) -> bool {
 /// Whether a name is not empty, has `outer` characters first and last, and only `outer` or `inner` ones between them.
 fn is_framed(name: &str, outer: impl Fn(char) -> bool, inner: impl Fn(char) -> bool) -> bool {
     name.starts_with(&outer) && name.ends_with(&outer) && name.chars().all(|c| outer(c) || inner(c))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn domain_names_are_those_of_the_api() {
+        for good in ["a.b", "*.a.b", "www.Example.com.", "_dmarc.x.y", "a_b-c.d0", "0.1"] {
+            assert!(is_domain_name(good), "{good}");
+        }
+        let long = format!("{}.b", "a".repeat(64));
+        for bad in ["", "a", "*.com", "*", "a.*.b", "*a.b.c", "a..b", "-a.b", "a-.b", "a.b..", "a b.c", &long]
+        {
+            assert!(!is_domain_name(bad), "{bad}");
+        }
+    }
 }
