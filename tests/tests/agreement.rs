@@ -80,6 +80,7 @@ impl Liar {
             keyring: Arc::new(Keyring::new(key, Vec::new())),
             record,
             transport: Arc::new(HostTransport::default()),
+            behind_nat: false,
         };
         let (tell, events) = mpsc::channel(1024);
         let streams = Streams::start(config, tell).await?;

@@ -22,6 +22,15 @@ const LOST: Duration = Duration::from_millis(1500);
 const EAGER: u32 = 10;
 const SELDOM: Duration = Duration::from_secs(10);
 
+/// A probe that is due.
+struct Probe {
+    peer: NodeId,
+    /// Whether probes of the peer arrive.
+    heard: bool,
+    /// Where it may be.
+    to: BTreeSet<SocketAddr>,
+}
+
 /// When pairs were last probed, and introduced.
 #[derive(Debug, Default)]
 pub(super) struct Probing {
@@ -53,7 +62,7 @@ impl Node {
         // The loop that calls this is not exact.
         let is_due =
             probing.last.is_none_or(|last| now.saturating_duration_since(last) + EVERY / 10 >= every);
-        let (due, sought): (Vec<(NodeId, bool, BTreeSet<SocketAddr>)>, Vec<NodeId>) = {
+        let (due, sought) = {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             let pairs: BTreeSet<NodeId> = nat_pairs(state).map(|node| node.record.id).collect();
@@ -65,14 +74,14 @@ impl Node {
                 let id = node.record.id;
                 let known = state.reach.at(id).filter(|_| state.reach.is_heard(id, now));
                 let fixed = relay_at(node).filter(|_| !node.record.is_behind_nat());
-                let known: BTreeSet<SocketAddr> = match known.or(fixed) {
+                let to: BTreeSet<SocketAddr> = match known.or(fixed) {
                     Some(at) => [at].into(),
                     // Where members see it, and in its own network, which may be that of this host.
                     None => self.gossip().suggested_relay_end(id).into_iter().chain(relay_at(node)).collect(),
                 };
-                (id, state.reach.is_heard(id, now), known)
+                Probe { peer: id, heard: state.reach.is_heard(id, now), to }
             };
-            let due = nat_pairs(state).map(to).collect();
+            let due: Vec<Probe> = nat_pairs(state).map(to).collect();
             let own = state.record().is_some_and(|own| own.is_behind_nat());
             let hidden =
                 nat_pairs(state).map(|node| &node.record).filter(|record| own && record.is_behind_nat());
@@ -85,7 +94,7 @@ impl Node {
         for peer in sought {
             self.gossip().seek(peer);
         }
-        for (peer, heard, to) in due {
+        for Probe { peer, heard, to } in due {
             let Some(probe) = self.gossip().relay_probe(peer, heard) else { continue };
             for at in to {
                 relay.probe(peer.0, at, &probe);

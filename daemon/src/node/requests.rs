@@ -550,7 +550,7 @@ fn plain_across_nat(state: &State, node: &ovl_cluster::view::Node) -> Vec<Proble
                 "endpoints of network {network} on this host and on {name} do not reach each other: there is NAT between the two, and \
                  only encrypted networks cross it. Create another network with --encrypted for them"
             );
-            Code::PlainAcrossNat.about(&format!("{network} on {name}"), sentence)
+            Code::PlainAcrossNat.about(format!("{network} on {name}"), sentence)
         })
         .collect()
 }
