@@ -40,6 +40,8 @@ const INTRODUCTIONS: u8 = 2;
 /// The time after the next ping was due, after which a live peer that does not answer is pinged through others.
 const RELAY_AFTER: Duration = Duration::from_millis(400);
 const RELAY_EVERY: Duration = Duration::from_millis(500);
+/// The same for one that counts as dead, while hosts are reached through others.
+const MISSED_EVERY: Duration = Duration::from_secs(2);
 /// The number of other peers through which a peer is pinged.
 const RELAYS: usize = 3;
 /// The maximum number of pings a second that are sent sooner than the interval, because earlier ones were not answered.
@@ -542,11 +544,14 @@ impl PeerBook {
             let hop = self.hops.get(&node).copied();
             let is_silent = is_silent(peer);
             let is_relayed = (is_silent || hop.is_some()) && peer.listed && now >= peer.next_relay;
-            if !is_pinged(peer) || (now < peer.next_ping && !is_relayed) {
+            let is_pinged = is_pinged(peer);
+            // One that is reached through others alone is not dialled.
+            let is_missed = peer.known && (!self.hops.is_empty() || named_by(peer.addr.ip()).is_some());
+            if (!is_pinged && !(is_missed && is_relayed)) || (now < peer.next_ping && !is_relayed) {
                 continue;
             }
             let Some(nonce) = nonce(&self.random) else { return };
-            if now >= peer.next_ping {
+            if is_pinged && now >= peer.next_ping {
                 let last = peer.pings.back().map(|(_, sent)| *sent);
                 let early = last.is_some_and(|sent| now < sent + self.ping_every);
                 if !early || self.early_pings.take(now) {
@@ -555,7 +560,7 @@ impl PeerBook {
                 }
             }
             if is_relayed {
-                peer.next_relay = now + relay_every;
+                peer.next_relay = now + if is_pinged { relay_every } else { MISSED_EVERY };
                 // Unlike the nonce of the ping: the answers differ in what they prove.
                 let nonce = nonce.wrapping_add(1);
                 peer.relayed = Some(nonce);

@@ -121,3 +121,34 @@ fn request_to_ping_a_peer_follows_the_hops_and_where_hosts_are_cut_off_asks_on()
     assert_eq!(to(&mut book, 5, 1), [2, 3], "these may know more");
     assert_eq!(to(&mut book, 9, 1), [2, 3]);
 }
+
+#[test]
+fn dead_peer_is_searched_for_through_others_only_while_some_are_reached_through_others() {
+    let start = Instant::now();
+    let mut book = PeerBook::new(1500, start);
+    let id = |number| NodeId([number; 10]);
+    let addr = |number| SocketAddr::from(([192, 0, 2, number], 7940));
+    book.list(id(1), (addr(1), None), 1500, (true, true), start);
+    book.list(id(5), (addr(5), None), 1500, (false, true), start);
+    book.set_known(&[(id(1), addr(1)), (id(5), addr(5))], start);
+    let searches = |book: &mut PeerBook, from: u64, to: u64| {
+        let mut found = Vec::new();
+        for ms in (from..to).step_by(100) {
+            let now = start + Duration::from_millis(ms);
+            book.answered(id(1), now, now);
+            let due = book.due(now).into_iter();
+            found.extend(
+                due.filter(|due| matches!(due, Due::PingFor { node, .. } if *node == id(5))).map(|_| ms),
+            );
+        }
+        found
+    };
+    searches(&mut book, 0, 4000);
+    assert!(searches(&mut book, 4000, 10_000).is_empty(), "it is dialled");
+    book.set_hops([(id(4), id(1))].into());
+    let found = searches(&mut book, 10_000, 20_000);
+    assert!(
+        (4..=6).contains(&found.len()) && found.windows(2).all(|pair| pair[1] - pair[0] >= 2000),
+        "{found:?}"
+    );
+}
