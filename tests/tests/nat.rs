@@ -24,11 +24,14 @@ const KINDS: [&str; 8] = [
 ];
 
 /// A lab whose first host is public, and whose others are behind these kinds of NAT.
-fn lab(kinds: &[&str]) -> Lab {
-    let config = kinds.iter().enumerate().fold(LabConfig::hosts(kinds.len() + 1), |config, (index, kind)| {
+fn with_kinds(kinds: &[&str]) -> LabConfig {
+    kinds.iter().enumerate().fold(LabConfig::hosts(kinds.len() + 1), |config, (index, kind)| {
         config.access(&format!("h{}", index + 2), kind.parse().unwrap())
-    });
-    start_lab_with(config).unwrap()
+    })
+}
+
+fn lab(kinds: &[&str]) -> Lab {
+    start_lab_with(with_kinds(kinds)).unwrap()
 }
 
 fn attach_all(lab: &Lab, network: &str) -> Vec<Attached> {
@@ -153,4 +156,18 @@ fn hosts_behind_one_nat_reach_each_other_in_their_own_network() {
         Ok(())
     })
     .unwrap();
+}
+
+#[test]
+fn host_behind_nat_is_admitted_by_a_majority_that_is_behind_nat() {
+    let kinds = ["port-restricted", "symmetric", "restricted", "symmetric", "firewall"];
+    let lab = Lab::new(with_kinds(&kinds)).unwrap();
+    let (last, first) = lab.hosts().split_last().unwrap();
+    for host in first {
+        host.start().unwrap();
+        host.wait_ready(SOON).unwrap();
+    }
+    last.start().unwrap();
+    last.wait_ready(SOON).unwrap();
+    lab.wait_all_alive(SOON).unwrap();
 }

@@ -279,8 +279,9 @@ impl Node {
         let Some(relay) = relays.iter().filter(is_dialled).min_by_key(near).copied() else {
             return Vec::new();
         };
-        let hidden = nat_pairs(state).filter(|node| node.record.is_behind_nat());
-        hidden.map(|node| (node.record.id, relay)).collect()
+        // One that is yet to be admitted needs the answers of members.
+        let others = state.view.nodes.values().filter(|node| node.record.id != state.view.me);
+        others.filter(|node| node.record.is_behind_nat()).map(|node| (node.record.id, relay)).collect()
     }
 
     fn tell_turn(&self, state: &State, peer: NodeId, turn: Turn) {

@@ -130,6 +130,8 @@ pub(super) struct PeerBook {
     turn: usize,
     /// Counts the calls of [`Self::introducers`].
     turn_of_introducers: usize,
+    /// Counts the looks for pings that are due.
+    turn_of_searches: usize,
 }
 
 /// A ping or probe to be sent now.
@@ -175,6 +177,7 @@ impl PeerBook {
             hops: BTreeMap::new(),
             turn: 0,
             turn_of_introducers: 0,
+            turn_of_searches: 0,
         }
     }
 
@@ -533,16 +536,22 @@ impl PeerBook {
         let helpers = self.peers.iter().filter(|(_, peer)| peer.alive && !is_silent(peer));
         let live: Vec<(NodeId, SocketAddr)> = helpers.map(|(node, peer)| (*node, peer.addr)).collect();
         // The more are reached through others, the rarer: as for peers that answer themselves.
-        let relay_every = (PING_EACH * u32::try_from(self.hops.len()).unwrap_or(u32::MAX)).max(RELAY_EVERY);
+        let silent =
+            self.peers.values().filter(|peer| peer.listed && is_silent(peer)).count().max(self.hops.len());
+        let relay_every = (PING_EACH * u32::try_from(silent).unwrap_or(u32::MAX)).max(RELAY_EVERY);
         let mut nodes: Vec<NodeId> = self.peers.keys().copied().collect();
         // Where many are silent, each has its turn to be searched for.
-        let first = self.next_relay % nodes.len().max(1);
+        self.turn_of_searches = self.turn_of_searches.wrapping_add(1);
+        let first = self.turn_of_searches % nodes.len().max(1);
         nodes.rotate_left(first);
         for node in nodes {
             let Some(peer) = self.peers.get_mut(&node) else { continue };
             // The way through another one is tried also when the peer answers directly again.
-            let hop = self.hops.get(&node).copied();
             let is_silent = is_silent(peer);
+            // One that passes its answers on is as good as one that is known to be on the way.
+            let is_fresh = |at: Instant| now.saturating_duration_since(at) < relay_every * 2;
+            let through = peer.through.filter(|(_, at)| is_silent && is_fresh(*at)).map(|(by, _)| by);
+            let hop = self.hops.get(&node).copied().or(through);
             let is_relayed = (is_silent || hop.is_some()) && peer.listed && now >= peer.next_relay;
             let is_pinged = is_pinged(peer);
             // One that is reached through others alone is not dialled.
@@ -570,9 +579,7 @@ impl PeerBook {
                 let last = hop.or(peer.through.map(|(last, _)| last));
                 let last = live.iter().find(|(other, _)| Some(*other) == last);
                 // The others are asked where none passes its answers on.
-                let is_passed_on =
-                    |(_, at): (NodeId, Instant)| now.saturating_duration_since(at) < relay_every * 2;
-                let is_lost = is_silent && (hop.is_none() || !peer.through.is_some_and(is_passed_on));
+                let is_lost = is_silent && through.is_none();
                 let others = live.iter().cycle().skip(first).take(if is_lost { live.len() } else { 0 });
                 let others = last.into_iter().chain(others.filter(|other| Some(*other) != last));
                 let others = others.filter(|(other, _)| *other != node).take(RELAYS);
