@@ -50,7 +50,7 @@ pub struct Config {
     pub resolv_conf: PathBuf,
     /// Domains with servers of their own.
     pub stubs: Vec<StubDomain>,
-    /// Who is told of addresses of names that clients are watched for, before the clients are. `None`: nobody.
+    /// Who is told of addresses of names that clients are watched for, before the clients are. `None`: none.
     pub told: Option<mpsc::Sender<Told>>,
 }
 

@@ -556,11 +556,13 @@ impl PeerBook {
             let is_pinged = is_pinged(peer);
             // One that is reached through others alone is not dialled.
             let is_missed = peer.known && (!self.hops.is_empty() || named_by(peer.addr.ip()).is_some());
-            if (!is_pinged && !(is_missed && is_relayed)) || (now < peer.next_ping && !is_relayed) {
+            let is_direct = is_pinged && now >= peer.next_ping;
+            let is_searched = is_relayed && (is_pinged || is_missed);
+            if !is_direct && !is_searched {
                 continue;
             }
             let Some(nonce) = nonce(&self.random) else { return };
-            if is_pinged && now >= peer.next_ping {
+            if is_direct {
                 let last = peer.pings.back().map(|(_, sent)| *sent);
                 let early = last.is_some_and(|sent| now < sent + self.ping_every);
                 if !early || self.early_pings.take(now) {
@@ -568,7 +570,7 @@ impl PeerBook {
                     due.push(peer.pinged(nonce, now));
                 }
             }
-            if is_relayed {
+            if is_searched {
                 peer.next_relay = now + if is_pinged { relay_every } else { MISSED_EVERY };
                 // Unlike the nonce of the ping: the answers differ in what they prove.
                 let nonce = nonce.wrapping_add(1);
