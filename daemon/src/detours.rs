@@ -223,7 +223,15 @@ impl Detours {
             }
         }
         for (peer, detour) in &mut self.open {
-            detour.further = beyond(detour.relay, *peer).unwrap_or_default();
+            let shortest = beyond(detour.relay, *peer).unwrap_or_default();
+            // Members keep to their ways as well while these are as short.
+            let ends = [detour.relay].into_iter().chain(detour.further.iter().copied());
+            let all: Vec<NodeId> = ends.chain([*peer]).collect();
+            let is_link = |pair: &[NodeId]| matches!(pair, [one, other] if links.has(*one, *other));
+            let is_there = all.windows(2).all(is_link);
+            if !is_there || shortest.len() != detour.further.len() {
+                detour.further = shortest;
+            }
         }
         turns
     }
@@ -350,6 +358,24 @@ mod tests {
             [(PEER, Turn::Through(RELAY))],
             "it leads nowhere"
         );
+    }
+
+    #[test]
+    fn members_after_the_first_one_stay_while_others_are_as_near() {
+        const LAST: NodeId = NodeId([4; 10]);
+        const SECOND: NodeId = NodeId([5; 10]);
+        let members = [(PEER, true), (RELAY, true), (LAST, true), (SECOND, true), (ME, true)];
+        let cut = [(ME, PEER), (ME, LAST), (ME, SECOND), (RELAY, PEER)];
+        let mut world = World::new();
+        world.links = Links::new(members, cut.into_iter().chain([(LAST, PEER)]));
+        assert_eq!(world.after(0, 1100, Some((RELAY, 10))), [(PEER, Turn::Through(RELAY))]);
+        assert_eq!(world.detours.path(PEER), [RELAY, SECOND]);
+        world.links = Links::new(members, cut);
+        assert_eq!(world.after(200, 1300, Some((RELAY, 10))), []);
+        assert_eq!(world.detours.path(PEER), [RELAY, SECOND]);
+        world.links = Links::new(members, cut.into_iter().chain([(SECOND, PEER)]));
+        assert_eq!(world.after(200, 1500, Some((RELAY, 10))), []);
+        assert_eq!(world.detours.path(PEER), [RELAY, LAST]);
     }
 
     #[test]
