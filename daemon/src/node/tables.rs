@@ -96,17 +96,26 @@ impl Node {
     /// have one.
     pub(super) fn receive_table(&self, from: NodeId, update: Update) {
         let owner = update.head.owner;
-        let copy = (update.set.len() + update.unset.len() <= MOST_PASSED_ON).then(|| update.clone());
+        // Most changes say nothing of links.
+        let is_about_links = update.base.is_none()
+            || update.set.iter().any(|entry| matches!(entry, Entry::Unreached(_)))
+            || update.unset.iter().any(|key| matches!(key, Key::Unreached(_)));
+        if !is_about_links || update.set.len() + update.unset.len() > MOST_PASSED_ON {
+            return self.take_table(from, update);
+        }
+        let copy = update.clone();
         let before = self.unreached_of(owner);
         self.take_table(from, update);
         let after = self.unreached_of(owner);
-        let Some(update) = copy.filter(|_| before != after) else { return };
+        if before == after {
+            return;
+        }
         let to: Vec<NodeId> = {
             let state = self.state.borrow();
             let is_direct = |id: &NodeId| *id != state.view.me && state.detours.relay(*id).is_none();
             after.into_iter().filter(|id| *id != from && is_direct(id)).collect()
         };
-        let message = Message::Table(update);
+        let message = Message::Table(copy);
         for id in to {
             self.links().send(id, &message);
         }

@@ -186,6 +186,11 @@ impl PeerBook {
         self.ping_every
     }
 
+    /// The time after which a peer that has not answered directly is silent.
+    fn silent_after(&self) -> Duration {
+        self.ping_every + RELAY_AFTER
+    }
+
     /// The number of peers.
     pub(super) fn len(&self) -> usize {
         self.peers.len()
@@ -316,7 +321,7 @@ impl PeerBook {
     /// The live peers that a request of `asker` to ping a peer is passed on to: the peer itself, or the next one on the way to it,
     /// or some that may know more, where hosts do not reach each other anyway. Empty if there is none.
     pub(super) fn towards(&mut self, node: NodeId, asker: NodeId, now: Instant) -> Vec<(NodeId, SocketAddr)> {
-        let silent_after = self.ping_every + RELAY_AFTER;
+        let silent_after = self.silent_after();
         let is_silent =
             |node: &NodeId| self.peers.get(node).is_none_or(|peer| peer.is_silent(now, silent_after));
         let hop = self.hops.get(&node).copied().filter(|hop| *hop != asker && is_silent(&node));
@@ -430,10 +435,15 @@ impl PeerBook {
         self.peers.get(&node).map(|peer| peer.addr)
     }
 
+    /// The address that names a peer behind NAT. `None` if it is not, or not known.
+    pub(super) fn name(&self, node: NodeId) -> Option<SocketAddr> {
+        self.address(node).filter(|name| named_by(name.ip()).is_some())
+    }
+
     /// A new ping to a peer behind NAT that does not answer, which is to be sent to where others see it, and the peer's address in
     /// its own network, where it is to be sent as well. `None` if there is no such peer.
     pub(super) fn meet(&mut self, node: NodeId, now: Instant) -> Option<(u64, Option<SocketAddr>)> {
-        let (nonce, silent_after) = (self.nonce()?, self.ping_every + RELAY_AFTER);
+        let (nonce, silent_after) = (self.nonce()?, self.silent_after());
         let peer = self.peers.get_mut(&node)?;
         if !peer.listed || !peer.is_silent(now, silent_after) || named_by(peer.addr.ip()).is_none() {
             return None;
@@ -444,7 +454,7 @@ impl PeerBook {
 
     /// The members that are asked to introduce this host to a peer: some that answer, and are not behind NAT themselves.
     pub(super) fn introducers(&mut self, node: NodeId, now: Instant) -> Vec<SocketAddr> {
-        let silent_after = self.ping_every + RELAY_AFTER;
+        let silent_after = self.silent_after();
         let answers = |peer: &&Peer| peer.alive && !peer.is_silent(now, silent_after);
         let others = self.peers.iter().filter(|(other, _)| **other != node).map(|(_, peer)| peer);
         let open: Vec<SocketAddr> = others
@@ -530,7 +540,7 @@ impl PeerBook {
         let is_pinged = |peer: &Peer| peer.alive || now < peer.eager_until;
         // Silent ones count, or a host that has lost many would ping the others more often.
         self.ping_every = ping_every(self.peers.values().filter(|peer| is_pinged(peer)).count());
-        let silent_after = self.ping_every + RELAY_AFTER;
+        let silent_after = self.silent_after();
         let is_silent = |peer: &Peer| peer.is_silent(now, silent_after);
         // One that does not answer itself is of no help.
         let helpers = self.peers.iter().filter(|(_, peer)| peer.alive && !is_silent(peer));

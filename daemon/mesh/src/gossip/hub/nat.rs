@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use ovl_proto::id::NodeId;
-use ovl_proto::record::named_by;
 use ovl_proto::wire;
 use tokio::time::Instant;
 use tracing::debug;
@@ -95,7 +94,7 @@ impl State {
     /// The address by which the sender of a datagram is known, which came from this one.
     pub(super) fn name_of(&mut self, sender: Sender, at: SocketAddr, now: Instant) -> SocketAddr {
         let Sender::Proved(node) = sender else { return at };
-        match self.book.address(node).filter(|name| named_by(name.ip()).is_some()) {
+        match self.book.name(node) {
             Some(name) => {
                 self.ends.heard(node, at, now);
                 name
@@ -110,12 +109,18 @@ impl State {
 
     /// Has a datagram sent to an address from another socket.
     pub(super) fn knock(&mut self, nonce: u64, at: SocketAddr) {
-        let Ok(plain) = Packet::Knock { nonce }.encode() else { return };
-        let mut datagram = Vec::new();
-        let sealed = self.sealing.seal(at, (wire::version(), &plain), None, &mut datagram);
-        if sealed.is_ok() && self.queue.len() < MAX_QUEUE {
+        let Some(datagram) = self.sealed(at, &Packet::Knock { nonce }, None) else { return };
+        if self.queue.len() < MAX_QUEUE {
             self.queue.push_back(GossipEvent::Knock { at, datagram });
         }
+    }
+
+    /// Seals a packet that another socket than that of gossip sends.
+    fn sealed(&mut self, to: SocketAddr, packet: &Packet, receiver: Option<NodeId>) -> Option<Vec<u8>> {
+        let plain = packet.encode().ok()?;
+        let mut datagram = Vec::new();
+        self.sealing.seal(to, (wire::version(), &plain), receiver, &mut datagram).ok()?;
+        Some(datagram)
     }
 
     /// Tells two hosts behind NAT where the other one is seen, if one looks for the other.
@@ -126,7 +131,7 @@ impl State {
         now: Instant,
     ) {
         let of = |state: &Self, host: NodeId| {
-            let name = state.book.address(host).filter(|name| named_by(name.ip()).is_some())?;
+            let name = state.book.name(host)?;
             Some((name, state.ends.of(name)?, state.relay_ends.get(&host).copied()))
         };
         let (Some(first), Some(second)) = (of(self, one), of(self, other)) else { return };
@@ -175,11 +180,8 @@ impl State {
     }
 
     pub(in crate::gossip) fn relay_probe(&mut self, to: NodeId, heard: bool) -> Option<Vec<u8>> {
-        let plain = Packet::RelayProbe { heard }.encode().ok()?;
-        let mut datagram = Vec::new();
-        let name = self.book.address(to)?;
-        self.sealing.seal(name, (wire::version(), &plain), Some(to), &mut datagram).ok()?;
-        Some(datagram)
+        let address = self.book.address(to)?;
+        self.sealed(address, &Packet::RelayProbe { heard }, Some(to))
     }
 
     pub(in crate::gossip) fn open_relay_probe(&mut self, datagram: &mut [u8]) -> Option<(NodeId, bool)> {
