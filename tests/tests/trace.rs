@@ -2,7 +2,6 @@
 
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
