@@ -109,6 +109,8 @@ pub(crate) enum Code {
     RelayPort,
     /// A network that is not encrypted has endpoints on two hosts between which there is NAT.
     PlainAcrossNat,
+    /// UDP is blocked to other hosts, which are reached by TCP.
+    UdpBlocked,
     /// A network is not encrypted although encryption is configured.
     NotEncrypted,
     /// Datagrams of the tunnel that the kernel divides arrive damaged, so it divides none.
@@ -182,7 +184,7 @@ pub(crate) enum Code {
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    pub(crate) const ALL: [Self; 84] = [
+    pub(crate) const ALL: [Self; 85] = [
         Self::HostDown,
         Self::NoMajority,
         Self::VersionsDiffer,
@@ -233,6 +235,7 @@ impl Code {
         Self::TunnelBroken,
         Self::RelayPort,
         Self::PlainAcrossNat,
+        Self::UdpBlocked,
         Self::NotEncrypted,
         Self::SegmentsDamaged,
         Self::PublishedPort,
@@ -327,6 +330,7 @@ impl Code {
             Self::SegmentsDamaged => "OVL-E055",
             Self::RelayPort => "OVL-E056",
             Self::PlainAcrossNat => "OVL-E057",
+            Self::UdpBlocked => "OVL-E058",
             Self::PublishedPort => "OVL-E060",
             Self::HealthPort => "OVL-E061",
             Self::Firewall => "OVL-E062",
@@ -423,6 +427,7 @@ impl Code {
             | Self::MulticastGroups
             | Self::BridgeConflict
             | Self::PageAddress
+            | Self::UdpBlocked
             | Self::NotEncrypted
             | Self::SegmentsDamaged
             | Self::ServiceDenied
