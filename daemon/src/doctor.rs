@@ -38,7 +38,7 @@ const CHECKS: &[(&str, &str, &[Code])] = &[
     ("host", "firewalls", &[Code::Firewall]),
     ("host", "traffic control", &[Code::TrafficControl]),
     ("host", "leftovers", &[Code::Leftover]),
-    ("paths", "hosts", &[Code::Unreachable, Code::VtepFamily, Code::PlainAcrossNat]),
+    ("paths", "hosts", &[Code::Unreachable, Code::VtepFamily, Code::PlainAcrossNat, Code::UdpBlocked]),
     ("paths", "vxlan", &[Code::PathBroken]),
     ("paths", "direct routes", &[Code::DirectBroken]),
     ("paths", "mtu", &[Code::PathNarrow, Code::PathLimited]),

@@ -56,6 +56,7 @@ mod sandboxes;
 mod saving;
 mod slots;
 mod store;
+mod tcp_paths;
 mod trace;
 mod web;
 mod workloads;

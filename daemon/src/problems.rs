@@ -109,6 +109,8 @@ pub(crate) enum Code {
     RelayPort,
     /// A network that is not encrypted has endpoints on two hosts between which there is NAT.
     PlainAcrossNat,
+    /// UDP is blocked to other hosts, which are reached by TCP.
+    UdpBlocked,
     /// A network is not encrypted although encryption is configured.
     NotEncrypted,
     /// Datagrams of the tunnel that the kernel divides arrive damaged, so it divides none.
@@ -184,7 +186,7 @@ pub(crate) enum Code {
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    pub(crate) const ALL: [Self; 85] = [
+    pub(crate) const ALL: [Self; 86] = [
         Self::HostDown,
         Self::NoMajority,
         Self::VersionsDiffer,
@@ -235,6 +237,7 @@ impl Code {
         Self::TunnelBroken,
         Self::RelayPort,
         Self::PlainAcrossNat,
+        Self::UdpBlocked,
         Self::NotEncrypted,
         Self::SegmentsDamaged,
         Self::PublishedPort,
@@ -330,6 +333,7 @@ impl Code {
             Self::SegmentsDamaged => "OVL-E055",
             Self::RelayPort => "OVL-E056",
             Self::PlainAcrossNat => "OVL-E057",
+            Self::UdpBlocked => "OVL-E058",
             Self::PublishedPort => "OVL-E060",
             Self::HealthPort => "OVL-E061",
             Self::Firewall => "OVL-E062",
@@ -428,6 +432,7 @@ impl Code {
             | Self::BridgeConflict
             | Self::PageAddress
             | Self::FastPath
+            | Self::UdpBlocked
             | Self::NotEncrypted
             | Self::SegmentsDamaged
             | Self::ServiceDenied

@@ -103,10 +103,11 @@ fn path(peer: &PeerInfo) -> String {
         let trip = path.rtt_us.map(|trip| format!(" {}", micros(trip))).unwrap_or_default();
         format!("{}{trip}", path.encapsulation)
     });
-    let crosses = if peer.via.is_empty() {
-        peer.nat.then(|| "nat".to_owned())
-    } else {
-        Some(format!("via {}", peer.via.join(" ")))
+    let crosses = match (peer.tcp, peer.via.is_empty()) {
+        (false, true) => peer.nat.then(|| "nat".to_owned()),
+        (true, true) => Some("tcp".to_owned()),
+        (false, false) => Some(format!("via {}", peer.via.join(" "))),
+        (true, false) => Some(format!("tcp via {}", peer.via.join(" "))),
     };
     crosses.into_iter().chain(each).collect::<Vec<_>>().join(", ")
 }
@@ -169,6 +170,9 @@ mod tests {
             path_mtu: Some(1500),
             via: Vec::new(),
             via_s: None,
+            tcp: false,
+            tcp_s: None,
+            why: None,
             nat: false,
             unreached: Vec::new(),
             paths: Vec::new(),

@@ -74,6 +74,11 @@ pub enum Side {
 pub trait Stream: AsyncRead + AsyncWrite + Send + Sync + Unpin {
     /// Disables the delay of small writes and enables the detection of dead peers.
     fn tune(&self, side: Side) -> io::Result<()>;
+
+    /// The TCP connection itself, for threads that read and write it. `None` if there is none below.
+    fn into_tcp(self: Box<Self>) -> Option<std::net::TcpStream> {
+        None
+    }
 }
 
 /// The sockets of this host. Who opens one that is open gets the same, so that a host can begin a new generation at its address
@@ -157,6 +162,10 @@ impl Listener for Arc<TcpListener> {
 }
 
 impl Stream for TcpStream {
+    fn into_tcp(self: Box<Self>) -> Option<std::net::TcpStream> {
+        self.into_std().ok()
+    }
+
     fn tune(&self, side: Side) -> io::Result<()> {
         self.set_nodelay(true)?;
         let socket = SockRef::from(self);

@@ -13,14 +13,10 @@ use ovl_udp::{MAX_COALESCED, ReceiveBatch, Sharing};
 
 use crate::frame::{self, Channel, HEADER, Header, HostId, RelayKey};
 use crate::limits::Limits;
-use crate::run::{Kind, Run};
+use crate::run::{self, Kind, MOST_SENT, Run};
 
 /// The number of coalesced datagrams that one call receives.
 const SLOTS: usize = 8;
-/// The most that one call sends: IP's limit on a packet, with room for its headers.
-const MOST_SENT: usize = 65_000;
-/// The kernel divides at most so many datagrams (`UDP_MAX_SEGMENTS`).
-const MOST_SEGMENTS: usize = 64;
 /// The interval at which a host without a detour is named again.
 const NAME_EVERY: Duration = Duration::from_millis(100);
 /// The maximum number of hosts that were named lately.
@@ -386,20 +382,9 @@ impl Shared {
 
     /// Sends datagrams that lie one after the other.
     fn send(&self, socket: &UdpSocket, to: SocketAddr, bytes: &[u8], segment: usize, counter: &AtomicU64) {
-        for piece in bytes.chunks(segment * MOST_SEGMENTS) {
-            let number = piece.len().div_ceil(segment);
-            let sent = match ovl_udp::send(socket, to, piece, segment) {
-                // The kernel divides only what it need not fragment as well, and only for devices that compute checksums.
-                Err(error) if number > 1 && error.kind() != io::ErrorKind::WouldBlock => piece
-                    .chunks(segment)
-                    .filter(|one| ovl_udp::send(socket, to, one, segment).is_ok())
-                    .count(),
-                Err(_) => 0,
-                Ok(_) => number,
-            };
-            count(counter, sent);
-            count(&self.counted.full, number - sent);
-        }
+        let (sent, refused) = run::send(socket, to, bytes, segment);
+        count(counter, sent);
+        count(&self.counted.full, refused);
     }
 
     /// Tells of a host to which there is no detour.

@@ -8,8 +8,9 @@ use crate::frame::{self, CHANNEL_AT, COVERED, Channel, HEADER, HOP_LIMIT, Header
 use crate::run::{Kind, Run};
 
 /// Reads bytes as a datagram, as the payload of one that a host of the cluster made and others changed, and as the lengths of
-/// datagrams that are sent together.
+/// datagrams that are sent together. Also as what arrives over TCP.
 pub fn frame(bytes: &[u8]) {
+    crate::tcp::fuzz(bytes);
     let key = key();
     if let Some(header) = Header::parse(bytes) {
         assert!(!header.is_made_with(std::slice::from_ref(key), bytes), "forged");

@@ -12,6 +12,7 @@ pub mod frame;
 pub mod fuzz;
 mod limits;
 mod run;
+mod tcp;
 
 pub use engine::{Counters, Detour, Relay, RelayConfig};
 /// The number of bytes by which a datagram is longer on the way through relays.
@@ -19,3 +20,4 @@ pub const OVERHEAD: u16 = 36;
 const _: () = assert!(OVERHEAD as usize == frame::HEADER);
 
 pub use frame::{Channel, HostId, RelayKey};
+pub use tcp::{Cipher, TcpCounters, TcpPath};

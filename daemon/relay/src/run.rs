@@ -1,6 +1,33 @@
 //! Runs: consecutive datagrams of equal length with the same ids, which are sent with one system call.
 
+use std::io;
+use std::net::{SocketAddr, UdpSocket};
+
 use crate::frame::{Channel, HostId};
+
+/// The most that one call sends: IP's limit on a packet, with room for its headers.
+pub(crate) const MOST_SENT: usize = 65_000;
+/// The kernel divides at most so many datagrams (`UDP_MAX_SEGMENTS`).
+const MOST_SEGMENTS: usize = 64;
+
+/// Sends datagrams that lie one after the other, each of them `segment` bytes long but the last one. Returns how many were sent, and
+/// how many the socket refused.
+pub(crate) fn send(socket: &UdpSocket, to: SocketAddr, bytes: &[u8], segment: usize) -> (usize, usize) {
+    let (mut all_sent, mut all) = (0, 0);
+    for piece in bytes.chunks(segment * MOST_SEGMENTS) {
+        let number = piece.len().div_ceil(segment);
+        let sent = match ovl_udp::send(socket, to, piece, segment) {
+            // The kernel divides only what it need not fragment as well, and only for devices that compute checksums.
+            Err(error) if number > 1 && error.kind() != io::ErrorKind::WouldBlock => {
+                piece.chunks(segment).filter(|one| ovl_udp::send(socket, to, one, segment).is_ok()).count()
+            }
+            Err(_) => 0,
+            Ok(_) => number,
+        };
+        (all_sent, all) = (all_sent + sent, all + number);
+    }
+    (all_sent, all - all_sent)
+}
 
 /// What the datagrams of a run have in common.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

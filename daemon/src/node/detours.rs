@@ -108,6 +108,7 @@ impl Node {
         let state = self.state.borrow();
         state.detours.is_empty()
             && nat_pairs(&state).next().is_none()
+            && state.tcp.is_empty()
             && state.detours.lingering(Instant::now()).next().is_none()
             && self.gossip().last_relayed().is_none_or(|at| at.elapsed() > CALM)
     }
@@ -127,7 +128,8 @@ impl Node {
             return;
         }
         let is_at = |node: &&ovl_cluster::view::Node| relay_end(state, node) == Some(sender);
-        let relay = state.view.nodes.values().find(is_at).map(|node| node.record.id);
+        let by_tcp = state.tcp.all_relayed().find(|(_, local)| *local == sender).map(|(id, _)| id);
+        let relay = by_tcp.or_else(|| state.view.nodes.values().find(is_at).map(|node| node.record.id));
         let Some(relay) = relay else { return };
         if relay == peer {
             // The kernel's WireGuard sends to where the last datagram came from, so it may not have left the detour.
@@ -204,7 +206,9 @@ impl Node {
             let mut state = self.state.borrow_mut();
             let is_used = |peer: NodeId| {
                 let crosses = |node| state.view.crosses_nat(node);
-                state.detours.relay(peer).is_some() || state.view.nodes.get(&peer).is_some_and(crosses)
+                state.detours.relay(peer).is_some()
+                    || state.tcp.is_used(peer)
+                    || state.view.nodes.get(&peer).is_some_and(crosses)
             };
             let open = known.open.iter().filter(|((peer, _), _)| is_used(*peer));
             let open = open.map(|((peer, channel), at)| ((*peer, *channel == 1), *at)).collect();
@@ -308,6 +312,9 @@ struct Known {
 /// Where the socket of relayed datagrams of a host is reached. `None` if it has none, or is behind NAT and was not heard.
 fn relay_end(state: &State, node: &ovl_cluster::view::Node) -> Option<SocketAddr> {
     let at = relay_at(node)?;
+    if let Some(local) = state.tcp.relayed(node.record.id) {
+        return Some(local);
+    }
     if node.record.is_behind_nat() { state.reach.at(node.record.id) } else { Some(at) }
 }
 
@@ -344,7 +351,8 @@ fn wanted_sockets(state: &State, now: Instant) -> BTreeMap<(NodeId, Channel), So
     let mut wanted = BTreeMap::new();
     let in_use = state.detours.all().map(|(peer, _)| peer);
     let hidden = nat_pairs(state).map(|node| node.record.id);
-    for peer in in_use.chain(hidden).chain(state.detours.lingering(now)) {
+    let by_tcp = state.tcp.all_relayed().map(|(peer, _)| peer);
+    for peer in in_use.chain(hidden).chain(by_tcp).chain(state.detours.lingering(now)) {
         for (_, _, port) in routes.get(&peer).into_iter().flat_map(|route| route.interfaces()) {
             let odd = port & 1;
             let local = if ours.port & 1 == odd { ours.port } else { epochs::other_port(ours.port) };

@@ -54,6 +54,7 @@ mod sandbox;
 mod saving;
 mod state;
 mod tables;
+mod tcp_paths;
 mod trace;
 mod tunnel;
 mod underlay;
@@ -125,6 +126,7 @@ use crate::reach::Reach;
 use crate::sandboxes::Sandboxes;
 use crate::saving::{Save, Uncached};
 use crate::store;
+use crate::tcp_paths::TcpPaths;
 use crate::trace::Traces;
 use crate::workloads::Workloads;
 use ovl_subsystems::{Settings, Subsystems};
@@ -202,6 +204,10 @@ pub(crate) struct Node {
     detour_turn: Notify,
     /// What passes sealed datagrams on. Absent until its port is open.
     relay: OnceCell<Relay>,
+    /// TCP paths to hosts to which UDP is blocked.
+    tcp: RefCell<tcp_paths::Running>,
+    /// Wakes the loop of TCP paths.
+    tcp_turn: Arc<Notify>,
     /// Signals that the allocation map changed, or that gossip has caught up.
     membership: Notify,
     /// Signals that the allocation map or the networks changed, so this host may need a block of a routed
@@ -392,6 +398,8 @@ impl Node {
             tunnel_turn: Notify::new(),
             detour_turn: Notify::new(),
             relay: OnceCell::new(),
+            tcp: RefCell::default(),
+            tcp_turn: Arc::default(),
             membership: Notify::new(),
             routed: Notify::new(),
             underlay: Notify::new(),
@@ -680,6 +688,7 @@ fn first_state(
         phase: Phase::default(),
         detours: Detours::default(),
         reach: Reach::new(record.is_behind_nat()),
+        tcp: TcpPaths::default(),
         path_faults: PathFaults::default(),
         problems: Problems::default(),
         newer: crate::newer::Newer::default(),

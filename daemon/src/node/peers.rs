@@ -134,6 +134,7 @@ impl Node {
             }
             StreamEvent::Message { from, key, message } => self.on_message(from, key, message),
             StreamEvent::NotUnderstood { from, what } => self.ignore_message(from, what),
+            StreamEvent::Datagrams(stream) => self.accept_datagram_stream(*stream),
         }
     }
 
@@ -534,7 +535,8 @@ impl Node {
             if let Some(limit) = state.path_faults.limit_to(peer) {
                 mtu = mtu.min(limit.saturating_add(vxlan_overhead(own.record.vtep)));
             }
-            let is_framed = state.view.nodes.get(&peer).is_some_and(|node| state.view.crosses_nat(node));
+            let is_framed = state.tcp.is_used(peer)
+                || state.view.nodes.get(&peer).is_some_and(|node| state.view.crosses_nat(node));
             if let Some(relay) = state.detours.relay(peer).or(is_framed.then_some(peer)) {
                 let on_the_way = state.detours.path(peer).into_iter().chain([peer]);
                 let links = on_the_way.filter_map(|id| Some(state.view.nodes.get(&id)?.record.link_mtu));

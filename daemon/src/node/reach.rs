@@ -70,9 +70,12 @@ impl Node {
             if !is_due || pairs.is_empty() {
                 return;
             }
+            let locals: BTreeSet<SocketAddr> = state.tcp.all_relayed().map(|(_, local)| local).collect();
             let to = |node: &Host| {
                 let id = node.record.id;
                 let known = state.reach.at(id).filter(|_| state.reach.is_heard(id, now));
+                // Where it was heard by TCP says nothing of UDP.
+                let known = state.tcp.relayed(id).or(known.filter(|at| !locals.contains(at)));
                 let fixed = relay_at(node).filter(|_| !node.record.is_behind_nat());
                 let to: BTreeSet<SocketAddr> = match known.or(fixed) {
                     Some(at) => [at].into(),
@@ -100,7 +103,13 @@ impl Node {
                 relay.probe(peer.0, at, &probe);
             }
         }
-        self.gossip().set_relay_ends(self.state.borrow().reach.all());
+        let ends = {
+            let state = self.state.borrow();
+            let mut ends = state.reach.all();
+            ends.retain(|_, at| state.tcp.all_relayed().all(|(_, local)| local != *at));
+            ends
+        };
+        self.gossip().set_relay_ends(ends);
     }
 
     /// Takes what arrived as a probe.

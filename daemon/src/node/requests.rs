@@ -325,6 +325,9 @@ impl Node {
                     unreached: node.table.unreached().map(|id| state.view.name_of(id)).collect(),
                     via: state.detours.path(record.id).iter().map(|id| state.view.name_of(*id)).collect(),
                     via_s: state.detours.since(record.id).map(|since| since.elapsed().as_secs()),
+                    tcp: by_tcp(&state, record.id).is_some(),
+                    tcp_s: by_tcp(&state, record.id).map(|since| since.elapsed().as_secs()),
+                    why: why(&state, node),
                     nat: if own { record.is_behind_nat() } else { state.view.crosses_nat(node) },
                     paths: self.peer_paths(&state, &direct_hops, record.id),
                     path_mtu: if own { Some(record.link_mtu) } else { paths.get(&record.id).copied() },
@@ -540,6 +543,31 @@ fn network_name(state: &State, network: Option<NetworkId>) -> String {
 fn count(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
 }
+
+/// Since when what is sent to a host, or to the first member on the way to it, goes by TCP. `None` if it goes by UDP.
+fn by_tcp(state: &State, host: NodeId) -> Option<tokio::time::Instant> {
+    state.tcp.used_since(state.detours.relay(host).unwrap_or(host))
+}
+
+/// Why a host is not reached directly by UDP. `None` if it is.
+fn why(state: &State, node: &ovl_cluster::view::Node) -> Option<String> {
+    let id = node.record.id;
+    let first = state.detours.relay(id);
+    let mut reasons = Vec::new();
+    if first.is_some() {
+        reasons.push(if state.view.crosses_nat(node) {
+            "no probes pass directly: NAT or a firewall does not let them in".to_owned()
+        } else {
+            "it does not answer directly".to_owned()
+        });
+    }
+    if by_tcp(state, id).is_some() {
+        let whom = first.map_or_else(|| "it".to_owned(), |first| state.view.name_of(first));
+        reasons.push(format!("{whom} answers over streams and not by UDP, which is blocked"));
+    }
+    (!reasons.is_empty()).then(|| reasons.join("; "))
+}
+
 /// The networks whose endpoints on this host and on another one do not reach each other, because there is NAT between the two and the
 /// networks are not encrypted.
 fn plain_across_nat(state: &State, node: &ovl_cluster::view::Node) -> Vec<Problem> {

@@ -44,6 +44,7 @@ use crate::problems::{Code, Problems};
 use crate::progress::Progress;
 use crate::reach::Reach;
 use crate::saving::{Save, Uncached};
+use crate::tcp_paths::TcpPaths;
 use crate::trace::Traces;
 use crate::workloads::Workloads;
 use ovl_subsystems::{Change, Cluster, SubsystemList, Subsystems};
@@ -110,6 +111,8 @@ pub(crate) struct State {
     pub detours: Detours,
     /// Where peers are with which what is exchanged crosses NAT.
     pub reach: Reach,
+    /// Peers to which UDP is blocked.
+    pub tcp: TcpPaths,
     /// Faults of paths that are worked around.
     pub path_faults: PathFaults,
     /// Problems that last until they are cleared.

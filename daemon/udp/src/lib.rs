@@ -13,19 +13,22 @@ use std::io;
 use std::mem;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd as _};
+use std::time::{Duration, SystemTime};
 
 use nix::libc;
-use nix::sys::socket::{SockaddrLike as _, SockaddrStorage};
+use nix::sys::socket::{SockaddrLike as _, SockaddrStorage, setsockopt, sockopt};
 
 pub use open::{Sharing, open};
 
 /// The largest datagram that the kernel delivers, coalesced or not, in bytes.
 pub const MAX_COALESCED: usize = 65_536;
 
-/// A buffer for one control message with an `int`, aligned as `cmsg(3)` requires.
+/// A buffer for control messages with an `int` and a `timespec`, aligned as `cmsg(3)` requires.
 #[repr(C, align(8))]
 #[derive(Clone, Copy)]
-struct Control([u8; 32]);
+struct Control([u8; CONTROL]);
+
+const CONTROL: usize = 64;
 
 /// Memory into which one call receives several datagrams.
 pub struct ReceiveBatch {
@@ -58,6 +61,17 @@ pub struct Received<'a> {
     pub segment_size: usize,
     /// The datagram was longer than the slot, and its end is missing.
     pub is_truncated: bool,
+    /// When it arrived, by the wall clock. `None` unless [`stamp`] was called for the socket.
+    pub arrived: Option<SystemTime>,
+}
+
+/// Has the kernel note when each datagram arrives (`SO_TIMESTAMPNS`).
+///
+/// # Errors
+///
+/// What `setsockopt(2)` reports.
+pub fn stamp(socket: &impl AsFd) -> io::Result<()> {
+    setsockopt(socket, sockopt::ReceiveTimestampns, &true).map_err(io::Error::from)
 }
 
 impl ReceiveBatch {
@@ -69,7 +83,7 @@ impl ReceiveBatch {
             slot_size,
             memory: vec![0; slots * slot_size].into(),
             addresses: vec![address; slots].into(),
-            controls: vec![Control([0; 32]); slots].into(),
+            controls: vec![Control([0; CONTROL]); slots].into(),
             pieces: vec![piece; slots].into(),
             headers: vec![header; slots].into(),
             received: 0,
@@ -126,32 +140,45 @@ impl ReceiveBatch {
         let bytes = self.memory.get(start..start + length)?;
         let from = socket_address(self.addresses.get(slot)?, header.msg_hdr.msg_namelen)?;
         // SAFETY: `recvmmsg` filled in this header, and its control buffer is still there.
-        let segment_size = unsafe { segment_size(&header.msg_hdr) }.unwrap_or(length).max(1);
+        let (segment_size, arrived) = unsafe { read_control(&header.msg_hdr) };
+        let segment_size = segment_size.unwrap_or(length).max(1);
         let is_truncated = header.msg_hdr.msg_flags & libc::MSG_TRUNC != 0;
-        Some(Received { from, bytes, segment_size, is_truncated })
+        Some(Received { from, bytes, segment_size, is_truncated, arrived })
     }
 }
 
-/// Reads the size of the coalesced datagrams from the control messages. `None` if the kernel coalesced
-/// nothing.
+/// Reads the size of the coalesced datagrams and the time of arrival from the control messages, as far as they are there.
 ///
 /// # Safety
 ///
 /// The header must be as `recvmmsg` left it, with its control buffer.
 #[inline]
-unsafe fn segment_size(header: &libc::msghdr) -> Option<usize> {
+unsafe fn read_control(header: &libc::msghdr) -> (Option<usize>, Option<SystemTime>) {
+    let (mut segment_size, mut arrived) = (None, None);
     // SAFETY: by the caller's promise, the kernel's messages lie within the buffer.
     unsafe {
         let mut message = libc::CMSG_FIRSTHDR(&raw const *header);
         while !message.is_null() {
-            if ((*message).cmsg_level, (*message).cmsg_type) == (libc::SOL_UDP, libc::UDP_GRO) {
-                let size = libc::CMSG_DATA(message).cast::<i32>().read_unaligned();
-                return usize::try_from(size).ok();
+            match ((*message).cmsg_level, (*message).cmsg_type) {
+                (libc::SOL_UDP, libc::UDP_GRO) => {
+                    let size = libc::CMSG_DATA(message).cast::<i32>().read_unaligned();
+                    segment_size = usize::try_from(size).ok();
+                }
+                (libc::SOL_SOCKET, libc::SCM_TIMESTAMPNS) => {
+                    let at = libc::CMSG_DATA(message).cast::<libc::timespec>().read_unaligned();
+                    arrived = since_epoch(at);
+                }
+                _ => {}
             }
             message = libc::CMSG_NXTHDR(&raw const *header, message);
         }
     }
-    None
+    (segment_size, arrived)
+}
+
+fn since_epoch(at: libc::timespec) -> Option<SystemTime> {
+    let (seconds, nanos) = (u64::try_from(at.tv_sec).ok()?, u32::try_from(at.tv_nsec).ok()?);
+    SystemTime::UNIX_EPOCH.checked_add(Duration::new(seconds, nanos))
 }
 
 #[inline]
@@ -262,7 +289,7 @@ impl SendBatch {
 pub fn send(socket: &impl AsFd, to: SocketAddr, bytes: &[u8], segment_size: usize) -> io::Result<usize> {
     let address = SockaddrStorage::from(to);
     let mut piece = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
-    let mut control = Control([0; 32]);
+    let mut control = Control([0; CONTROL]);
     // SAFETY: all zeroes are an empty message.
     let mut message: libc::msghdr = unsafe { mem::zeroed() };
     message.msg_name = address.as_ptr().cast_mut().cast();
@@ -295,9 +322,7 @@ fn check(result: libc::c_int) -> io::Result<usize> {
 #[cfg(test)]
 mod tests {
     use std::net::UdpSocket;
-    use std::time::{Duration, Instant};
-
-    use nix::sys::socket::{setsockopt, sockopt};
+    use std::time::Instant;
 
     use super::*;
 
@@ -380,6 +405,25 @@ mod tests {
         while batch.receive(&to, 2).is_err() {}
         let datagram = batch.get(0).unwrap();
         assert!(datagram.is_truncated && datagram.bytes == [7; 10]);
+    }
+
+    #[test]
+    fn arrival_of_coalesced_datagrams_is_stamped_if_that_is_wanted() {
+        let (from, to) = (socket("127.0.0.1:0"), socket("127.0.0.1:0"));
+        setsockopt(&to, sockopt::UdpGroSegment, &true).unwrap();
+        let mut batch = ReceiveBatch::new(1, MAX_COALESCED);
+        for is_stamped in [false, true] {
+            if is_stamped {
+                stamp(&to).unwrap();
+            }
+            let before = SystemTime::now();
+            send(&from, to.local_addr().unwrap(), &[7; 2500], 1000).unwrap();
+            while batch.receive(&to, 1).is_err() {}
+            let received = batch.get(0).unwrap();
+            assert_eq!((received.segment_size, received.arrived.is_some()), (1000, is_stamped));
+            let tolerance = Duration::from_millis(20);
+            assert!(received.arrived.is_none_or(|at| at + tolerance >= before && at <= SystemTime::now()));
+        }
     }
 
     #[test]

@@ -435,6 +435,15 @@ pub struct PeerInfo {
     /// For how long, in seconds.
     #[serde(default)]
     pub via_s: Option<u64>,
+    /// Whether what is sent to it, or to the first of `via`, goes by TCP, because UDP is blocked.
+    #[serde(default)]
+    pub tcp: bool,
+    /// For how long, in seconds.
+    #[serde(default)]
+    pub tcp_s: Option<u64>,
+    /// Why it is not reached directly by UDP. `None` if it is.
+    #[serde(default)]
+    pub why: Option<String>,
     /// Whether what is exchanged with it crosses NAT; of the local host, whether it is behind NAT.
     #[serde(default)]
     pub nat: bool,

@@ -45,7 +45,9 @@ pub fn message(bytes: &[u8]) {
             | Packet::WhereAmI { .. }
             | Packet::SeenAt { .. }
             | Packet::Knock { .. }
-            | Packet::RelayProbe { .. } => {}
+            | Packet::RelayProbe { .. }
+            | Packet::Try { .. }
+            | Packet::Tried { .. } => {}
         }
     }
     exchange(bytes, now);

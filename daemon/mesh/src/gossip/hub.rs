@@ -1,6 +1,8 @@
 //! The hub of gossip: seals and sends packets, and opens received datagrams and dispatches their packets.
 
 mod nat;
+mod records;
+mod tcp;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::future::poll_fn;
@@ -19,7 +21,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 use tracing::{debug, warn};
 
-use super::admission::{Admission, version_of};
+use super::admission::Admission;
 use super::book::{Due, PeerBook};
 use super::decode::{DecodeError, Exchange, Incarnation};
 use super::ends::Ends;
@@ -32,13 +34,12 @@ use super::sealing::Sealing;
 use super::statement::{AgreementKey, Answer, Budget, Hints, SignedStatement, Statement};
 use super::strangers::Strangers;
 use super::{GossipConfig, GossipEvent, WallClock};
-use crate::keys::{self, Identity, Keyring, RecordError};
+use crate::keys::{Identity, Keyring};
 use crate::transport::Datagrams;
+use tcp::TcpEnds;
 
 /// The maximum number of announcements that wait for the daemon.
 const MAX_QUEUE: usize = 1024;
-/// The maximum number of hosts whose last announcement is remembered.
-const MAX_ANNOUNCED: usize = 4096;
 /// The maximum number of senders that have just proved to be live and wait for gossip.
 const MAX_PROVED: usize = 256;
 /// The number of hosts from which on a host that has just proved to be live is gossiped with at once only if its record is
@@ -62,8 +63,6 @@ const MEETINGS: u32 = 50;
 
 /// The maximum number of remembered sources of datagrams with an unknown key, and of addresses that were introduced to.
 const MAX_ADDRESSES: usize = 1024;
-/// The minimum time between two introductions to an address.
-const INTRODUCE_EVERY: Duration = Duration::from_secs(10);
 /// The time for which a source of datagrams with an unknown key is remembered.
 const OTHER_KEY_FOR: Duration = Duration::from_secs(10);
 
@@ -118,6 +117,7 @@ pub(super) struct State {
     /// Whether this host knocks.
     knocks: bool,
     ends: Ends,
+    tcp: TcpEnds,
     /// Where the sockets of relayed datagrams of hosts behind NAT are seen from here.
     relay_ends: BTreeMap<NodeId, SocketAddr>,
     /// Where members have seen them.
@@ -165,6 +165,7 @@ impl Hub {
             asked: HashMap::new(),
             knocks: false,
             ends: Ends::default(),
+            tcp: TcpEnds::default(),
             relay_ends: BTreeMap::new(),
             suggested: BTreeMap::new(),
             queue: VecDeque::new(),
@@ -303,7 +304,7 @@ impl Hub {
                     }
                 }
                 Due::Probe { node, to, nonce, size } => {
-                    let Some(at) = state.ends.of(to) else { continue };
+                    let Some(at) = state.way_to(to) else { continue };
                     let probe = Packet::probe(nonce, size, at.ip());
                     match state.send(&*self.socket, to, &probe) {
                         Err(error) if error.raw_os_error() == Some(nix::libc::EMSGSIZE) => {
@@ -373,6 +374,7 @@ impl Hub {
             _ => None,
         };
         let sender = state.opener.sender(&run);
+        state.note_udp(sender, at, now);
         let from = state.name_of(sender, at, now);
         let challenge = match sender {
             Sender::Proved(_) => None,
@@ -522,6 +524,10 @@ impl Hub {
             | Packet::Knock { .. } => self.answer_about_nat(state, packet, proved, at, now),
             // Such a probe is not gossip.
             Packet::RelayProbe { .. } => None,
+            Packet::Try { .. } | Packet::Tried { .. } => {
+                state.answer_try(&*self.socket, packet, (proved?, from, at), now);
+                None
+            }
             Packet::Announce(signed) => {
                 let mut news = state.announced(self.node, signed, now);
                 if let Some(node) = proved {
@@ -657,32 +663,12 @@ impl State {
         std::mem::take(&mut self.learned)
     }
 
-    /// Takes the record that a host has announced, once it has proved to be that host. Returns whether chitchat is to have
-    /// it.
-    fn take_announced(&mut self, node: NodeId, now: Instant) -> bool {
-        let Some(signed) = self.announced.get(&node) else { return false };
-        let (Ok(head), Ok(text)) = (signed.head(), signed.to_text()) else { return false };
-        let name = Incarnation { node, generation: head.generation, address: head.address };
-        let version = version_of(head.revision);
-        if self.learned.len() >= MAX_PROVED || !self.admission.take_own(name, &text, version, now) {
-            return false;
-        }
-        self.learned.push(Learned { name, text, version });
-        true
-    }
-
-    fn introduce_self(&mut self, socket: &dyn Datagrams, to: SocketAddr) {
-        let Some(record) = self.own_record.clone() else { return };
-        if let Err(error) = self.send(socket, to, &Packet::Announce(record)) {
-            debug!(%to, %error, "cannot send the record of this host");
-        }
-    }
-
     /// Drops incomplete messages that are too old.
     pub(super) fn expire(&mut self, now: Instant) {
         self.joiner.expire(now);
-        let Self { book, ends, suggested, .. } = self;
+        let Self { book, ends, tcp, suggested, .. } = self;
         ends.retain(|host| book.address(host).is_some());
+        tcp.retain(|host| book.address(host).is_some());
         suggested.retain(|host, _| book.address(*host).is_some());
     }
 
@@ -702,21 +688,6 @@ impl State {
         self.send_plain(socket, to, (wire::version(), &plain), receiver)
     }
 
-    /// Sends the record of the local host in the form that every release reads, at most once in [`INTRODUCE_EVERY`].
-    fn introduce(&mut self, socket: &dyn Datagrams, to: SocketAddr, now: Instant) -> io::Result<()> {
-        let Some(record) = self.own_record.as_ref() else { return Ok(()) };
-        let plain = wire::encode_body(record).map_err(io::Error::other)?;
-        let recent = |at: &Instant| now.saturating_duration_since(*at) < INTRODUCE_EVERY;
-        if self.introduced.len() >= MAX_ADDRESSES {
-            self.introduced.retain(|_, at| recent(at));
-        }
-        if self.introduced.len() >= MAX_ADDRESSES || self.introduced.get(&to).is_some_and(recent) {
-            return Ok(());
-        }
-        self.introduced.insert(to, now);
-        self.send_plain(socket, to, (wire::INTRODUCTION, &plain), None)
-    }
-
     fn send_plain(
         &mut self,
         socket: &dyn Datagrams,
@@ -725,7 +696,7 @@ impl State {
         receiver: Option<NodeId>,
     ) -> io::Result<()> {
         let unheard = || io::Error::new(io::ErrorKind::HostUnreachable, "the host behind NAT was not heard");
-        let at = self.ends.of(to).ok_or_else(unheard)?;
+        let at = self.way_to(to).ok_or_else(unheard)?;
         self.sealing.seal(to, plain, receiver, &mut self.datagram)?;
         socket.send(&self.datagram, at)?;
         self.counters.sent += 1;
@@ -784,47 +755,5 @@ impl State {
             self.proved.push(from);
         }
         exchange.into_message()
-    }
-
-    /// Verifies and queues an announced record. Returns whether it is new.
-    fn announced(&mut self, own: NodeId, signed: SignedRecord, now: Instant) -> bool {
-        // Each announcement is sent three times. Verify its signature once.
-        let Ok(claimed) = signed.head() else {
-            self.counters.dropped_malformed += 1;
-            return false;
-        };
-        if claimed.id == own || self.announced.get(&claimed.id) == Some(&signed) {
-            return false;
-        }
-        if signed.to_text().is_ok_and(|text| self.admission.has_record(claimed.id, &text)) {
-            return false;
-        }
-        if !self.strange_signatures.take(now) {
-            return false;
-        }
-        match keys::open_record(&signed) {
-            Ok(record) if self.queue.len() < MAX_QUEUE => {
-                if self.announced.len() >= MAX_ANNOUNCED {
-                    self.announced.clear();
-                }
-                self.announced.insert(record.id, signed.clone());
-                self.queue.push_back(GossipEvent::Announced { record, signed });
-                true
-            }
-            Err(RecordError::NotUnderstood { head, why }) if self.queue.len() < MAX_QUEUE => {
-                if self.announced.len() >= MAX_ANNOUNCED {
-                    self.announced.clear();
-                }
-                self.announced.insert(head.id, signed.clone());
-                self.queue.push_back(GossipEvent::NotUnderstood { head, signed, why });
-                true
-            }
-            Ok(_) | Err(RecordError::NotUnderstood { .. }) => false,
-            Err(error) => {
-                self.counters.dropped_malformed += 1;
-                debug!(%error, "dropped an invalid announcement");
-                false
-            }
-        }
     }
 }

@@ -167,6 +167,19 @@ pub struct Contact {
     pub path_mtu: Option<u16>,
 }
 
+/// A TCP path to a host, for gossip.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TcpEnd {
+    /// The local socket that stands in for the host.
+    pub local: SocketAddr,
+    /// The other end of the connection, as this host sees it.
+    pub remote: SocketAddr,
+    /// The addresses that the host is known by. Without one, only its own datagrams are answered.
+    pub known_as: Vec<SocketAddr>,
+    /// Whether datagrams to the host are sent there, and not by UDP.
+    pub is_used: bool,
+}
+
 /// Running gossip. It stops when dropped.
 pub struct Gossip {
     hub: Arc<Hub>,
@@ -379,6 +392,32 @@ impl Gossip {
     /// copy, or of a host that has not proved to be live.
     pub fn open_relay_probe(&self, datagram: &mut [u8]) -> Option<(NodeId, bool)> {
         self.hub.lock().open_relay_probe(datagram)
+    }
+
+    /// Replaces the TCP paths.
+    pub fn set_tcp_ends(&self, ends: Vec<TcpEnd>) {
+        self.hub.lock().set_tcp_ends(ends);
+    }
+
+    /// When each peer last answered by UDP.
+    pub fn udp_answers(&self) -> BTreeMap<NodeId, Instant> {
+        self.hub.lock().udp_answers()
+    }
+
+    /// Tries whether UDP works to a peer, whatever way gossip with it takes.
+    pub fn try_udp(&self, peer: NodeId) {
+        self.hub.try_udp(peer);
+    }
+
+    /// Asks a host to join where it sees this host.
+    pub fn ask_where(&self, to: SocketAddr) {
+        self.hub.ask_where(to);
+    }
+
+    /// The addresses of hosts to join at which no peer is alive.
+    pub fn missing_seeds(&self) -> Vec<SocketAddr> {
+        let state = self.hub.lock();
+        self.seeds.addresses().into_iter().filter(|at| !state.book.is_alive_at(*at)).collect()
     }
 
     /// The round-trip time to a peer. `None` if it is not known.

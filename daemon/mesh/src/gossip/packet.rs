@@ -64,6 +64,10 @@ pub(super) enum Packet {
         /// Whether probes of the receiver arrive at the sender.
         heard: bool,
     },
+    /// A trial of UDP, while the two hosts use TCP.
+    Try { nonce: u64 },
+    /// The answer to it, to where it came from.
+    Tried { nonce: u64 },
 }
 
 /// A fragment of a message.

@@ -18,7 +18,7 @@ use tracing::{debug, warn};
 
 use super::frame::Opening;
 use super::noise::{AuthenticatedStream, Purpose};
-use super::{HANDSHAKE, Shared, StreamEvent, noise, relayed};
+use super::{HANDSHAKE, Shared, StreamEvent, datagrams, noise, relayed};
 use crate::gossip::Strangers;
 use crate::keys::Keyring;
 use crate::transport::{Listener, Side, Stream};
@@ -225,6 +225,7 @@ pub(super) async fn serve(
     match secured.purpose {
         Purpose::Messages => {}
         Purpose::Lend => return shared.lent.put(node, stream),
+        Purpose::Datagrams(kind) => return datagrams::accept(stream, secured, (kind, from), shared).await,
         Purpose::Onward(onward) => {
             if let Err(error) = relayed::pass_on(stream, secured, onward, shared).await {
                 debug!(peer = %node, "stream that is passed on closed: {error:#}");

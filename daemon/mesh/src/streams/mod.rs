@@ -10,7 +10,9 @@
 //! | [`inbound`] | accepting and reading |
 //! | [`relayed`] | streams through members |
 //! | [`lent`] | connections that hosts behind NAT lend |
+//! | [`datagrams`] | streams that carry datagrams where UDP is blocked |
 
+mod datagrams;
 mod frame;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
@@ -38,6 +40,7 @@ use tracing::error;
 
 use crate::keys::{Identity, Keyring};
 use crate::transport::Transport;
+pub use datagrams::{DatagramStream, Datagrams, FrameCipher};
 use inbound::Inbound;
 use lent::{Lending, Lent};
 use noise::Purpose;
@@ -96,6 +99,8 @@ pub enum StreamEvent {
         /// The signed record, to be passed on.
         signed: SignedRecord,
     },
+    /// A peer has connected for datagrams.
+    Datagrams(Box<DatagramStream>),
 }
 
 /// All streams. They are closed when it is dropped.

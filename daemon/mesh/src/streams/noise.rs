@@ -17,6 +17,7 @@ use anyhow::{Context, bail, ensure};
 use ovl_proto::id::{ClusterKeyId, NodeId};
 use ovl_proto::record::{Domain, NodeRecord, Signature, SignedRecord};
 use ovl_proto::wire;
+use serde::{Deserialize, Serialize};
 use snow::{Builder, HandshakeState, TransportState};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use zeroize::Zeroizing;
@@ -52,10 +53,12 @@ struct Hello {
     onward: Option<Onward>,
     /// Of a dialler: the receiver is to use the connection as if it had dialled.
     lent: bool,
+    /// Of a dialler: which datagrams the connection is to carry.
+    datagrams: Option<Datagrams>,
 }
 
-// A release without relayed or lent streams must not take one for a stream to itself.
-ovl_proto::fields! { Hello { 1 record, 2 signature, 3 onward marked, 4 lent marked } }
+// A release without relayed streams, lent ones or those of datagrams must not take one for a stream of messages to itself.
+ovl_proto::fields! { Hello { 1 record, 2 signature, 3 onward marked, 4 lent marked, 5 datagrams marked } }
 
 /// What a dialler wants of a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,6 +69,17 @@ pub(super) enum Purpose {
     Onward(Onward),
     /// To lend it: see [`super::lent`].
     Lend,
+    /// To carry datagrams: see [`super::datagrams`].
+    Datagrams(Datagrams),
+}
+
+/// Which datagrams a stream carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Datagrams {
+    /// Gossip.
+    Gossip,
+    /// Those between the sockets of relayed datagrams.
+    Relayed,
 }
 
 /// A request to pass a stream on.
@@ -180,12 +194,14 @@ async fn introduce(
     let hash = noise.get_handshake_hash().to_vec();
     let mut noise = noise.into_transport_mode()?;
     let signature = identity.sign(Domain::Stream, &proof(role, &hash));
-    let (onward, lent) = match purpose {
-        Purpose::Messages => (None, false),
-        Purpose::Onward(onward) => (Some(onward), false),
-        Purpose::Lend => (None, true),
-    };
-    let hello = wire::encode(&Hello { record: own.clone(), signature, onward, lent })?;
+    let mut hello = Hello { record: own.clone(), signature, onward: None, lent: false, datagrams: None };
+    match purpose {
+        Purpose::Messages => {}
+        Purpose::Onward(onward) => hello.onward = Some(onward),
+        Purpose::Lend => hello.lent = true,
+        Purpose::Datagrams(kind) => hello.datagrams = Some(kind),
+    }
+    let hello = wire::encode(&hello)?;
     let mut sealed = vec![0; hello.len() + TAG];
     let length = noise.write_message(&hello, &mut sealed)?;
     sealed.truncate(length);
@@ -195,7 +211,7 @@ async fn introduce(
     let mut hello = vec![0; sealed.len()];
     let length = noise.read_message(&sealed, &mut hello)?;
     hello.truncate(length);
-    let Hello { record: signed, signature, onward, lent } = wire::decode(&hello)?;
+    let Hello { record: signed, signature, onward, lent, datagrams } = wire::decode(&hello)?;
     let record = keys::open_record(&signed)?;
     let theirs = if role == Role::Dialler { Role::Listener } else { Role::Dialler };
     ensure!(
@@ -204,10 +220,12 @@ async fn introduce(
         record.name,
         record.id
     );
-    let purpose = match onward {
-        Some(onward) => Purpose::Onward(onward),
-        None if lent => Purpose::Lend,
-        None => Purpose::Messages,
+    let purpose = match (onward, datagrams) {
+        (Some(onward), None) if !lent => Purpose::Onward(onward),
+        (None, Some(kind)) if !lent => Purpose::Datagrams(kind),
+        (None, None) if lent => Purpose::Lend,
+        (None, None) => Purpose::Messages,
+        _ => bail!("the peer wants two things of one stream"),
     };
     Ok(AuthenticatedStream { noise, key: key.id(), record, signed, purpose })
 }
@@ -268,5 +286,10 @@ mod tests {
         let hello: Hello = wire::decode(&earlier).unwrap();
         let lent = wire::encode(&Hello { lent: true, ..hello }).unwrap();
         assert!(wire::decode::<Hello>(&lent).unwrap().lent && wire::decode::<EarlierHello>(&lent).is_err());
+        let hello: Hello = wire::decode(&earlier).unwrap();
+        let datagrams = Some(Datagrams::Relayed);
+        let carrying = wire::encode(&Hello { datagrams, ..hello }).unwrap();
+        assert_eq!(wire::decode::<Hello>(&carrying).unwrap().datagrams, datagrams);
+        assert!(wire::decode::<EarlierHello>(&carrying).is_err());
     }
 }

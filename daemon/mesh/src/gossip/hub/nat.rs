@@ -65,14 +65,18 @@ impl Hub {
                 if !state.strange_signatures.take(now) {
                     return None;
                 }
-                if state.knocks {
+                // Where only TCP arrives, a knock would not.
+                let remote = state.tcp.remote(at);
+                let knocks = state.knocks && remote.is_none();
+                if knocks {
                     state.knock(nonce, at);
                     self.news.notify_one();
                 }
-                Some(Packet::SeenAt { nonce, at, knocks: state.knocks })
+                Some(Packet::SeenAt { nonce, at: remote.unwrap_or(at), knocks })
             }
             Packet::SeenAt { nonce, at: own, knocks } => {
-                if state.asked.get(&nonce) == Some(&at) && state.queue.len() < MAX_QUEUE {
+                let is_asked = state.asked.get(&nonce).is_some_and(|asked| state.tcp.is(*asked, at));
+                if is_asked && state.queue.len() < MAX_QUEUE {
                     state.queue.push_back(GossipEvent::Seen(own, knocks));
                     self.news.notify_one();
                 }
@@ -93,6 +97,9 @@ impl Hub {
 impl State {
     /// The address by which the sender of a datagram is known, which came from this one.
     pub(super) fn name_of(&mut self, sender: Sender, at: SocketAddr, now: Instant) -> SocketAddr {
+        if let Some(known_as) = self.tcp.known_as(at) {
+            return known_as;
+        }
         let Sender::Proved(node) = sender else { return at };
         match self.book.name(node) {
             Some(name) => {
@@ -168,7 +175,7 @@ impl State {
     }
 
     pub(in crate::gossip) fn end(&self, known_as: SocketAddr) -> Option<SocketAddr> {
-        self.ends.of(known_as)
+        self.ends.of(known_as).or_else(|| self.tcp.seen_as(known_as))
     }
 
     pub(in crate::gossip) fn set_relay_ends(&mut self, ends: BTreeMap<NodeId, SocketAddr>) {

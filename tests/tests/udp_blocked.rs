@@ -1,0 +1,207 @@
+//! Hosts between which UDP does not pass: they are full members over TCP.
+
+#![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use netns_lab::{Host, Lab, LabConfig, Underlay, wait_until};
+use ovl_tests::routed::create_routed_network;
+use ovl_tests::{
+    Attached, Connection, Flow, FlowReport, SOON, attach, create_network, peer, ping_all_pairs,
+    start_lab_with, wait_clean,
+};
+use serde_json::Value;
+
+/// Time in which traffic flows another way after UDP is cut.
+const TURNED: Duration = Duration::from_secs(2);
+
+fn create_networks(lab: &Lab) {
+    create_network(lab, "blue", &["--encrypted", "--subnet", "10.99.0.0/24", "--subnet", "fd99::/64"])
+        .unwrap();
+    let options = ["--encrypted", "--subnet", "10.60.0.0/16", "--subnet", "fd60::/48"];
+    create_routed_network(lab, "pods", &options).unwrap();
+}
+
+fn attach_all(lab: &Lab, network: &str) -> Vec<Attached> {
+    let hosts = lab.hosts().iter();
+    hosts.map(|host| attach(host, &format!("{network}-{}", host.name()), network, &[]).unwrap()).collect()
+}
+
+/// How a host reaches another one, as in the column PATH: `tcp`, `via h1`, `tcp via h1`, or nothing.
+fn path(row: &Value) -> String {
+    let via: Vec<&str> =
+        row["via"].as_array().into_iter().flatten().filter_map(|name| name.as_str()).collect();
+    let tcp = (row["tcp"] == true).then_some("tcp".to_owned());
+    let via = (!via.is_empty()).then(|| format!("via {}", via.join(" ")));
+    tcp.into_iter().chain(via).collect::<Vec<_>>().join(" ")
+}
+
+fn wait_path(host: &Host, other: &str, wanted: &str) {
+    wait_until(SOON, &format!("{other} to be reached by '{wanted}' on {}", host.name()), || -> Result<()> {
+        let row = peer(host, other)?;
+        ensure!(path(&row) == wanted && row["state"] == "alive", "{row}");
+        Ok(())
+    })
+    .unwrap();
+}
+
+/// The longest time for which a flow got no replies.
+fn longest_gap(report: &FlowReport) -> Duration {
+    let (mut longest, mut length, mut last) = (0, 0, None);
+    for &number in &report.lost {
+        length = if last == Some(number.wrapping_sub(1)) { length + 1 } else { 1 };
+        longest = longest.max(length);
+        last = Some(number);
+    }
+    Duration::from_millis(5) * longest
+}
+
+/// A firewall on a host that lets no UDP pass from and to another one.
+struct Block<'a>(&'a Host);
+
+impl<'a> Block<'a> {
+    fn new(host: &'a Host, other: &Host) -> Self {
+        let rules: String = other
+            .addresses()
+            .iter()
+            .map(|address| {
+                let family = if address.is_ipv4() { "ip" } else { "ip6" };
+                format!(
+                    "add rule inet block in {family} saddr {address} meta l4proto udp drop\n\
+                     add rule inet block out {family} daddr {address} meta l4proto udp drop\n"
+                )
+            })
+            .collect();
+        let script = format!(
+            "add table inet block\nadd chain inet block in {{ type filter hook input priority -150; }}\n\
+             add chain inet block out {{ type filter hook output priority -150; }}\n{rules}"
+        );
+        host.exec_input(["nft", "-f", "-"], Some(&script)).unwrap();
+        Self(host)
+    }
+
+    fn lift(self) {
+        self.0.exec_input(["nft", "-f", "-"], Some("delete table inet block\n")).unwrap();
+    }
+}
+
+fn udp_is_cut_and_let_through_again(underlay: Underlay) {
+    let lab = start_lab_with(LabConfig::hosts(2).underlay(underlay)).unwrap();
+    create_networks(&lab);
+    let (blue, pods) = (attach_all(&lab, "blue"), attach_all(&lab, "pods"));
+    for all in [&blue, &pods] {
+        ping_all_pairs(all, SOON).unwrap();
+    }
+    let (h1, h2) = (&lab["h1"], &lab["h2"]);
+    let mut connections = [&blue, &pods].map(|all| Connection::open(&all[0], &all[1], SOON).unwrap());
+    let mut all_carry = || connections.iter_mut().for_each(|each| drop(each.echo(300 * 1024).unwrap()));
+    all_carry();
+    let flows: Vec<Flow> = [&blue, &pods].map(|all| Flow::start(&all[0], &all[1]).unwrap()).into();
+
+    let block = Block::new(h1, h2);
+    wait_path(h1, "h2", "tcp");
+    wait_path(h2, "h1", "tcp");
+    all_carry();
+    for all in [&blue, &pods] {
+        ping_all_pairs(all, SOON).unwrap();
+    }
+    let gaps: Vec<Duration> = flows.into_iter().map(|flow| longest_gap(&flow.finish().unwrap())).collect();
+    println!("no replies for {gaps:?} after UDP was cut");
+    assert!(gaps.iter().all(|gap| *gap < TURNED), "{gaps:?}");
+    let row = peer(h1, "h2").unwrap();
+    assert!(row["why"].as_str().is_some_and(|why| why.contains("UDP")) && row["tcp_s"].is_u64(), "{row}");
+    let problems = h1.ctl_json(&["status"]).unwrap()["problems"].to_string();
+    assert!(problems.contains("OVL-E058") && problems.contains("h2"), "{problems}");
+    assert!(h1.ctl_ok(&["peers"]).unwrap().contains("tcp"));
+
+    let flows: Vec<Flow> = [&blue, &pods].map(|all| Flow::start(&all[0], &all[1]).unwrap()).into();
+    block.lift();
+    wait_path(h1, "h2", "");
+    wait_path(h2, "h1", "");
+    all_carry();
+    for flow in flows {
+        let report = flow.finish().unwrap();
+        assert!(report.lost.is_empty(), "nothing is lost on the way back: {:?}", report.lost);
+    }
+    let problems = h1.ctl_json(&["status"]).unwrap()["problems"].to_string();
+    assert!(!problems.contains("OVL-E058"), "{problems}");
+    wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+#[test]
+fn connections_survive_that_udp_is_cut_between_two_hosts() {
+    udp_is_cut_and_let_through_again(Underlay::V4);
+}
+
+#[test]
+fn the_same_over_an_ipv6_underlay() {
+    udp_is_cut_and_let_through_again(Underlay::V6);
+}
+
+#[test]
+fn host_whose_udp_is_blocked_reaches_hosts_behind_all_kinds_of_nat() {
+    let kinds = ["udp-blocked", "full-cone", "symmetric", "cgn-symmetric", "udp-blocked"];
+    let config = kinds.iter().enumerate().fold(LabConfig::hosts(kinds.len() + 1), |config, (index, kind)| {
+        config.access(&format!("h{}", index + 2), kind.parse().unwrap())
+    });
+    let lab = start_lab_with(config).unwrap();
+    create_networks(&lab);
+    for network in ["pods", "blue"] {
+        ping_all_pairs(&attach_all(&lab, network), SOON).unwrap();
+    }
+    for blocked in ["h2", "h6"] {
+        wait_path(&lab[blocked], "h1", "tcp");
+        for hidden in lab.hosts().iter().map(Host::name).filter(|name| !["h1", blocked].contains(name)) {
+            wait_path(&lab[blocked], hidden, "tcp via h1");
+        }
+    }
+    wait_path(&lab["h1"], "h2", "tcp");
+    wait_path(&lab["h3"], "h2", "via h1");
+    wait_clean(lab.hosts(), SOON).unwrap();
+
+    // Its only connections are lost, and it is back.
+    lab["h2"].link_down().unwrap();
+    wait_until(SOON, "h2 to be dead", || -> Result<()> {
+        let row = peer(&lab["h1"], "h2")?;
+        ensure!(row["state"] == "dead", "{row}");
+        Ok(())
+    })
+    .unwrap();
+    lab["h2"].link_up().unwrap();
+    wait_path(&lab["h1"], "h2", "tcp");
+    wait_path(&lab["h2"], "h1", "tcp");
+}
+
+#[test]
+fn host_that_starts_with_udp_blocked_is_admitted_and_reached() {
+    let config = LabConfig::hosts(3).access("h3", "udp-blocked".parse().unwrap());
+    let lab = Lab::new(config).unwrap();
+    let (h1, h2, h3) = (&lab["h1"], &lab["h2"], &lab["h3"]);
+    for host in [h1, h2] {
+        host.start().unwrap();
+        host.wait_ready(SOON).unwrap();
+    }
+    create_networks(&lab);
+    let first = attach(h1, "first", "pods", &[]).unwrap();
+    for round in ["first start", "restart"] {
+        let start = Instant::now();
+        h3.start().unwrap();
+        h3.wait_ready(SOON).unwrap();
+        let is_member = || -> Result<()> {
+            let row = peer(h1, "h3")?;
+            ensure!(row["member"] == true && row["state"] == "alive", "{row}");
+            Ok(())
+        };
+        wait_until(SOON, "h3 to be admitted", is_member).unwrap();
+        let admitted = start.elapsed();
+        let last = attach(h3, &format!("last-{}", &round[..5]), "pods", &[]).unwrap();
+        let attached = Instant::now();
+        last.workload.ping_until(first.address(), SOON).unwrap();
+        println!("{round}: admitted after {admitted:?}, first packet {:?} after attach", attached.elapsed());
+        wait_path(h3, "h2", "tcp");
+        wait_path(h2, "h3", "tcp");
+        h3.stop().unwrap();
+    }
+    wait_clean(&lab.hosts()[..2], SOON).unwrap();
+}
