@@ -237,7 +237,9 @@ fn what_the_stack_translates_is_answered_through_it() {
                 (published, 8080),
             ];
             for client in [a, c] {
-                wait_answers(&client.workload, at(&cluster_ip, 8000), &[&server.name]).unwrap();
+                for (address, port) in &ways {
+                    wait_answers(&client.workload, at(address, *port), &[&server.name]).unwrap();
+                }
                 let mut open = Vec::new();
                 for (address, port) in &ways {
                     open.push(Connection::open(&client.workload, at(address, *port)).unwrap().unwrap());

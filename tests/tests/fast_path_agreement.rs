@@ -37,7 +37,7 @@ struct Arrivals {
 }
 
 impl Arrivals {
-    fn listen(at: &Netns) -> Result<Self> {
+    fn listen(at: &Netns, own: Vec<IpAddr>) -> Result<Self> {
         let fd: OwnedFd = at.run(|| {
             socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll)
         })??;
@@ -56,8 +56,8 @@ impl Arrivals {
                 if let Some(place) = at(SYNC) {
                     let number = packet.get(place + SYNC.len()..).and_then(|rest| rest.first_chunk());
                     let _ = number.map(|number| tell.send(u32::from_be_bytes(*number)));
-                } else if at(MAGIC).is_some() {
-                    // What was sent, not what the receiver answers with it (ICMP errors).
+                } else if at(MAGIC).is_some() && source_of(packet).is_none_or(|from| !own.contains(&from)) {
+                    // What was sent, not what the receiver answers with it (echo replies, errors).
                     all.lock().unwrap().insert(packet.to_vec());
                 }
             }
@@ -78,6 +78,14 @@ impl Arrivals {
 
     fn take(&self) -> BTreeSet<Vec<u8>> {
         std::mem::take(&mut self.seen.lock().unwrap())
+    }
+}
+
+/// The source address of a packet.
+fn source_of(packet: &[u8]) -> Option<IpAddr> {
+    match packet.first()? >> 4 {
+        4 => Some(IpAddr::from(*packet.get(12..)?.first_chunk::<4>()?)),
+        _ => Some(IpAddr::from(*packet.get(8..)?.first_chunk::<16>()?)),
     }
 }
 
@@ -258,7 +266,8 @@ fn ips(of: &Attached) -> Vec<IpAddr> {
 
 /// Sends the packets of a seed, and returns those that arrive at each of the others.
 fn run(from: &Attached, to: [&Attached; 2], packets: usize) -> Result<[BTreeSet<Vec<u8>>; 2]> {
-    let arrivals = [Arrivals::listen(&to[0].workload)?, Arrivals::listen(&to[1].workload)?];
+    let arrivals =
+        [Arrivals::listen(&to[0].workload, ips(to[0]))?, Arrivals::listen(&to[1].workload, ips(to[1]))?];
     let socket = FrameSocket::open(&from.workload, "eth0")?;
     let gateway = from.workload.ip_json(&["neigh", "show", "dev", "eth0", "nud", "permanent"])?;
     let gateway = gateway[0]["lladdr"].as_str().context("no gateway")?.to_owned();

@@ -31,13 +31,14 @@ pub enum FastOp {
 }
 
 impl FastOp {
-    /// The device that it is about. `None` if it is about an entry of a map, which may be deleted without its device.
+    /// The device that it is about. `None` if it needs none: what is taken away may have lost its device before.
     pub fn device(&self) -> Option<Device> {
         match self {
             Self::SetPod(_, pod) => Some(pod.device),
-            Self::Attach(device) | Self::Detach(device) => Some(*device),
+            Self::Attach(device) => Some(*device),
             Self::SetHost(_)
             | Self::Unload
+            | Self::Detach(_)
             | Self::DeletePod(_)
             | Self::SetPath(..)
             | Self::DeletePath(_) => None,
