@@ -32,27 +32,30 @@ pub enum DeviceKind {
 /// A program of the object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Program {
-    FromPod,
-    FromUnderlay,
-    FromStack,
+    /// `from_pod`.
+    Pod,
+    /// `from_underlay`.
+    Underlay,
+    /// `from_stack`.
+    Stack,
 }
 
 impl Program {
-    pub(crate) const ALL: [Self; 3] = [Self::FromPod, Self::FromUnderlay, Self::FromStack];
+    pub(crate) const ALL: [Self; 3] = [Self::Pod, Self::Underlay, Self::Stack];
 
     /// Its name in the object.
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Self::FromPod => "from_pod",
-            Self::FromUnderlay => "from_underlay",
-            Self::FromStack => "from_stack",
+            Self::Pod => "from_pod",
+            Self::Underlay => "from_underlay",
+            Self::Stack => "from_stack",
         }
     }
 
     fn side(self) -> TcAttachType {
         match self {
-            Self::FromPod | Self::FromUnderlay => TcAttachType::Ingress,
-            Self::FromStack => TcAttachType::Egress,
+            Self::Pod | Self::Underlay => TcAttachType::Ingress,
+            Self::Stack => TcAttachType::Egress,
         }
     }
 }
@@ -62,9 +65,9 @@ impl DeviceKind {
     /// own packets can become fast.
     fn programs(self) -> &'static [Program] {
         match self {
-            Self::Pod => &[Program::FromStack, Program::FromPod],
-            Self::Underlay => &[Program::FromStack, Program::FromUnderlay],
-            Self::Vxlan => &[Program::FromStack],
+            Self::Pod => &[Program::Stack, Program::Pod],
+            Self::Underlay => &[Program::Stack, Program::Underlay],
+            Self::Vxlan => &[Program::Stack],
         }
     }
 }
