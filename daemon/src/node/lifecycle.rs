@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use ovl_cluster::view::Node as Known;
 use ovl_control::{PeerState, Reply, Request};
-use ovl_dataplane::op::{Op, RouteOp};
+use ovl_dataplane::op::{FastOp, Op, RouteOp};
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::alloc::Change;
 use ovl_proto::id::{ClusterKeyId, NetworkId, NodeId};
@@ -366,9 +366,10 @@ impl Node {
             state.subsystems.all().into_iter().for_each(|subsystem| subsystem.withdraw());
         }
         let found = self.kernel.dump().await.map_err(Failed::from)?;
-        // Some routes are not removed with a device.
-        let routes = found.routes.keys().map(|to| Op::Route(RouteOp::Delete(*to))).collect();
-        for outcome in self.kernel.apply(routes).await {
+        // Programs of the fast path, and some routes, are not removed with a device.
+        let fast = found.fast.host.map(|_| Op::Fast(FastOp::Unload));
+        let routes = found.routes.keys().map(|to| Op::Route(RouteOp::Delete(*to)));
+        for outcome in self.kernel.apply(fast.into_iter().chain(routes).collect()).await {
             outcome.result.map_err(Failed::from)?;
         }
         self.kernel.delete_links(found.links.keys().copied().collect()).await.map_err(Failed::from)?;
