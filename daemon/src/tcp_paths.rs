@@ -28,6 +28,8 @@ const MIN_BACKOFF: Duration = Duration::from_millis(250);
 const MAX_BACKOFF: Duration = Duration::from_secs(30);
 /// How long a host to join may take to answer by UDP before it is dialled.
 const SEED_SILENT: Duration = Duration::from_millis(500);
+/// How long others have to dial this host, once they know it.
+const TO_BE_DIALLED: Duration = Duration::from_secs(2);
 /// The maximum number of hosts to which there are paths.
 const MAX_HOSTS: usize = 256;
 
@@ -256,7 +258,16 @@ impl TcpPaths {
     pub(crate) fn dialled_seed(&mut self, at: SocketAddr, is_open: bool, now: Instant) {
         if let Some(dialling) = self.seeds.get_mut(&at) {
             dialling.ended(is_open, now);
+            // It has as long to prove to be live as one that does not answer at all.
+            dialling.next = if is_open { now + MAX_BACKOFF } else { dialling.next };
         }
+    }
+
+    /// Whether nothing was ever heard by UDP while TCP has been in use for a while.
+    pub(crate) fn is_without_udp(&self, now: Instant) -> bool {
+        let is_long = |at: Instant| now.saturating_duration_since(at) >= TO_BE_DIALLED;
+        let is_long = |host: &Host| host.used_since.is_some_and(is_long);
+        self.is_blocked_here && self.hosts.values().any(is_long)
     }
 
     /// Decides for all hosts. `ping_every` is the interval of pings.
@@ -459,10 +470,14 @@ mod tests {
         assert_eq!(paths.dial_seeds(&[seed], world.now + ms(5000)), [], "it is being dialled");
         paths.dialled_seed(seed, false, world.now);
         assert_eq!(paths.dial_seeds(&[seed], world.now + MIN_BACKOFF), [seed]);
+        paths.dialled_seed(seed, true, world.now);
+        assert_eq!(paths.dial_seeds(&[seed], world.now + MIN_BACKOFF * 2), [], "it may need a moment");
         // Nothing was ever heard by UDP: after it has begun anew, this host waits for nothing.
         (world.heard, world.evidence.udp) = (None, None);
         world.open(true);
         assert_eq!(world.after(0).turns, [(PEER, Turn::Tcp)]);
+        assert!(!world.paths.is_without_udp(world.now));
+        assert!(world.paths.is_without_udp(world.now + TO_BE_DIALLED));
         world.paths.begin_anew();
         world.after(0);
         assert_eq!(world.paths.dial_seeds(&[seed], world.now), [seed]);
