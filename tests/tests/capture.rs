@@ -215,6 +215,43 @@ fn dropped_packets_say_why_and_services_are_captured() {
 }
 
 #[test]
+fn packets_that_the_kernel_drops_say_its_reason() {
+    for create in [KINDS[0].1, KINDS[1].1] {
+        let lab = start_lab(2).unwrap();
+        create(&lab).unwrap();
+        let [h1, h2] = lab.hosts() else { unreachable!() };
+        let web = attach(h2, "web", "net", &[]).unwrap();
+        let client = attach(h1, "client", "net", &[]).unwrap();
+        client.workload.ping_until(web.address(), SOON).unwrap();
+
+        // No program of the workload has the one port, and a packet filter in its namespace drops what is for the other one.
+        web.workload
+            .exec_ok([
+                "nft",
+                "add table inet own; add chain inet own in { type filter hook input priority 0; }",
+            ])
+            .unwrap();
+        web.workload.exec_ok(["nft", "add rule inet own in udp dport 998 drop"]).unwrap();
+        for to in web.addresses() {
+            let capture = Running::start(&lab, h1, &["endpoint:web", "udp"], &["h1", "h2"]).unwrap();
+            for port in [999, 998] {
+                assert!(client.workload.udp_roundtrip(&to, port, b"hello").is_err());
+            }
+            let found = capture.finish(&["frame.interface_name", "frame.comment", "udp.dstport"]).unwrap();
+            let is_dropped = |packet: &Vec<String>| {
+                packet[0] == "h2:default/web" && packet[1] == "dropped on h2 by the kernel: NO_SOCKET"
+            };
+            assert!(found.iter().any(is_dropped), "{to}: {found:?}");
+            let is_filtered = |packet: &Vec<String>| {
+                packet[1].starts_with("dropped on h2 by a packet filter") && packet[2] == "998"
+            };
+            assert!(found.iter().any(is_filtered), "{to}: {found:?}");
+        }
+        wait_nothing_left(&lab);
+    }
+}
+
+#[test]
 fn live_view_has_names_and_captures_are_bounded() {
     let lab = start_lab(2).unwrap();
     create_network(&lab, "net", FLAT).unwrap();

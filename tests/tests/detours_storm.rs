@@ -3,13 +3,14 @@
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Lab, LabConfig, wait_until};
 use ovl_tests::random::Random;
 use ovl_tests::routed::create_routed_network;
-use ovl_tests::{Attached, Connection, SOON, attach, ping_all_pairs, rows, start_lab_with, wait_clean};
+use ovl_tests::{Attached, Connection, SOON, attach, peer, ping_all_pairs, rows, start_lab_with, wait_clean};
 
 const HOSTS: usize = 5;
 /// The most members that a path goes through.
@@ -90,6 +91,20 @@ fn wait_for_ways(lab: &Lab, cut: &BTreeSet<Pair>) -> BTreeMap<(String, String), 
     found
 }
 
+/// What the hosts say of a pair whose connection stands still: what was relayed, and the tunnels of both ends.
+fn said(lab: &Lab, (one, other): Pair) -> Result<String> {
+    let mut text = String::new();
+    for host in lab.hosts() {
+        let status = host.ctl_json(&["status"])?;
+        writeln!(text, "{}: relayed {}", host.name(), status["relayed"])?;
+    }
+    for (from, to) in [(one, other), (other, one)] {
+        let [from, to] = [from, to].map(|at| &lab.hosts()[at]);
+        writeln!(text, "{}: {}", from.name(), peer(from, to.name())?)?;
+    }
+    Ok(text)
+}
+
 fn storm(length: Duration, least: usize, seed: u64) {
     let lab = start_lab_with(LabConfig::hosts(HOSTS)).unwrap();
     let options = ["--encrypted", "--subnet", "10.60.0.0/16", "--subnet", "fd60::/48"];
@@ -116,7 +131,12 @@ fn storm(length: Duration, least: usize, seed: u64) {
                 let ways = ways(&lab).map_or_else(|error| error.to_string(), |ways| format!("{ways:?}"));
                 format!("round {round} (seed {seed}), cut {cut:?}: {one} to {other}; {ways}")
             };
-            let took = connection.echo(2000).with_context(round).unwrap();
+            let took = connection.echo(2000).with_context(round).unwrap_or_else(|error| {
+                let pair = (*one, *other);
+                let before = said(&lab, pair).unwrap();
+                let later = connection.echo(1);
+                panic!("{error:#}\n{before}\nlater {later:?}\n{}", said(&lab, pair).unwrap());
+            });
             longest = longest.max(took);
         }
         let before = wait_for_ways(&lab, &cut);

@@ -23,7 +23,7 @@ pub struct Passage {
     pub sightings: Vec<Sighting>,
     /// Rules of packet filters that dropped packets, in that order.
     pub drops: Vec<FilterDrop>,
-    /// Reasons that the kernel gave for dropping packets at the moments of the probe, such as `IP_RPFILTER in FUNCTION`.
+    /// Why the kernel dropped the probe or an answer to it, such as `the probe: IP_RPFILTER`.
     #[serde(default)]
     pub reasons: Vec<String>,
     /// What could not be observed, in sentences.

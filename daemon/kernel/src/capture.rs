@@ -5,9 +5,11 @@
 //! receiver does not take stays in the sockets, and the kernel counts what they have no room for. Sockets end with the
 //! thread, and with the process. Begin to read at [`Capture::start`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -21,7 +23,7 @@ use tokio::sync::mpsc;
 use super::error::{KernelError, Result};
 use super::received::{Received, receive};
 use super::sys;
-use super::trace::{CapturedFilterDrop, DropTrace, wall_ns};
+use super::trace::{DroppedPacket, DroppedPackets, wall_ns};
 
 /// The number of bytes after which a batch is handed on.
 const FULL: usize = 256 << 10;
@@ -50,6 +52,8 @@ pub struct CaptureSpec {
     pub snaplen: u32,
     /// Of packets from or to these prefixes it is watched whether they are dropped. Empty: of none.
     pub watched: Vec<ipnet::IpNet>,
+    /// The inodes of the network namespaces in which it is watched, besides that of this host.
+    pub namespaces: BTreeSet<u64>,
     /// How long to capture at most.
     pub lasts: Duration,
 }
@@ -60,7 +64,7 @@ pub struct Captured {
     /// Packets. The number of a point is that of its device.
     pub packets: Vec<CapturedPacket>,
     /// Packets that were dropped, with what dropped them.
-    pub drops: Vec<CapturedFilterDrop>,
+    pub drops: Vec<DroppedPacket>,
     /// The number of packets for which there was no room.
     pub lost: u64,
     /// Nothing earlier follows: nanoseconds since 1970.
@@ -87,7 +91,7 @@ impl Capture {
     ///
     /// No device can be captured at, or there is no thread.
     pub fn start(spec: CaptureSpec, batches: mpsc::UnboundedSender<Captured>) -> Result<Self> {
-        let CaptureSpec { devices, programs, snaplen, watched, lasts } = spec;
+        let CaptureSpec { devices, programs, snaplen, watched, mut namespaces, lasts } = spec;
         let room = (ROOM / devices.len().max(1)).clamp(64 << 10, ROOM_OF_ONE);
         let (mut points, mut links, mut notes) = (Vec::new(), Vec::new(), Vec::new());
         for (number, (kind, device)) in devices.iter().enumerate() {
@@ -111,13 +115,12 @@ impl Capture {
         }
         let drops = match watched.is_empty() {
             true => None,
-            false => match DropTrace::begin(&watched) {
-                Ok(drops) => Some(drops),
-                Err(error) => {
-                    notes.push(format!("it is not known which packets filters drop: {error}"));
-                    None
-                }
-            },
+            false => {
+                namespaces.extend(fs::metadata("/proc/thread-self/ns/net").map(|own| own.ino()));
+                let (drops, missing) = DroppedPackets::begin(&watched, &namespaces);
+                notes.extend(missing);
+                Some(drops)
+            }
         };
         let (stop, taken) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU32::new(0)));
         let reader = Reader {
@@ -206,7 +209,7 @@ impl Point {
 
 struct Reader {
     points: Vec<Point>,
-    drops: Option<DropTrace>,
+    drops: Option<DroppedPackets>,
     stop: Arc<AtomicBool>,
     /// The number of batches that the receiver has taken, and of those that were sent.
     taken: Arc<AtomicU32>,
@@ -255,7 +258,7 @@ impl Reader {
             }
             let wait = next.saturating_duration_since(now);
             let mut descriptors: Vec<_> = self.points.iter().map(|point| point.socket.as_raw_fd()).collect();
-            descriptors.extend(self.drops.as_ref().map(DropTrace::descriptor));
+            descriptors.extend(self.drops.iter().flat_map(DroppedPackets::descriptors));
             if sys::poll_any(&descriptors, wait).is_err() || !self.read() {
                 self.batch.ended = Some("the devices are gone".to_owned());
                 self.send();

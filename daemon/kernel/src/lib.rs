@@ -103,7 +103,7 @@ pub use survey::{
 pub use sys::{own_addresses, return_free_memory};
 pub use timed::{TimedChange, TimedElement};
 pub use trace::{
-    CapturedFilterDrop, TraceProbe, TraceWatch, WatchSpec, listens, remove_left_traces, wall_ns,
+    DroppedBy, DroppedPacket, TraceProbe, TraceWatch, WatchSpec, listens, remove_left_traces, wall_ns,
 };
 pub use tunnel::{TunnelPeerStatus, TunnelStatus};
 

@@ -5,27 +5,32 @@
 //! | [`packet`] | which captured packets belong to a trace |
 //! | [`rules`] | which rule of a packet filter drops them |
 //! | [`drops`] | which packets of a capture filters drop |
+//! | [`kernel`] | which packets the kernel drops, and why |
+//! | [`dropped`] | both together |
 //! | [`probe`] | sends the probe in the namespace of a workload |
-//! | [`reasons`] | why the kernel drops packets, where tracefs says it |
 //! | [`inside`] | what listens in the namespace of a workload |
 //!
 //! Begin to read at [`TraceWatch::start`].
 
+mod dropped;
 mod drops;
 mod inside;
+mod kernel;
 mod packet;
 mod probe;
-mod reasons;
 mod rules;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use ipnet::{Ipv4Net, Ipv6Net};
 use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt};
 use ovl_dataplane::passage::{PacketKind, Passage, Sighting};
@@ -37,11 +42,11 @@ use super::netns::Netns;
 use super::received::{Received, receive};
 use super::sys;
 
-use self::reasons::DropLog;
+use self::kernel::{KernelDrops, Why};
 use self::rules::RuleTrace;
 
-pub use self::drops::CapturedFilterDrop;
-pub(super) use self::drops::DropTrace;
+pub(super) use self::dropped::DroppedPackets;
+pub use self::dropped::{DroppedBy, DroppedPacket};
 pub use self::inside::listens;
 pub use self::probe::TraceProbe;
 pub(super) use self::rules::{change as change_tables, deletion as deletion_of};
@@ -99,6 +104,8 @@ impl TraceWatch {
     fn watch(cookie: u32, netns: Option<Netns>, rules: Option<Result<RuleTrace>>) -> Result<Self> {
         let error = |error| KernelError::io("cannot watch for a probe", &error);
         let host = Capture::open(cookie, false).map_err(error)?;
+        let own = fs::metadata("/proc/thread-self/ns/net").map(|own| own.ino());
+        let spaces: BTreeSet<u64> = own.into_iter().chain(netns.as_ref().map(|netns| netns.inode)).collect();
         let inside = match netns {
             Some(netns) => Some(inside::enter(netns, move || Capture::open(cookie, true))?.map_err(error)?),
             None => None,
@@ -113,15 +120,28 @@ impl TraceWatch {
             }
         };
         // The watch that traces rules also asks for the kernel's reasons: there is one on each host.
-        let reasons = rules.as_ref().and_then(|_| DropLog::begin(cookie, now_us()));
+        let reasons = match &rules {
+            None => None,
+            Some(_) => {
+                match KernelDrops::begin(&[Ipv4Net::default().into(), Ipv6Net::default().into()], &spaces) {
+                    Ok(reasons) => Some(reasons),
+                    Err(error) => {
+                        notes.push(format!("the kernel's reasons for drops are not known: {error}"));
+                        None
+                    }
+                }
+            }
+        };
         let stop = Arc::new(AtomicBool::new(false));
         let (tell, answered) = oneshot::channel();
         let watch = Watch {
             ends: Instant::now() + LONGEST,
             stop: Arc::clone(&stop),
+            cookie,
             captures: [Some(host), inside],
             rules,
-            reasons,
+            kernel: reasons,
+            reasons: BTreeSet::new(),
             tell: Some(tell),
             passage: Passage { notes, ..Passage::default() },
         };
@@ -146,9 +166,12 @@ impl Drop for TraceWatch {
 struct Watch {
     ends: Instant,
     stop: Arc<AtomicBool>,
+    cookie: u32,
     captures: [Option<Capture>; 2],
     rules: Option<RuleTrace>,
-    reasons: Option<DropLog>,
+    kernel: Option<KernelDrops>,
+    /// Why the kernel dropped the probe, or an answer to it.
+    reasons: BTreeSet<String>,
     tell: Option<oneshot::Sender<()>>,
     passage: Passage,
 }
@@ -162,7 +185,8 @@ impl Watch {
                 .each_ref()
                 .map(|capture| capture.as_ref().map(|capture| capture.socket.as_raw_fd()));
             let rules = self.rules.as_ref().map(RuleTrace::descriptor);
-            if sys::poll([host, inside, rules], Some(STEP)).is_err() {
+            let kernel = self.kernel.as_ref().map(KernelDrops::descriptor);
+            if sys::poll([host, inside, rules, kernel], Some(STEP)).is_err() {
                 break;
             }
             let now = now_us();
@@ -171,6 +195,19 @@ impl Watch {
             }
             if let Some(rules) = &mut self.rules {
                 rules.drain(now);
+            }
+            if let Some(kernel) = &mut self.kernel {
+                let cookie = self.cookie;
+                let reason = |_, packet: &[u8], why| {
+                    let found = packet::parse(packet, cookie)?;
+                    let what = if found.kind == PacketKind::Probe { "the probe" } else { "an answer to it" };
+                    let why = match why {
+                        Why::Filter => "a packet filter drops it (NETFILTER_DROP)".to_owned(),
+                        Why::Reason(reason) => reason,
+                    };
+                    Some(format!("{what}: {why}"))
+                };
+                self.reasons.extend(kernel.drain(reason));
             }
             // An answer that a device sends is still on its way.
             let is_end = |seen: &Sighting| seen.kind != PacketKind::Probe && !seen.outgoing;
@@ -184,9 +221,7 @@ impl Watch {
             }
         }
         self.passage.sightings.sort_by_key(|seen| seen.at_us);
-        if let Some(reasons) = self.reasons.take() {
-            self.passage.reasons = reasons.finish(&self.passage.sightings);
-        }
+        self.passage.reasons = self.reasons.into_iter().collect();
         self.passage.drops = self.rules.take().map(RuleTrace::finish).unwrap_or_default();
         self.passage
     }
@@ -198,7 +233,6 @@ impl Watch {
 ///
 /// `nft` fails.
 pub fn remove_left_traces() -> Result<()> {
-    reasons::remove_left();
     rules::remove_left()
 }
 

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use ovl_control::{CapturePlan, CaptureRequest, CaptureTarget, CapturedFrom};
-use ovl_kernel::{Capture, CaptureSpec, Captured, CapturedFilterDrop, devices_with, wall_ns};
+use ovl_kernel::{Capture, CaptureSpec, Captured, DroppedBy, DroppedPacket, devices_with, wall_ns};
 use ovl_proto::capture::{CaptureBatch, CapturePoint, CapturedDrop, MAX_MESSAGE};
 use ovl_proto::id::NodeId;
 use ovl_proto::sync::Message;
@@ -110,6 +110,7 @@ impl Node {
             programs: request.programs.clone(),
             snaplen: request.snaplen,
             watched: plan.watched.clone(),
+            namespaces: self.state.borrow().endpoints.iter().map(|(_, local)| local.inode).collect(),
             lasts: Duration::from_secs(request.seconds.into()),
         };
         let mut capture = blocking(move || Capture::start(spec, batches_tell)).await?;
@@ -286,9 +287,19 @@ impl Node {
     }
 
     /// Says what dropped a packet: of network policies, which ones.
-    fn reason_of(&self, drop: &CapturedFilterDrop) -> String {
-        let CapturedFilterDrop { key, to, by, .. } = drop;
+    fn reason_of(&self, drop: &DroppedPacket) -> String {
+        let DroppedPacket { key, to, by, .. } = drop;
         let host = &self.config.node;
+        let by = match by {
+            DroppedBy::Rule(by) => by,
+            DroppedBy::Filter => {
+                return format!(
+                    "dropped on {host} by a packet filter whose rule is not known: it is in the namespace of the workload or in \
+                     iptables' legacy tables, or the connection was open already"
+                );
+            }
+            DroppedBy::Kernel(reason) => return format!("dropped on {host} by the kernel: {reason}"),
+        };
         if by.table == ovl_dataplane::nft::Table::Policy.name() {
             let port = protocol_of(key.protocol).map(|protocol| (protocol, to.1));
             let state = self.state.borrow();

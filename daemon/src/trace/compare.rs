@@ -494,13 +494,13 @@ impl Judge<'_> {
         Judged { arrives: Some(false), why, advice: Some(advice), is_foreign: false }
     }
 
-    /// What the kernels of both hosts said of packets that they dropped at that moment.
+    /// Why the kernels of both hosts dropped the probe or an answer.
     fn reasons(&self) -> String {
         let known = self.known;
         let ends = [Some(&known.source), known.destination.as_ref()].into_iter().flatten();
         let said = ends.flat_map(|end| {
             let reasons = end.passage.iter().flat_map(|passage| &passage.reasons);
-            reasons.map(move |reason| format!("; the kernel of {} dropped packets then: {reason}", end.host))
+            reasons.map(move |reason| format!("; the kernel of {} dropped {reason}", end.host))
         });
         said.collect()
     }

@@ -19,8 +19,8 @@ use ovl_proto::capture::PacketKey;
 use crate::attribute::messages;
 use crate::error::Result;
 
+use super::packet::IPV6;
 use super::rules::{self, Event, FAMILIES, TABLE, TRACE};
-use super::wall_ns;
 
 /// The number of packets that are traced in each hook, a second and at once.
 const RATE: u32 = 50;
@@ -35,22 +35,9 @@ const AT_ONCE: usize = 4096;
 /// The number of the next table of this process. Traces of probes have random numbers, which are even.
 static NEXT: AtomicU32 = AtomicU32::new(1);
 
-/// A packet that was dropped.
-#[derive(Debug, Clone)]
-pub struct CapturedFilterDrop {
-    /// The time, in nanoseconds since 1970.
-    pub at_ns: u64,
-    /// Which packet it was.
-    pub key: PacketKey,
-    /// Its destination and its port; 0 for a protocol without ports.
-    pub to: (IpAddr, u16),
-    /// What dropped it.
-    pub by: FilterDrop,
-}
-
 /// Tables that mark packets, and the socket that hears of them. The tables are deleted when it is dropped.
 #[derive(Debug)]
-pub(crate) struct DropTrace {
+pub(super) struct DropTrace {
     table: String,
     socket: Socket,
     buffer: Vec<u8>,
@@ -62,14 +49,25 @@ pub(crate) struct DropTrace {
 
 /// What is remembered of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Headers {
-    key: PacketKey,
-    to: (IpAddr, u16),
+pub(super) struct Headers {
+    pub(super) key: PacketKey,
+    /// Its destination and its port; 0 for a protocol without ports.
+    pub(super) to: (IpAddr, u16),
 }
 
 impl Headers {
+    /// Reads the beginning of a packet, from its IP header on.
+    pub(super) fn of_packet(packet: &[u8]) -> Option<Self> {
+        let length = match packet.first()? >> 4 {
+            4 => usize::from(packet.first()? & 0xf) * 4,
+            _ => IPV6 as usize,
+        };
+        let (network, transport) = packet.split_at_checked(length)?;
+        Self::read(network, transport)
+    }
+
     /// Reads the beginnings of an IP header and of a transport header.
-    fn read(network: &[u8], transport: &[u8]) -> Option<Self> {
+    pub(super) fn read(network: &[u8], transport: &[u8]) -> Option<Self> {
         let short = |bytes: &[u8], at: usize| match bytes.get(at..at + 2) {
             Some(&[high, low]) => u16::from_be_bytes([high, low]),
             _ => 0,
@@ -92,7 +90,7 @@ impl DropTrace {
     /// # Errors
     ///
     /// `nft` fails, or there is no socket.
-    pub(crate) fn begin(watched: &[IpNet]) -> Result<Self> {
+    pub(super) fn begin(watched: &[IpNet]) -> Result<Self> {
         let socket = rules::open()?;
         let table = format!("{TABLE}capture-{:08x}", NEXT.fetch_add(2, Ordering::Relaxed));
         let trace = Self {
@@ -108,12 +106,12 @@ impl DropTrace {
     }
 
     /// The descriptor of the socket, to be polled.
-    pub(crate) fn descriptor(&self) -> RawFd {
+    pub(super) fn descriptor(&self) -> RawFd {
         self.socket.as_raw_fd()
     }
 
-    /// Reads waiting messages, and returns the packets that were dropped. It runs `nft` for each new rule.
-    pub(crate) fn drain(&mut self) -> Vec<CapturedFilterDrop> {
+    /// Reads waiting messages, and returns the packets that were dropped, and by what. It runs `nft` for each new rule.
+    pub(super) fn drain(&mut self) -> Vec<(Headers, FilterDrop)> {
         let mut drops = Vec::new();
         for _ in 0..AT_ONCE {
             self.buffer.clear();
@@ -132,7 +130,7 @@ impl DropTrace {
         drops
     }
 
-    fn note(&mut self, payload: &[u8]) -> Option<CapturedFilterDrop> {
+    fn note(&mut self, payload: &[u8]) -> Option<(Headers, FilterDrop)> {
         let event = Event::read(payload)?;
         let [network, transport] = event.headers;
         if let Some(headers) = Headers::read(network, transport)
@@ -148,7 +146,7 @@ impl DropTrace {
         if !event.drops {
             return None;
         }
-        let Headers { key, to } = *self.headers.get(&event.id)?;
+        let headers = *self.headers.get(&event.id)?;
         let (table, chain, handle) = (event.table.to_owned(), event.chain.to_owned(), event.handle);
         let rule = (table.clone(), chain.clone(), handle.unwrap_or_default());
         let by = match self.rules.get(&rule) {
@@ -170,7 +168,7 @@ impl DropTrace {
                 found
             }
         };
-        Some(CapturedFilterDrop { at_ns: wall_ns(), key, to, by })
+        Some((headers, by))
     }
 }
 
@@ -236,6 +234,12 @@ mod tests {
         let headers = Headers::read(&packet[..20], &packet[20..40]).unwrap();
         assert_eq!(headers.to, ([10, 1, 0, 2].into(), 80));
         assert_eq!((headers.key.port, headers.key.sequence, headers.key.protocol), (1000, 7, 6));
+        assert_eq!(Headers::of_packet(&packet), Some(headers));
+        assert!(Headers::of_packet(&packet[..12]).is_none() && Headers::of_packet(&[0x4f; 32]).is_none());
+        let mut packet = Vec::new();
+        let builder = etherparse::PacketBuilder::ipv6([1; 16], [2; 16], 64);
+        builder.udp(1000, 53).write(&mut packet, &[]).unwrap();
+        assert_eq!(Headers::of_packet(&packet), Headers::read(&packet[..40], &packet[40..]));
         assert!(Headers::read(&packet[..12], &[]).is_none());
         assert!(Headers::read(&[], &[]).is_none());
     }

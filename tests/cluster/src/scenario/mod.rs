@@ -5,6 +5,7 @@ mod faults;
 mod host;
 mod network;
 mod package;
+mod reach;
 mod service;
 mod underlay;
 
@@ -31,6 +32,7 @@ pub(crate) const ALL: &[Scenario] = &[
     Scenario { name: "routed", run: network::routed, ci: true },
     Scenario { name: "unit", run: service::unit, ci: true },
     Scenario { name: "security", run: service::security, ci: true },
+    Scenario { name: "drops", run: reach::drops, ci: true },
     Scenario { name: "sandbox", run: service::sandbox, ci: false },
     Scenario { name: "pods", run: network::pods, ci: false },
     Scenario { name: "direct", run: network::direct, ci: false },
@@ -40,6 +42,8 @@ pub(crate) const ALL: &[Scenario] = &[
     Scenario { name: "watchdog", run: service::watchdog, ci: false },
     Scenario { name: "encryption", run: encryption::kernel, ci: true },
     Scenario { name: "encryption-mixed", run: encryption::mixed, ci: false },
+    Scenario { name: "detour", run: reach::detour, ci: false },
+    Scenario { name: "nat", run: reach::nat, ci: true },
     Scenario { name: "address", run: underlay::address, ci: false },
     Scenario { name: "netem", run: underlay::netem, ci: false },
     Scenario { name: "ufw", run: underlay::ufw, ci: false },
