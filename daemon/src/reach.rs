@@ -15,7 +15,8 @@ use tokio::time::Instant;
 const STAYS: Duration = Duration::from_secs(1);
 /// The number of knocks of which none must arrive for a firewall to be there.
 const SILENT_KNOCKS: u32 = 5;
-/// How long probes may take to pass both ways for the first time.
+/// How long probes may take to pass both ways for the first time. Not between two hosts that are both behind NAT: they go through a
+/// member until a path was found.
 const FIRST: Duration = Duration::from_secs(1);
 /// How long a probe that has arrived is reported to its sender.
 const RECENT: Duration = Duration::from_secs(2);
@@ -143,10 +144,12 @@ impl Reach {
         self.paths.get(&peer).is_some_and(|path| now.saturating_duration_since(path.heard) < RECENT)
     }
 
-    /// For how long there has been no sign that datagrams pass both ways. `None` if there was none although there was time.
-    pub(crate) fn silence(&self, peer: NodeId, now: Instant) -> Option<Duration> {
+    /// For how long there has been no sign that datagrams pass both ways. `None` if there was none although there was time; `hidden`
+    /// says that both hosts are behind NAT.
+    pub(crate) fn silence(&self, peer: NodeId, now: Instant, hidden: bool) -> Option<Duration> {
         let sign = self.paths.get(&peer).and_then(|path| Some(path.heard.min(path.confirmed?)));
-        let first = || self.tried.get(&peer).copied().filter(|at| now.saturating_duration_since(*at) < FIRST);
+        let has_time = |at: &Instant| !hidden && now.saturating_duration_since(*at) < FIRST;
+        let first = || self.tried.get(&peer).copied().filter(has_time);
         Some(now.saturating_duration_since(sign.or_else(|| first().map(|_| now))?))
     }
 
@@ -173,18 +176,19 @@ mod tests {
     #[test]
     fn path_is_there_when_probes_pass_both_ways() {
         let (mut reach, start) = (Reach::default(), Instant::now());
-        assert_eq!((reach.at(PEER), reach.silence(PEER, start)), (None, None));
+        assert_eq!((reach.at(PEER), reach.silence(PEER, start, false)), (None, None));
         reach.set_wanted(&[PEER].into(), start);
-        assert_eq!(reach.silence(PEER, start + FIRST / 2), Some(Duration::ZERO), "it had no time");
-        assert_eq!(reach.silence(PEER, start + FIRST), None);
+        assert_eq!(reach.silence(PEER, start + FIRST / 2, false), Some(Duration::ZERO), "it had no time");
+        assert_eq!(reach.silence(PEER, start, true), None, "it cannot be sent to");
+        assert_eq!(reach.silence(PEER, start + FIRST, false), None);
         let start = start + FIRST;
         assert!(reach.heard(PEER, at("192.0.2.1:7942"), false, start));
-        assert_eq!((reach.silence(PEER, start), reach.is_heard(PEER, start)), (None, true));
+        assert_eq!((reach.silence(PEER, start, false), reach.is_heard(PEER, start)), (None, true));
         let later = start + Duration::from_millis(500);
         assert!(!reach.heard(PEER, at("192.0.2.1:7942"), true, later));
-        assert_eq!(reach.silence(PEER, later + STAYS), Some(STAYS));
+        assert_eq!(reach.silence(PEER, later + STAYS, true), Some(STAYS));
         assert!(!reach.heard(PEER, at("192.0.2.1:7942"), false, later + STAYS));
-        assert_eq!(reach.silence(PEER, later + STAYS), Some(STAYS), "not confirmed since");
+        assert_eq!(reach.silence(PEER, later + STAYS, true), Some(STAYS), "not confirmed since");
         assert!(!reach.is_heard(PEER, later + STAYS + RECENT));
         reach.set_wanted(&BTreeSet::new(), later);
         assert!(reach.all().is_empty());
@@ -253,7 +257,7 @@ mod tests {
         assert_eq!(reach.at(PEER), Some(old));
         assert!(reach.heard(PEER, new, false, start + STAYS));
         assert_eq!(
-            (reach.at(PEER), reach.silence(PEER, start + STAYS)),
+            (reach.at(PEER), reach.silence(PEER, start + STAYS, false)),
             (Some(new), None),
             "not confirmed there"
         );

@@ -448,6 +448,7 @@ impl Node {
             changed.into_iter().filter_map(|(id, is)| Some((id, state.view.judge(id, is)?, is))).collect();
         for (id, was, is) in changed {
             self.event("peer", &state.view.name_of(id), &format!("{was} -> {is}"));
+            self.detour_turn.notify_one();
             if is == PeerState::Alive {
                 self.links().kick(id);
             }

@@ -179,6 +179,7 @@ impl Node {
             };
             self.event("peer", &self.config.node, message);
             self.move_to(vtep).await?;
+            self.detour_turn.notify_one();
         }
         Ok(())
     }
