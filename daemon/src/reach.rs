@@ -34,6 +34,9 @@ pub(crate) struct Reach {
     knocks: u32,
     /// Whether one of them has arrived.
     is_open: bool,
+    /// Whether a host has dialled this one by TCP, and whether there was time for it where UDP is blocked, so that knocks are.
+    was_dialled: bool,
+    had_time: bool,
     paths: BTreeMap<NodeId, Path>,
     /// Since when there has been no sign of a path to each peer to which none was ever there.
     tried: BTreeMap<NodeId, Instant>,
@@ -64,6 +67,11 @@ impl Reach {
         self.seen.filter(|_| self.behind_nat)
     }
 
+    /// Where a host to join last saw this host. `None` if none has said it.
+    pub(crate) fn seen_at(&self) -> Option<SocketAddr> {
+        self.seen
+    }
+
     /// Takes that a host to join sees this one, which has these addresses, at an address, and whether it has knocked there.
     pub(crate) fn seen(&mut self, at: SocketAddr, knocks: bool, own: &[IpAddr]) {
         self.seen = Some(at);
@@ -76,13 +84,26 @@ impl Reach {
         self.is_open = true;
     }
 
+    /// Takes that a host has dialled this one.
+    pub(crate) fn dialled(&mut self) {
+        self.was_dialled = true;
+    }
+
+    /// Takes that others would have dialled this host by now if they could. No knock can arrive, because UDP is blocked.
+    pub(crate) fn had_time(&mut self) {
+        self.had_time = true;
+    }
+
     /// Whether this host is behind NAT, as far as that is known: others see another address than its own, or a firewall keeps out what
     /// was not asked for. Returns whether that has changed.
     pub(crate) fn judge(&mut self, configured: Option<bool>) -> bool {
         let is_hidden = match (self.is_translated, self.is_open) {
             (true, _) => true,
             (false, true) => false,
-            (false, false) => self.behind_nat || self.knocks >= SILENT_KNOCKS,
+            (false, false) => {
+                let is_undialled = self.had_time && !self.was_dialled;
+                self.behind_nat || self.knocks >= SILENT_KNOCKS || is_undialled
+            }
         };
         let behind_nat = configured.unwrap_or(is_hidden);
         std::mem::replace(&mut self.behind_nat, behind_nat) != behind_nat
@@ -209,6 +230,22 @@ mod tests {
         assert!(!again.judge(None), "as in the last run, until a knock arrives");
         again.knocked();
         assert!(again.judge(None) && !again.is_behind_nat());
+    }
+
+    #[test]
+    fn host_without_udp_is_behind_a_firewall_if_no_host_dials_it() {
+        let (own, seen) = (["10.0.0.1".parse().unwrap()], at("10.0.0.1:7940"));
+        for was_dialled in [false, true] {
+            let mut reach = Reach::new(false);
+            reach.seen(seen, false, &own);
+            if was_dialled {
+                reach.dialled();
+            }
+            assert!(!reach.judge(None));
+            reach.had_time();
+            reach.judge(None);
+            assert_eq!(reach.is_behind_nat(), !was_dialled);
+        }
     }
 
     #[test]

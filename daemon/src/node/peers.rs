@@ -126,6 +126,10 @@ impl Node {
             StreamEvent::Down(peer) => tracing::debug!(%peer, "stream down"),
             StreamEvent::Record { record, signed } => {
                 let (peer, generation) = (record.id, record.generation);
+                // A host behind NAT has lent that connection.
+                if !self.state.borrow().reach.is_behind_nat() {
+                    self.note_dialled(true);
+                }
                 self.take_record(record, signed);
                 self.note_proved(peer);
                 self.links().met(peer, generation);

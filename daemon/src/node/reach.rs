@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use ovl_cluster::view::Node as Host;
 use ovl_control::PeerState;
+use ovl_mesh::gossip::RelayProbe;
 use ovl_proto::id::NodeId;
 use ovl_relay::Relay;
 use tokio::time::Instant;
@@ -112,7 +113,13 @@ impl Node {
 
     /// Takes what arrived as a probe.
     pub(super) fn take_relay_probe(&self, from: SocketAddr, mut datagram: Vec<u8>) {
-        let Some((peer, confirms)) = self.gossip().open_relay_probe(&mut datagram) else { return };
+        let (peer, confirms) = match self.gossip().open_relay_probe(&mut datagram, from) {
+            Some(RelayProbe::Heard(peer, confirms)) => (peer, confirms),
+            Some(RelayProbe::Answer(answer)) => {
+                return self.relay.get().into_iter().for_each(|relay| relay.knock(from, &answer));
+            }
+            None => return,
+        };
         let mut state = self.state.borrow_mut();
         let is_pair = nat_pairs(&state).any(|node| node.record.id == peer);
         if is_pair && state.reach.heard(peer, from, confirms, Instant::now()) {
