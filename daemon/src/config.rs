@@ -9,7 +9,7 @@ use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::modes::{DnsMode, ProxyMode, Switch};
+use crate::modes::{DnsMode, FastPathMode, ProxyMode, Switch};
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -203,6 +203,8 @@ struct File {
     dns: DnsMode,
     #[serde(default)]
     policy: Switch,
+    #[serde(default)]
+    fast_path: FastPathMode,
     metrics_listen: Option<String>,
     ui_listen: Option<String>,
     ui_token_file: Option<PathBuf>,
@@ -295,6 +297,8 @@ pub struct Config {
     pub(crate) dns: DnsMode,
     /// Whether network policies are in force on this host.
     pub(crate) policy: Switch,
+    /// Whether packets take the fast path.
+    pub(crate) fast_path: FastPathMode,
     /// Where metrics are served over HTTP. `None` if they are not.
     pub(crate) metrics_listen: Option<Listen>,
     /// Where the page is served over HTTP: on loopback, or at a Unix socket. `None` if it is not.
@@ -403,6 +407,7 @@ impl Config {
             proxy: file.proxy,
             dns: file.dns,
             policy: file.policy,
+            fast_path: file.fast_path,
             metrics_listen: listen("metrics_listen", file.metrics_listen)?,
             // All users of the host reach loopback. A Unix socket is for root alone.
             ui_token_file: file

@@ -6,7 +6,7 @@
 
 use ovl_kernel as kernel;
 use ovl_proto::object::Network;
-use ovl_subsystems::firewall::{Decision, decide};
+use ovl_subsystems::firewall::{Decision, bypassed, decide};
 use tokio::sync::Mutex;
 
 use crate::failed::{Failed, blocking};
@@ -19,6 +19,8 @@ pub(crate) struct Found {
     pub problems: Vec<(String, String)>,
     /// Whether a kube-proxy translates Services.
     pub kube_proxy: bool,
+    /// Rules that packets on the fast path would bypass, as a sentence.
+    pub bypassed: Option<String>,
 }
 
 /// The firewalls of other programs on this host.
@@ -56,6 +58,6 @@ impl Firewalls {
             commands.iter().for_each(|command| tell(command));
             blocking(move || kernel::run_commands(&commands)).await?;
         }
-        Ok(Some(Found { problems, kube_proxy: has_kube_proxy(&foreign) }))
+        Ok(Some(Found { problems, kube_proxy: has_kube_proxy(&foreign), bypassed: bypassed(&foreign) }))
     }
 }

@@ -70,6 +70,19 @@ impl Switch {
     }
 }
 
+/// Whether packets take the fast path past the host's IP stack.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum FastPathMode {
+    /// Where nothing stands in the way.
+    Auto,
+    /// The same, and it is a problem if something does.
+    On,
+    /// None do.
+    #[default]
+    Off,
+}
+
 /// The chain that kube-proxy has in its modes iptables and ipvs. The kubelet has others.
 const CHAIN: &str = "KUBE-FORWARD";
 /// The nftables table of its mode nftables.
@@ -99,7 +112,7 @@ mod tests {
             v4: true,
             lines: vec![":FORWARD ACCEPT [0:0]".to_owned(), format!(":{chain} - [0:0]")],
         };
-        let of = |iptables, chains| has_kube_proxy(&Foreign { iptables, chains });
+        let of = |iptables, chains| has_kube_proxy(&Foreign { iptables, chains, ..Foreign::default() });
         assert!(!of(Vec::new(), Vec::new()));
         assert!(!of(vec![iptables("KUBE-FIREWALL")], Vec::new()));
         assert!(of(vec![iptables("KUBE-FORWARD")], Vec::new()));

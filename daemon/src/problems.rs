@@ -179,12 +179,14 @@ pub(crate) enum Code {
     TrafficControl,
     /// The page is not served, because its address cannot be listened at or its token cannot be read.
     PageAddress,
+    /// The fast path is configured and cannot be used.
+    FastPath,
 }
 
 impl Code {
     /// All codes, in the order of their numbers.
     #[cfg(test)]
-    pub(crate) const ALL: [Self; 85] = [
+    pub(crate) const ALL: [Self; 86] = [
         Self::HostDown,
         Self::NoMajority,
         Self::VersionsDiffer,
@@ -270,12 +272,13 @@ impl Code {
         Self::NamesUnheard,
         Self::TrafficControl,
         Self::PageAddress,
+        Self::FastPath,
     ];
 
     /// Returns the code as users see it, such as `OVL-E011`. The tens digit names the area: 0 the cluster, 1 this host, 2
     /// members, 3 cluster key (34 to 36, 38 and 39: paths, 37: members again), 4 networks, 5 encryption, 6 published ports and Services, 7 names, 8 settings
     /// of the host, 9 Kubernetes, 10 settings of the host
-    /// again, 12 what shows the cluster.
+    /// again and the fast path, 12 what shows the cluster.
     pub(crate) const fn as_str(self) -> &'static str {
         match self {
             Self::HostDown => "OVL-E001",
@@ -363,6 +366,7 @@ impl Code {
             Self::NamesUnheard => "OVL-E096",
             Self::TrafficControl => "OVL-E100",
             Self::PageAddress => "OVL-E120",
+            Self::FastPath => "OVL-E101",
         }
     }
 
@@ -427,6 +431,7 @@ impl Code {
             | Self::MulticastGroups
             | Self::BridgeConflict
             | Self::PageAddress
+            | Self::FastPath
             | Self::UdpBlocked
             | Self::NotEncrypted
             | Self::SegmentsDamaged

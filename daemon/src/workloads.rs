@@ -53,6 +53,7 @@ impl Workloads {
             | Change::Attaching(_)
             | Change::Backends(_)
             | Change::Groups(_)
+            | Change::FastPath
             | Change::Uplink => {}
         }
     }

@@ -6,6 +6,10 @@ use std::time::Duration;
 use crate::addresses::Underlay;
 use crate::nat::Access;
 
+/// The environment variable with TOML for the `ovld.toml` of every host of every lab, such as `fast_path = "auto"`: whole
+/// test programs then run with it.
+const MORE: &str = "OVL_LAB_CONFIG";
+
 /// The configuration of a lab. [`LabConfig::hosts`] returns the defaults.
 #[derive(Clone, Debug)]
 pub struct LabConfig {
@@ -46,7 +50,7 @@ impl LabConfig {
             mtu: 1500,
             ovld: None,
             ovlctl: None,
-            config: String::new(),
+            config: std::env::var(MORE).map(|toml| toml + "\n").unwrap_or_default(),
             args: Vec::new(),
             ready_timeout: Duration::from_secs(20),
             persistent: false,

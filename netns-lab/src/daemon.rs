@@ -14,6 +14,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::binaries;
+use crate::bpf;
 use crate::host::Host;
 use crate::netns::Netns;
 use crate::procs::ProcId;
@@ -152,8 +153,11 @@ impl Host {
         };
         let host = self.read(Clone::clone);
         let config = self.dir().join("ovld.toml");
-        fs::write(&config, lab_config + &host.config)
-            .with_context(|| format!("cannot write {}", config.display()))?;
+        let toml = lab_config + &host.config;
+        if toml.contains("fast_path") {
+            bpf::mount()?;
+        }
+        fs::write(&config, toml).with_context(|| format!("cannot write {}", config.display()))?;
 
         let mut command = Command::new(binaries::find("ovld", binary.as_deref())?);
         command.arg("--config").arg(config).args(["--node", self.name()]);

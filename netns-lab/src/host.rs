@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::bpf;
 use crate::daemon::Daemon;
 use crate::nat::Access;
 use crate::netns::Netns;
@@ -84,6 +85,11 @@ impl Host {
     /// Returns the daemon's `--run-dir`, which [`destroy`](Self::destroy) empties.
     pub fn run_dir(&self) -> PathBuf {
         self.dir().join("run")
+    }
+
+    /// Returns the folder in which the daemon has pinned the programs of its fast path. `None` if it has never used it.
+    pub fn fast_path_pins(&self) -> Option<PathBuf> {
+        bpf::pins_of(&self.run_dir())
     }
 
     /// Returns the MTUs of the host's and of the switch's side of its link.
@@ -253,6 +259,7 @@ impl Host {
             Ok(())
         })?;
         let run_dir = self.run_dir();
+        bpf::remove_pins(&run_dir);
         fs::remove_dir_all(&run_dir)
             .and_then(|()| fs::create_dir_all(&run_dir))
             .with_context(|| format!("cannot empty {}", run_dir.display()))

@@ -31,6 +31,7 @@
 
 mod addresses;
 mod binaries;
+mod bpf;
 mod config;
 mod conntrack;
 mod daemon;

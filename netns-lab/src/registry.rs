@@ -10,6 +10,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
 
+use crate::bpf;
 use crate::config::LabConfig;
 use crate::state::{LabState, Shared};
 use crate::switch::{namespaces_of, remove_namespaces};
@@ -111,6 +112,8 @@ pub(crate) fn remove_now(name: &str) -> Result<()> {
     }
     let namespaces = namespaces_of(name).and_then(|names| remove_namespaces(&names));
     namespaces.with_context(|| format!("cannot remove lab {name}"))?;
+    let hosts = fs::read_dir(&dir).into_iter().flatten().flatten();
+    hosts.for_each(|host| bpf::remove_pins(&host.path().join("run")));
     discard(name, &dir)
 }
 

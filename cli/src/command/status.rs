@@ -3,7 +3,8 @@
 use std::fmt::Write as _;
 
 use ovl_control::{
-    DaemonState, GossipCounters, KeyRotation, Problem, ReconcileStatus, Reply, Request, Severity, Status,
+    DaemonState, FastPathStatus, GossipCounters, KeyRotation, Problem, ReconcileStatus, Reply, Request,
+    Severity, Status,
 };
 use ovl_proto::clock::timestamp;
 
@@ -39,6 +40,7 @@ fn render(status: &Status) -> String {
         ("Gossip", gossip(&status.gossip)),
         ("Reconcile", reconcile(&status.reconcile)),
     ];
+    rows.push(("Fast path", fast_path(&status.fast_path)));
     rows.extend(status.rotation.as_ref().map(|it| ("Cluster key", rotation(it))));
     let mut text = key_value_block(&rows);
     section(&mut text, "Refused by the kernel", &status.reconcile.failing);
@@ -54,6 +56,16 @@ fn problem(problem: &Problem) -> String {
         Severity::Warning => "warning",
     };
     format!("{} {severity}: {}", problem.code, problem.message)
+}
+
+fn fast_path(status: &FastPathStatus) -> String {
+    let FastPathStatus { in_use, why_not, paused, fast, slow } = status;
+    if !in_use {
+        return format!("not used: {}", why_not.as_deref().unwrap_or("this release of ovld has none"));
+    }
+    let [fast, slow] = [fast, slow].map(|all| plural(all.values().sum(), "packet"));
+    let pause = if *paused { "; it pauses, because packets are followed" } else { "" };
+    format!("{fast}, {slow} left to the stack{pause}")
 }
 
 fn section(text: &mut String, title: &str, items: &[String]) {
@@ -117,6 +129,12 @@ mod tests {
             rotation: None,
             gossip: GossipCounters { sent: 1204, received: 1187, ..GossipCounters::default() },
             relayed: None,
+            fast_path: FastPathStatus {
+                in_use: true,
+                fast: [("local".to_owned(), 40), ("direct_out".to_owned(), 2)].into(),
+                slow: [("new_flow".to_owned(), 1)].into(),
+                ..FastPathStatus::default()
+            },
             reconcile: ReconcileStatus { passes: 31, operations: 42, repairs: 1, failing: Vec::new() },
         }
     }
@@ -137,6 +155,7 @@ Endpoints  4 on this host
 Networks   2
 Gossip     1204 sent, 1187 received
 Reconcile  31 passes, 42 operations, 1 repair
+Fast path  42 packets, 1 packet left to the stack
 "
         );
     }

@@ -1,5 +1,7 @@
 //! `desired - actual = operations`.
 
+mod fast;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -12,6 +14,8 @@ use crate::op::{
 };
 use crate::state::{Dataplane, Link};
 
+pub use self::fast::fast_changes;
+
 /// What to do so that `actual` becomes `desired`.
 ///
 /// Order: settings and the packet filter before any device that they protect; devices before what
@@ -20,7 +24,7 @@ use crate::state::{Dataplane, Link};
 ///
 /// An endpoint's link that is missing is not made: see [`lost_endpoints`].
 pub fn diff(actual: &Dataplane, desired: &Dataplane, prune: bool) -> Vec<Op> {
-    let mut ops = Vec::new();
+    let (mut ops, fast) = fast_changes(&actual.fast, &desired.fast, prune);
     if prune {
         // Before the table goes that keeps workloads from using it.
         let closed = actual.localnets.difference(&desired.localnets);
@@ -162,6 +166,7 @@ pub fn diff(actual: &Dataplane, desired: &Dataplane, prune: bool) -> Vec<Op> {
         |to| Op::Route(RouteOp::Delete(to)),
     );
     ops.extend(last.into_iter().map(|device| Op::Link(LinkOp::Delete(device))));
+    ops.extend(fast);
     // Entries of an endpoint whose namespace is gone would only fail.
     let missing: BTreeSet<Device> = lost_endpoints(actual, desired).collect();
     ops.retain(|op| op.device().is_none_or(|device| !missing.contains(&device)));

@@ -3,6 +3,7 @@
 
 pub mod device;
 pub mod diff;
+pub mod fast;
 pub mod flows;
 pub mod ledger;
 pub mod multicast;

@@ -73,6 +73,18 @@ pub struct Chain {
     pub text: String,
 }
 
+impl Chain {
+    /// Whether it has rules, as `nft` prints it.
+    pub fn has_rules(&self) -> bool {
+        let begin = format!("chain {} {{", self.name);
+        let mut lines = self.text.lines().map(str::trim).skip_while(|line| *line != begin).skip(1);
+        lines
+            .by_ref()
+            .take_while(|line| *line != "}")
+            .any(|line| !line.starts_with("type ") && !line.is_empty())
+    }
+}
+
 /// The packet filters of other programs on this host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Foreign {
@@ -80,4 +92,9 @@ pub struct Foreign {
     pub iptables: Vec<Iptables>,
     /// The chains of nftables.
     pub chains: Vec<Chain>,
+    /// Chains of nftables, iptables' included, that see forwarded packets before or after the hook `forward`, and do not
+    /// translate.
+    pub others: Vec<Chain>,
+    /// Whether the host has IPsec policies.
+    pub ipsec: bool,
 }

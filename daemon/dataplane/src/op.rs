@@ -5,6 +5,7 @@
 
 mod address;
 mod announced;
+mod fast;
 mod fdb;
 mod link;
 mod neighbour;
@@ -25,6 +26,7 @@ use crate::state::Dataplane;
 
 pub use self::address::AddressOp;
 pub use self::announced::AnnouncedOp;
+pub use self::fast::FastOp;
 pub use self::fdb::FdbOp;
 pub use self::link::{LinkOp, PORT_GROUPS, SNOOPING};
 pub use self::neighbour::NeighbourOp;
@@ -59,6 +61,8 @@ pub enum Op {
     Sysctl(SysctlOp),
     /// Ends flows of UDP that lead where they should not any more.
     EndFlows(Flows),
+    /// The fast path.
+    Fast(FastOp),
 }
 
 impl Op {
@@ -76,6 +80,7 @@ impl Op {
             Self::Source(_) => "source",
             Self::Sysctl(_) => "sysctl",
             Self::EndFlows(_) => "flows",
+            Self::Fast(_) => "fast",
         }
     }
 
@@ -90,6 +95,7 @@ impl Op {
             Self::Wireguard(op) => Some(op.device()),
             Self::Source(op) => Some(op.device()),
             Self::Sysctl(op) => op.device(),
+            Self::Fast(op) => op.device(),
             Self::Announced(_) | Self::Nft(_) | Self::EndFlows(_) => None,
         }
     }
@@ -107,7 +113,8 @@ impl Op {
             | Self::Wireguard(_)
             | Self::Source(_)
             | Self::Sysctl(_)
-            | Self::EndFlows(_) => None,
+            | Self::EndFlows(_)
+            | Self::Fast(_) => None,
         }
     }
 
@@ -121,7 +128,8 @@ impl Op {
             | Self::Wireguard(_)
             | Self::Source(_)
             | Self::Sysctl(_)
-            | Self::EndFlows(_) => false,
+            | Self::EndFlows(_)
+            | Self::Fast(_) => false,
         }
     }
 
@@ -147,7 +155,8 @@ impl Op {
             | Self::Wireguard(_)
             | Self::Source(_)
             | Self::Sysctl(_)
-            | Self::EndFlows(_) => false,
+            | Self::EndFlows(_)
+            | Self::Fast(_) => false,
         }
     }
 
@@ -165,7 +174,8 @@ impl Op {
             | Self::Wireguard(_)
             | Self::Source(_)
             | Self::Sysctl(_)
-            | Self::EndFlows(_) => return None,
+            | Self::EndFlows(_)
+            | Self::Fast(_) => return None,
         };
         match device.role()? {
             Role::Bridge(id) | Role::Vxlan(id) => Some(id),
@@ -198,6 +208,7 @@ impl Op {
             Self::Sysctl(op) => op.apply_to(state),
             // Flows are no part of what the kernel should hold.
             Self::EndFlows(_) => {}
+            Self::Fast(op) => op.apply_to(state),
         }
     }
 }
@@ -216,6 +227,7 @@ impl fmt::Display for Op {
             Self::Source(op) => op.fmt(f),
             Self::Sysctl(op) => op.fmt(f),
             Self::EndFlows(flows) => flows.fmt(f),
+            Self::Fast(op) => op.fmt(f),
         }
     }
 }

@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use ovl_proto::id::{Mac, TunnelKey};
 
 use crate::device::{Device, Role};
+use crate::fast::Fast;
 use crate::nft::{Elements, Skeleton, Table};
 
 /// Our part of the kernel's state.
@@ -53,6 +54,8 @@ pub struct Dataplane {
     pub tables: BTreeMap<Table, Arc<Skeleton>>,
     /// What is in their sets and maps.
     pub elements: Elements,
+    /// What the programs of the fast path know.
+    pub fast: Fast,
 }
 
 /// A device of ovl.
@@ -226,6 +229,7 @@ impl Dataplane {
             filter,
             tables,
             elements,
+            fast,
         } = other;
         self.links.extend(links);
         self.addresses.extend(addresses);
@@ -244,12 +248,14 @@ impl Dataplane {
         self.filter = filter.or_else(|| self.filter.take());
         self.tables.extend(tables);
         self.elements.merge(elements);
+        self.fast.merge(fast);
     }
 
     /// Forgets a device and all that hangs on it, as the kernel does when one is deleted.
     pub fn forget_device(&mut self, device: Device) {
         self.links.remove(&device);
         self.localnets.remove(&device);
+        self.fast.forget_device(device);
         let (first, last) = ((device, Mac([0; 6])), (device, Mac([u8::MAX; 6])));
         let ports: Vec<_> = self.ports.range(first..=last).copied().collect();
         for port in ports {

@@ -51,6 +51,8 @@ fn apply(kernel: &mut Dataplane, op: &Op) -> Result<(), String> {
         }
         // No difference has any.
         Op::EndFlows(_) => {}
+        // They need no device but that which was asked for above.
+        Op::Fast(op) => op.apply_to(kernel),
         Op::Nft(NftOp::DeleteElement(set, key)) => {
             if kernel.elements.remove(&set, &key).is_none() {
                 return Err(format!("is not there: {op}"));

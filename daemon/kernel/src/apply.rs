@@ -193,7 +193,8 @@ pub(super) fn announced(
     let Ok(index) = if_nametoindex(device.as_str()) else {
         return if add { Err(KernelError::NoDevice(device)) } else { Ok(()) };
     };
-    let ours = |route: &mut Route| Ok(dump::announced(route)?.contains(&(index, address)));
+    let ours =
+        |route: &mut Route| -> Result<bool> { Ok(dump::announced(route)?.contains(&(index, address))) };
     let message = message::announced(index, address);
     if !add {
         // The kernel ignores the protocol of a deletion, and would delete an address of another program.

@@ -8,6 +8,7 @@ use ovl_dataplane::observed::{Chain, Foreign, Iptables};
 use serde_json::Value;
 
 use super::error::{KernelError, Result};
+use super::xfrm::has_ipsec_policies;
 
 /// The prefix of the names of ovl's own tables.
 const OURS: &str = "ovl";
@@ -18,14 +19,23 @@ const OURS: &str = "ovl";
 ///
 /// A tool that is installed fails.
 pub fn look() -> Result<Foreign> {
-    let mut foreign = Foreign::default();
+    let mut foreign = Foreign { ipsec: has_ipsec_policies(), ..Foreign::default() };
     let chains = match output("nft", &["-j", "list", "chains"]) {
         Ok(text) => serde_json::from_str(&text).unwrap_or(Value::Null),
         // Without nft, only iptables can have rules.
         Err(_) => Value::Null,
     };
-    let listed = chains["nftables"].as_array().into_iter().flatten().map(|entry| &entry["chain"]);
-    for chain in listed.filter(|chain| chain["hook"] == "forward") {
+    let listed = || chains["nftables"].as_array().into_iter().flatten().map(|entry| &entry["chain"]);
+    for chain in listed().filter(|chain| chain["type"] == "filter") {
+        let text = |key: &str| chain[key].as_str().unwrap_or_default().to_owned();
+        let (family, table, name, hook) = (text("family"), text("table"), text("name"), text("hook"));
+        let passed = ["prerouting", "postrouting", "ingress", "egress"].contains(&hook.as_str());
+        if passed && ["ip", "ip6", "inet", "netdev"].contains(&family.as_str()) && !table.starts_with(OURS) {
+            let text = output("nft", &["-s", "list", "table", &family, &table])?;
+            foreign.others.push(Chain { family, table, name, drops: chain["policy"] == "drop", text });
+        }
+    }
+    for chain in listed().filter(|chain| chain["hook"] == "forward") {
         let text = |key: &str| chain[key].as_str().unwrap_or_default().to_owned();
         let (family, table, name) = (text("family"), text("table"), text("name"));
         let has_iptables = table == "filter" && name == "FORWARD";

@@ -87,6 +87,11 @@ impl KernelModel {
         self.groups.of_endpoints(&self.names.ours)
     }
 
+    /// Returns the devices of ovl, by their indexes.
+    pub(super) fn devices(&self) -> &HashMap<u32, Device> {
+        &self.names.ours
+    }
+
     /// Returns the indexes of devices of ovl.
     pub(super) fn indexes(&self, devices: &[Device]) -> Vec<u32> {
         let ours = self.names.ours.iter();
@@ -108,7 +113,8 @@ impl KernelModel {
             | Op::Wireguard(_)
             | Op::Source(_)
             | Op::Sysctl(_)
-            | Op::EndFlows(_) => op.apply_to(&mut self.kernel),
+            | Op::EndFlows(_)
+            | Op::Fast(_) => op.apply_to(&mut self.kernel),
         }
     }
 

@@ -19,6 +19,7 @@ mod endpoint;
 mod error;
 mod event_queue;
 mod fact;
+mod fast;
 mod filter;
 mod flows;
 mod foreign;
@@ -55,6 +56,7 @@ mod tunnel;
 mod watch;
 mod wireguard;
 mod worker;
+mod xfrm;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
@@ -82,6 +84,7 @@ pub use apply::has_inet6;
 pub use capture::{Capture, CaptureSpec, Captured, WINDOW, devices_with};
 pub use duplicate::other_owner;
 pub use error::{KernelError, Result};
+pub use fast::{FastCounters, fast_path_folder};
 pub use flows::{FlowCounts, FlowKey, FlowTick, FlowWatch, SeenFlows, flows_now};
 pub use foreign::{look as foreign_firewalls, run_commands};
 pub use link::Traffic;
@@ -100,7 +103,7 @@ pub use survey::{
     BoundSocket, NeighbourUse, Survey, SurveyedChain, SurveyedDevice, Wanted, has_own_name, is_own, macs,
     survey,
 };
-pub use sys::{own_addresses, return_free_memory};
+pub use sys::{is_ethernet, own_addresses, return_free_memory};
 pub use timed::{TimedChange, TimedElement};
 pub use trace::{
     DroppedBy, DroppedPacket, TraceProbe, TraceWatch, WatchSpec, listens, remove_left_traces, wall_ns,
@@ -466,6 +469,16 @@ impl KernelHandle {
     /// A set is not there or full. The changes of other sets are made.
     pub async fn change_timed(&self, table: Table, changes: Vec<TimedChange>) -> Result<()> {
         self.ask(|reply| Request::ChangeTimed(table, changes, reply)).await?
+    }
+
+    /// Loads the programs of the fast path, if they can be loaded here.
+    pub async fn open_fast_path(&self) -> Result<()> {
+        self.ask(Request::OpenFastPath).await?
+    }
+
+    /// Returns what the programs of the fast path have counted. `None` if they are not loaded.
+    pub async fn fast_counters(&self) -> Option<FastCounters> {
+        self.ask(Request::FastCounters).await.ok().flatten()
     }
 
     /// Reads what passed each host interface of an endpoint.

@@ -110,6 +110,8 @@ pub(super) struct LinkView<'a> {
     trusting: bool,
     /// The `route_localnet` setting: packets from 127.0.0.1 may be routed through the device.
     pub(super) localnet: bool,
+    /// The root queueing discipline.
+    pub(super) qdisc: &'a str,
 }
 
 impl<'a> LinkView<'a> {
@@ -134,6 +136,7 @@ impl<'a> LinkView<'a> {
             address_mode: None,
             trusting: false,
             localnet: false,
+            qdisc: "",
         };
         for (kind, value) in attributes(payload, HEADER) {
             match kind {
@@ -150,6 +153,7 @@ impl<'a> LinkView<'a> {
                     view.trusting = trusting(value);
                     view.localnet = localnet(value);
                 }
+                libc::IFLA_QDISC => view.qdisc = text(value),
                 libc::IFLA_GROUP => view.group = u32_at(value, 0)?,
                 libc::IFLA_LINK_NETNSID => view.peer_netns = u32_at(value, 0).map(|id| id as i32),
                 _ => {}

@@ -77,7 +77,8 @@ pub(super) fn entry(op: &Op, index: u32) -> Option<(RouteNetlinkMessage, u16)> {
         | Op::Wireguard(_)
         | Op::Source(_)
         | Op::Sysctl(_)
-        | Op::EndFlows(_) => return None,
+        | Op::EndFlows(_)
+        | Op::Fast(_) => return None,
     })
 }
 

@@ -29,6 +29,17 @@ pub fn own_addresses() -> io::Result<impl Iterator<Item = (String, IpAddr)>> {
     }))
 }
 
+/// Whether a device has Ethernet headers.
+pub fn is_ethernet(device: &str) -> bool {
+    let mut all = nix::ifaddrs::getifaddrs().into_iter().flatten().filter(|it| it.interface_name == device);
+    all.any(|it| {
+        it.address
+            .as_ref()
+            .and_then(|it| it.as_link_addr())
+            .is_some_and(|it| it.hatype() == libc::ARPHRD_ETHER)
+    })
+}
+
 /// Gives the free memory of this process back to the kernel. glibc keeps what was freed below an allocation that is
 /// still in use; of hundreds of megabytes that is almost all.
 pub fn return_free_memory() {

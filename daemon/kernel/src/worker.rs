@@ -22,6 +22,7 @@ use super::announce::Announcer;
 use super::apply::{self, Devices};
 use super::error::{KernelError, Result};
 use super::event_queue::EventQueue;
+use super::fast::{FastCounters, FastPath};
 use super::filter::Filter;
 use super::groups::PortGroups;
 use super::known::KernelModel;
@@ -64,6 +65,8 @@ pub(super) enum Request {
     Counts(Table, Vec<String>, oneshot::Sender<Result<Vec<Vec<CountedElement>>>>),
     Timed(Table, String, oneshot::Sender<Result<Vec<TimedElement>>>),
     ChangeTimed(Table, Vec<TimedChange>, oneshot::Sender<Result<()>>),
+    OpenFastPath(oneshot::Sender<Result<()>>),
+    FastCounters(oneshot::Sender<Option<FastCounters>>),
     Traffic(oneshot::Sender<Result<BTreeMap<Device, Traffic>>>),
     Groups(oneshot::Sender<BTreeMap<Device, BTreeSet<IpAddr>>>),
     AskForMembers(Vec<Device>, oneshot::Sender<()>),
@@ -84,6 +87,7 @@ pub(super) struct Worker {
     netns_worker: NetnsWorker,
     sweeper: Sweeper,
     tunnels: Tunnels,
+    fast: FastPath,
     announcer: Announcer,
     event_queue: EventQueue,
 }
@@ -114,6 +118,7 @@ impl Worker {
             netns_worker: NetnsWorker::default(),
             sweeper,
             tunnels,
+            fast: FastPath::new(),
             announcer: Announcer::open()?,
             event_queue,
         })
@@ -208,7 +213,13 @@ impl Worker {
                 self.listen_to_tables();
             }
             Request::Traffic(reply) => {
-                let _ = reply.send(dump::traffic(&mut self.route));
+                let _ = reply.send(self.traffic());
+            }
+            Request::OpenFastPath(reply) => {
+                let _ = reply.send(self.fast.open().map(drop));
+            }
+            Request::FastCounters(reply) => {
+                let _ = reply.send(self.fast.counters());
             }
             Request::Groups(reply) => {
                 let _ = reply.send(self.known.groups());
@@ -284,12 +295,20 @@ impl Worker {
         let (mut kernel, names) = dump::kernel(&mut self.route)?;
         self.sweeper.doom(names.doomed.iter().copied());
         self.tunnels.fill(&mut kernel)?;
+        kernel.fast = self.fast.dump(&names);
         self.known.load(kernel.clone(), names, PortGroups::dump(&mut self.route)?);
         self.listen();
         self.listen_to_tables();
         kernel.filter = self.filter.current()?;
         (kernel.tables, kernel.elements) = self.tables.dump(wanted)?;
         Ok(kernel)
+    }
+
+    /// Reads what passed the host interfaces of all endpoints, by the stack or by the fast path.
+    fn traffic(&mut self) -> Result<BTreeMap<Device, Traffic>> {
+        let mut traffic = dump::traffic(&mut self.route)?;
+        self.fast.add_delivered(self.known.devices(), &mut traffic);
+        Ok(traffic)
     }
 
     fn reconcile(&mut self, goal: &Goal) -> Result<Pass> {
@@ -403,6 +422,7 @@ impl Worker {
             [Op::Sysctl(SysctlOp::Set { name, value })] => sysctl::write(name, value),
             [Op::Sysctl(SysctlOp::AllowLocalnet(device))] => localnet::allow(route, *device),
             [Op::Sysctl(SysctlOp::ForbidLocalnet(device))] => localnet::forbid(route, *device),
+            [Op::Fast(op)] => self.fast.apply(route, devices, op),
             [op @ Op::Announced(AnnouncedOp::Add(device, address))] => {
                 apply::announced(route, op, *device, *address, true)
             }
@@ -568,6 +588,8 @@ pub(super) fn compare(mut actual: Dataplane, goal: &Goal) -> (Vec<Op>, Vec<Devic
     actual.neighbours.retain(|key, _| !goal.ignored.contains(&key.0) && !goal.expected.contains(key));
     // Other programs, such as the CNI plugin portmap, set route_localnet on devices too. ovl does not reset it there.
     actual.localnets.retain(|device| goal.desired.localnets.contains(device));
+    actual.fast.pods.retain(|_, pod| !goal.ignored.contains(&pod.device));
+    actual.fast.hooks.retain(|device| !goal.ignored.contains(device));
     let ops = diff(&actual, &goal.desired, goal.prune);
     let lost = lost_endpoints(&actual, &goal.desired).collect();
     (ops, lost)
@@ -586,7 +608,8 @@ pub(super) fn publishes(op: &Op) -> bool {
         | Op::Route(_)
         | Op::Wireguard(_)
         | Op::Source(_)
-        | Op::Sysctl(_) => false,
+        | Op::Sysctl(_)
+        | Op::Fast(_) => false,
     }
 }
 

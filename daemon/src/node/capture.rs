@@ -12,6 +12,7 @@ use ovl_proto::sync::Message;
 use ovl_subsystems::policy::protocol_of;
 use tokio::sync::mpsc;
 
+use super::fast_path::FastPause;
 use super::{Failed, Node};
 use crate::capture::{Plan, check, offset};
 use crate::failed::blocking;
@@ -30,6 +31,8 @@ struct Started {
     batches: mpsc::UnboundedReceiver<Captured>,
     /// The first batch, which names the points.
     first: CaptureBatch,
+    /// Packets are captured in the stack.
+    _pause: FastPause,
 }
 
 impl Node {
@@ -97,7 +100,11 @@ impl Node {
         Ok(told)
     }
 
-    async fn start_capture(&self, request: &CaptureRequest, plan: &Plan) -> Result<Started, Failed> {
+    async fn start_capture(
+        self: &Rc<Self>,
+        request: &CaptureRequest,
+        plan: &Plan,
+    ) -> Result<Started, Failed> {
         let vtep = self.state.borrow().record().map(|record| record.vtep);
         let underlay = match vtep {
             Some(vtep) => blocking(move || devices_with(&[vtep])).await?.remove(&vtep),
@@ -113,6 +120,7 @@ impl Node {
             namespaces: self.state.borrow().endpoints.iter().map(|(_, local)| local.inode).collect(),
             lasts: Duration::from_secs(request.seconds.into()),
         };
+        let pause = self.pause_fast_path().await;
         let mut capture = blocking(move || Capture::start(spec, batches_tell)).await?;
         let links = std::mem::take(&mut capture.links);
         let points = devices.into_iter().zip(links).map(|((kind, name, device), link)| CapturePoint {
@@ -127,12 +135,12 @@ impl Node {
             notes.push(format!("{too_many} interfaces are too many and not captured"));
         }
         let first = CaptureBatch { points: points.collect(), notes, ..CaptureBatch::default() };
-        Ok(Started { capture, batches, first })
+        Ok(Started { capture, batches, first, _pause: pause })
     }
 
     /// Passes on what is captured here until it ends.
     async fn capture_here(&self, started: Started, tell: &mpsc::Sender<CapturedFrom>) {
-        let Started { capture, mut batches, first } = started;
+        let Started { capture, mut batches, first, _pause } = started;
         let host = self.config.node.clone();
         let from = |batch| CapturedFrom { host: host.clone(), offset_ns: 0, batch };
         if tell.send(from(first)).await.is_err() {
@@ -234,7 +242,7 @@ impl Node {
     }
 
     /// Captures for another host until it ends.
-    async fn capture_for(&self, by: NodeId, id: u64, ask: &str) -> Result<(), Failed> {
+    async fn capture_for(self: &Rc<Self>, by: NodeId, id: u64, ask: &str) -> Result<(), Failed> {
         if ask.len() > MAX_MESSAGE || !self.environment.owns_host() {
             return Err(Failed::unavailable("packets are not captured here"));
         }
@@ -245,7 +253,7 @@ impl Node {
         let plan = self.plan_of(&request.target)?;
         let slot = self.state.borrow().captures.begin();
         let slot = slot.ok_or_else(|| Failed::unavailable("too many captures run there"))?;
-        let Started { capture, mut batches, first } = self.start_capture(&request, &plan).await?;
+        let Started { capture, mut batches, first, _pause } = self.start_capture(&request, &plan).await?;
         self.state.borrow_mut().captures.keep(by, id, Rc::new(capture), slot);
         let mut is_sent = self.send_batch(by, id, &first);
         while is_sent && self.state.borrow().captures.is_running(by, id) {

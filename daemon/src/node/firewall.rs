@@ -9,6 +9,7 @@ use ovl_proto::object::Network;
 use super::{Failed, Node};
 use crate::firewall::Found;
 use crate::problems::Code;
+use ovl_subsystems::local::Obstacle;
 
 /// Time between two checks.
 const AGAIN: Duration = Duration::from_secs(5);
@@ -56,9 +57,10 @@ impl Node {
     /// Maintains the rule in Docker's chain for these networks, and reports firewalls that drop their packets.
     async fn mind_firewalls(&self, networks: &[Network]) -> Result<(), Failed> {
         let tell = |command: &[String]| self.event("kernel", BASE_TABLE, &command.join(" "));
-        if let Some(Found { problems, kube_proxy }) = self.firewalls.mind(networks, tell).await? {
+        if let Some(Found { problems, kube_proxy, bypassed }) = self.firewalls.mind(networks, tell).await? {
             self.state.borrow_mut().problems.replace(Code::Firewall, problems);
             self.give_way(kube_proxy);
+            self.note_obstacle(Obstacle::Rules, bypassed);
         }
         Ok(())
     }

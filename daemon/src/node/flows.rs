@@ -151,6 +151,8 @@ impl Node {
             .ok_or_else(|| Failed::unavailable("too many follow the flows of this host: end one of them"))?;
         let networks = self.shown_prefixes();
         let (tick, mut ticks) = mpsc::channel(1);
+        // Connection tracking is in the stack.
+        let pause = self.pause_fast_path().await;
         let watch = blocking(move || FlowWatch::start(networks, tick)).await?;
         let mut seen = DropsSeen::default();
         // What was refused before is not new.
@@ -160,6 +162,7 @@ impl Node {
         tokio::task::spawn_local(async move {
             let _slot = slot;
             let _watch = watch;
+            let _pause = pause;
             loop {
                 let tick = tokio::select! {
                     tick = ticks.recv() => tick,

@@ -38,6 +38,7 @@ impl Node {
         self.measured.borrow().add_to(&mut page);
         self.add_endpoints(&mut page).await?;
         self.add_policies(&mut page).await?;
+        self.add_fast_path(&mut page).await;
         metrics::add_process(&mut page);
         Ok(page.render(format))
     }

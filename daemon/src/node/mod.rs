@@ -18,6 +18,7 @@ mod detach;
 mod detours;
 mod docker;
 mod doctor;
+mod fast_path;
 mod firewall;
 mod flows;
 mod guard;
@@ -187,6 +188,8 @@ pub(crate) struct Node {
     page_token: RefCell<Option<Rc<Token>>>,
     /// Wakes the reconcile loop.
     work: Notify,
+    /// The number of those who look at packets in the stack.
+    fast_watchers: Rc<Cell<u32>>,
     /// Wakes the task that saves the state.
     saver: Notify,
     /// Signals that the allocation map names another cluster key, or that the keys of a host changed.
@@ -389,6 +392,7 @@ impl Node {
             measured: RefCell::default(),
             page_token: RefCell::default(),
             work: Notify::new(),
+            fast_watchers: Rc::default(),
             saver: Notify::new(),
             keys: Notify::new(),
             key_turn: tokio::sync::Mutex::default(),

@@ -61,6 +61,7 @@ impl Node {
             self.settle_backends(&mut self.state.borrow_mut());
             self.refresh_names();
             self.refuse_networks();
+            self.look_at_fast_watchers();
             let full = self.state.borrow().reconcile.is_full_due();
             if self.state.borrow_mut().reconcile.take_rights() || full {
                 self.note_isolated();
@@ -78,7 +79,8 @@ impl Node {
         }
     }
 
-    async fn quick_pass(&self) {
+    /// Applies what has changed since the last pass.
+    pub(super) async fn quick_pass(&self) {
         let ops = {
             let mut state = self.state.borrow_mut();
             let (cluster, mut subsystems) = state.parts();

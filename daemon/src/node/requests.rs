@@ -74,7 +74,10 @@ impl Node {
             return Err(Failed::unavailable("ovld is stopping"));
         }
         Ok(match request {
-            Request::Status => Reply::Status(Box::new(self.status())),
+            Request::Status => {
+                let fast_path = self.fast_path_status().await;
+                Reply::Status(Box::new(Status { fast_path, ..self.status() }))
+            }
             Request::Peers => {
                 self.look_at_tunnel().await;
                 Reply::Peers(self.peers())
@@ -233,6 +236,7 @@ impl Node {
             rotation: Self::key_rotation(&state),
             gossip: self.gossip().counters(),
             relayed: self.relayed(),
+            fast_path: self.fast_path_use(),
             reconcile: ReconcileStatus {
                 passes: state.reconcile.counts().passes,
                 operations: state.reconcile.counts().operations,

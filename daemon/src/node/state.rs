@@ -266,7 +266,10 @@ impl State {
         if let Change::Host(_) | Change::ThisHost | Change::Network(_) | Change::Built(_) = change {
             self.reconcile.mark_ranges();
         }
-        if !matches!(change, Change::Attaching(_) | Change::Groups(_) | Change::Uplink | Change::Tunnel) {
+        if !matches!(
+            change,
+            Change::Attaching(_) | Change::Groups(_) | Change::FastPath | Change::Uplink | Change::Tunnel
+        ) {
             self.reconcile.count_change();
         }
         match change {
@@ -296,6 +299,7 @@ impl State {
             | Change::Resources(_)
             | Change::Backends(_)
             | Change::Groups(_)
+            | Change::FastPath
             | Change::Uplink => {}
         }
         self.workloads.changed(&change, &self.view);
@@ -383,6 +387,11 @@ impl RunDir {
     /// Returns the path of the control socket.
     pub(crate) fn socket(&self) -> PathBuf {
         self.0.join("ovld.sock")
+    }
+
+    /// Returns the path of a symbolic link to the folder with the programs of the fast path.
+    pub(crate) fn fast_path(&self) -> PathBuf {
+        self.0.join("fast-path")
     }
 
     /// Returns the directory with one file for each endpoint of this host.

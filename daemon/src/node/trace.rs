@@ -420,7 +420,7 @@ impl Node {
 
     /// Sends the probe until it is answered. Returns what was seen of it here, and why it could not be sent.
     async fn send_probe(
-        &self,
+        self: &Rc<Self>,
         probe: &TraceProbe,
         cookie: u32,
         from: Option<&Endpoint>,
@@ -446,9 +446,10 @@ impl Node {
         Ok((Some(passage), error))
     }
 
-    async fn start_watch(&self, cookie: u32, netns: Option<Netns>) -> Result<TraceWatch, Failed> {
+    async fn start_watch(self: &Rc<Self>, cookie: u32, netns: Option<Netns>) -> Result<TraceWatch, Failed> {
         let own = self.state.borrow().record().map(|record| record.vxlan_port);
         let vxlan_ports = own.into_iter().chain([SEALED_VXLAN_PORT]).collect();
+        self.pause_fast_path_for(KEPT).await;
         blocking(move || TraceWatch::start(WatchSpec { cookie, netns, vxlan_ports })).await
     }
 

@@ -44,6 +44,7 @@ impl Node {
                     self.set_link_mtu(link.mtu);
                     self.set_segment(link.prefix);
                     self.set_uplink(&link.device);
+                    self.note_underlay_device(&link.device);
                     self.state.borrow_mut().local.underlay.set_by_peers(link.by_peers);
                     device = Some(link.device);
                     match self.follow_nat(vtep).await {

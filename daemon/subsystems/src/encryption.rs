@@ -44,6 +44,7 @@ impl Subsystem for Encryption {
             | Change::Resources(_)
             | Change::Backends(_)
             | Change::Groups(_)
+            | Change::FastPath
             | Change::Uplink => false,
         };
     }

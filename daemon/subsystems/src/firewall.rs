@@ -99,6 +99,27 @@ pub fn decide(foreign: &Foreign, networks: &[&Network]) -> Decision {
     decision
 }
 
+/// Returns which rules of other programs packets on the fast path would bypass, as a sentence. `None` if there are none.
+///
+/// What the rules say is not looked at: any rule that forwarded packets pass may be about them.
+pub fn bypassed(foreign: &Foreign) -> Option<String> {
+    let iptables =
+        foreign.iptables.iter().filter(|table| table.drops() || !table.rules("FORWARD").is_empty());
+    let iptables = iptables.map(|table| format!("the chain FORWARD of {}", table.command()));
+    let chains =
+        foreign.chains.iter().chain(&foreign.others).filter(|chain| chain.drops || chain.has_rules());
+    let chains = chains.map(|Chain { family, table, name, .. }| {
+        format!("the chain {name} of the nftables table {family} {table}")
+    });
+    if let Some(first) = iptables.chain(chains).next() {
+        return Some(format!(
+            "{first} has rules for forwarded packets, which packets on the fast path would bypass"
+        ));
+    }
+    let ipsec = "the host has IPsec policies (`ip xfrm policy`), which packets on the fast path would bypass";
+    foreign.ipsec.then(|| ipsec.to_owned())
+}
+
 /// Returns all subnets of one address family, with their networks.
 fn subnets<'a>(networks: &[&'a Network], v4: bool) -> Vec<(&'a Network, String)> {
     let all = networks
@@ -205,7 +226,7 @@ mod tests {
     fn iptables(lines: &str) -> Foreign {
         let lines = lines.lines().map(|line| line.trim().to_owned()).collect();
         let table = Iptables { tool: "iptables-nft".to_owned(), v4: true, lines };
-        Foreign { iptables: vec![table], chains: vec![] }
+        Foreign { iptables: vec![table], ..Foreign::default() }
     }
 
     fn commands(foreign: &Foreign, networks: &[&Network]) -> Vec<String> {
@@ -256,7 +277,6 @@ mod tests {
         assert!(said(&iptables(&format!("{own}\n-A FORWARD -i ovb-+ -j ACCEPT"))).is_empty());
         assert!(said(&iptables(":FORWARD ACCEPT [0:0]")).is_empty());
         let chain = |table: &str, text: &str| Foreign {
-            iptables: vec![],
             chains: vec![Chain {
                 family: "inet".to_owned(),
                 table: table.to_owned(),
@@ -264,6 +284,7 @@ mod tests {
                 drops: true,
                 text: text.to_owned(),
             }],
+            ..Foreign::default()
         };
         assert!(
             said(&chain("mine", ""))[0]
@@ -272,5 +293,32 @@ mod tests {
         assert!(said(&chain("firewalld", ""))[0].contains("--zone=trusted --add-interface=ovb-"));
         let bridge = format!("iifname \"{}\" goto filter_FWD_trusted", Device::bridge(network.id));
         assert!(said(&chain("firewalld", &bridge)).is_empty());
+    }
+
+    #[test]
+    fn any_rule_for_forwarded_packets_would_be_bypassed() {
+        assert_eq!(bypassed(&Foreign::default()), None);
+        let chain = |rules: &str| {
+            Chain {
+            family: "inet".to_owned(),
+            table: "mine".to_owned(),
+            name: "passing".to_owned(),
+            drops: false,
+            text: "table inet mine {\n\tchain passing {\n\t\ttype filter hook forward priority filter; policy accept;\n\
+                 RULES\t}\n\tchain other {\n\t\tdrop\n\t}\n}\n"
+                .replace("RULES", rules),
+        }
+        };
+        let with = |chain: Chain| Foreign { chains: vec![chain], ..Foreign::default() };
+        assert_eq!(bypassed(&with(chain(""))), None);
+        let said = bypassed(&with(chain("\t\ttcp dport 80 accept\n"))).unwrap();
+        assert!(said.contains("chain passing of the nftables table inet mine"), "{said}");
+        assert!(bypassed(&with(Chain { drops: true, ..chain("") })).is_some());
+        let elsewhere = Foreign { others: vec![chain("\t\tcounter\n")], ..Foreign::default() };
+        assert!(bypassed(&elsewhere).is_some());
+        let said = bypassed(&iptables(":FORWARD ACCEPT [0:0]\n-A FORWARD -j ACCEPT")).unwrap();
+        assert!(said.contains("FORWARD of iptables"), "{said}");
+        assert_eq!(bypassed(&iptables(":FORWARD ACCEPT [0:0]\n-A INPUT -j ACCEPT")), None);
+        assert!(bypassed(&Foreign { ipsec: true, ..Foreign::default() }).unwrap().contains("IPsec"));
     }
 }

@@ -182,6 +182,7 @@ impl Subsystem for Guard {
             | Change::Resources(_)
             | Change::Backends(_)
             | Change::Groups(_)
+            | Change::FastPath
             | Change::Uplink => {}
         }
     }

@@ -11,6 +11,7 @@
 
 pub mod encryption;
 pub mod endpoints;
+pub mod fastpath;
 pub mod firewall;
 pub mod guard;
 mod list;

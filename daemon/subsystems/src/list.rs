@@ -12,6 +12,7 @@ use ovl_proto::object::Network;
 use ovl_proto::table::Endpoint;
 
 use crate::encryption::Encryption;
+use crate::fastpath::FastPath;
 use crate::guard::Guard;
 use crate::names::Names;
 use crate::names::resolver::HOST_ADDRESSES;
@@ -25,7 +26,7 @@ use crate::services::{Announcements, Translation};
 use crate::subsystem::{Cluster, Outcome, Part, Subsystem};
 
 /// The subsystems of a daemon, as trait objects.
-pub type SubsystemList<'a> = [&'a mut dyn Subsystem; 9];
+pub type SubsystemList<'a> = [&'a mut dyn Subsystem; 10];
 
 /// What subsystems begin with.
 #[derive(Debug, Clone, Default)]
@@ -73,6 +74,8 @@ pub struct Subsystems {
     pub services: Translation,
     /// Announcements of LoadBalancer addresses.
     pub announcements: Announcements,
+    /// What the programs of the fast path know.
+    pub fast_path: FastPath,
     without_policies: bool,
     without_names: bool,
     without_services: bool,
@@ -98,6 +101,7 @@ impl Subsystems {
                 settings.ranges.dns == ClusterDns::Auto,
             ),
             services: Translation::new(settings.ranges.clone()),
+            fast_path: FastPath::new(&settings.ranges, !settings.without_policies),
             announcements: Announcements::new(settings.ranges),
             without_policies: settings.without_policies,
             without_names: settings.without_names,
@@ -123,7 +127,7 @@ impl Subsystems {
     /// Returns the subsystems in the order in which their plans are applied. Source checks and policies come first, so
     /// that no endpoint can send before the checks, nor be reached before the policies, are in force. The base filter
     /// comes before the devices that it protects. Routes of networks lead through devices of encryption; published ports and names need devices of
-    /// networks.
+    /// networks. What takes the fast path comes last: it bypasses all of these.
     pub fn all(&mut self) -> SubsystemList<'_> {
         let Self {
             guard,
@@ -135,13 +139,14 @@ impl Subsystems {
             names,
             services,
             announcements,
+            fast_path,
             off: [no_policy, no_names, no_services],
             ..
         } = self;
         let policy: &mut dyn Subsystem = if self.without_policies { no_policy } else { policy };
         let names: &mut dyn Subsystem = if self.without_names { no_names } else { names };
         let services: &mut dyn Subsystem = if self.without_services { no_services } else { services };
-        [guard, policy, base_filter, encryption, networks, publish, names, services, announcements]
+        [guard, policy, base_filter, encryption, networks, publish, names, services, announcements, fast_path]
     }
 }
 

@@ -2,11 +2,12 @@
 //!
 //! The daemon keeps one [`Local`] and subsystems read it, through [`crate::Cluster`]. Each part is a type of its own,
 //! whose file is the only one that writes its fields: [`Attaches`], [`Isolation`], [`Underlay`],
-//! [`ranges::RefusedNetworks`], [`epochs::KeyEpochs`] and [`Detours`]. Begin to read at [`Attaches`].
+//! [`ranges::RefusedNetworks`], [`epochs::KeyEpochs`], [`Detours`] and [`FastPathUse`]. Begin to read at [`Attaches`].
 
 mod attaches;
 mod detours;
 pub mod epochs;
+mod fast;
 mod isolation;
 pub mod ranges;
 mod underlay;
@@ -21,6 +22,7 @@ use self::ranges::RefusedNetworks;
 
 pub use self::attaches::Attaches;
 pub use self::detours::Detours;
+pub use self::fast::{FastPathUse, Obstacle};
 pub use self::isolation::Isolation;
 pub use self::underlay::Underlay;
 
@@ -39,6 +41,8 @@ pub struct Local {
     pub key_epochs: KeyEpochs,
     /// Sockets that stand in for hosts which are not reached directly.
     pub detours: Detours,
+    /// Whether packets may take the fast path.
+    pub fast: FastPathUse,
 }
 
 impl Local {

@@ -320,7 +320,7 @@ impl Subsystem for Names {
             | Change::Tunnel
             | Change::Attaching(_)
             | Change::Groups(_)
-            | Change::Uplink => {}
+            | Change::FastPath | Change::Uplink => {}
         }
     }
 

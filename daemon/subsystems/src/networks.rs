@@ -32,6 +32,7 @@ use ovl_proto::table::{Endpoint, Entry};
 pub use self::base::BaseFilter;
 use self::mtu::network_mtu;
 pub use self::multicast::MOST_OF_HOST;
+pub(crate) use self::routed::{PeerPath, path_to};
 use self::touched::TouchedEndpoints;
 use crate::endpoints::{endpoint_part, hairpin};
 use crate::mtu::{path_mtu, vxlan_overhead};
@@ -246,7 +247,11 @@ impl Subsystem for Networks {
                     self.changed.extend(cluster.view.switched().map(|network| network.id));
                 }
             }
-            Change::Entry { .. } | Change::Host(_) | Change::Backends(_) | Change::Uplink => {}
+            Change::Entry { .. }
+            | Change::Host(_)
+            | Change::Backends(_)
+            | Change::FastPath
+            | Change::Uplink => {}
         }
     }
 

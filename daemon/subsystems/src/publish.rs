@@ -146,6 +146,7 @@ impl Subsystem for PublishedPorts {
             | Change::Resources(_)
             | Change::Backends(_)
             | Change::Groups(_)
+            | Change::FastPath
             | Change::Uplink => {}
         }
     }

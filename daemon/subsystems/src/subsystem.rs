@@ -78,6 +78,9 @@ pub enum Change<'a> {
     Backends(&'a Settled),
     /// The device on which the local host announces addresses changed, or whether it may announce any.
     Uplink,
+    /// What stands in the way of the fast path changed, or the device of the underlay, or whether packets are to be seen in
+    /// the stack.
+    FastPath,
 }
 
 /// The result of an operation.

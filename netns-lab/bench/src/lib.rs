@@ -23,6 +23,7 @@ mod kube;
 mod loss;
 mod neigh;
 mod netlink;
+mod path;
 mod plan;
 mod policy;
 mod publish;
@@ -75,6 +76,8 @@ pub enum Suite {
     Policy,
     /// Service figures: compared with the layouts of kube-proxy
     Services,
+    /// The way of a packet: raw veth, by hand, the kernel path and the fast path
+    Path,
     /// Figures of many hosts: 60 and 100 daemons on this machine
     Grow,
     /// Figures with a Kubernetes API server of the tests
@@ -93,6 +96,7 @@ impl Suite {
             Suite::Dns => "dns",
             Suite::Policy => "policy",
             Suite::Services => "services",
+            Suite::Path => "path",
             Suite::Grow => "grow",
             Suite::Kube => "kube",
         }
@@ -171,6 +175,8 @@ pub enum Name {
     Removed,
     /// services: time until another host answers for a lost host's address
     Failover,
+    /// path: round trip, small packets and TCP by each way
+    Ways,
     /// grow: 60 hosts that start at once, and what their daemons use when idle
     Forming,
     /// grow: 100 hosts that start at once
@@ -222,6 +228,7 @@ impl Name {
             Name::Many => "many",
             Name::Removed => "removed",
             Name::Failover => "failover",
+            Name::Ways => "ways",
             Name::Forming => "forming",
             Name::Hundred => "hundred",
             Name::Bytes => "bytes",
@@ -257,6 +264,7 @@ impl Name {
             Name::Answers | Name::Resolved | Name::Search => Suite::Dns,
             Name::Policies => Suite::Policy,
             Name::Many | Name::Removed | Name::Failover => Suite::Services,
+            Name::Ways => Suite::Path,
             Name::Forming | Name::Hundred | Name::Bytes => Suite::Grow,
             Name::Label | Name::Ready | Name::Size => Suite::Kube,
         }
@@ -298,6 +306,7 @@ impl Name {
             Name::Many => services::many::measure(bench),
             Name::Removed => services::removed::measure(bench),
             Name::Failover => services::failover::measure(bench),
+            Name::Ways => path::measure(bench),
             Name::Forming => grow::measure_forming(bench),
             Name::Hundred => grow::measure_hundred(bench),
             Name::Bytes => grow::measure_bytes(bench),

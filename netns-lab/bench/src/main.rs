@@ -81,6 +81,7 @@ fn bench(args: Args) -> Result<ExitCode> {
             | Suite::Dns
             | Suite::Policy
             | Suite::Services
+            | Suite::Path
             | Suite::Grow
             | Suite::Kube,
             _,

@@ -63,6 +63,9 @@ pub struct Plan {
     pub(crate) services: usize,
     pub(crate) service_loads: usize,
     pub(crate) service_changes: usize,
+    /// `bench path`: number of rounds, and length of a turn.
+    pub(crate) path_rounds: usize,
+    pub(crate) path_turn: Duration,
     /// `bench grow`: number of hosts, and of Services applied.
     pub(crate) grow_hosts: usize,
     pub(crate) grow_services: usize,
@@ -113,6 +116,8 @@ impl Plan {
             services: 10_000,
             service_loads: 3,
             service_changes: 200,
+            path_rounds: 6,
+            path_turn: Duration::from_millis(700),
             grow_hosts: 60,
             grow_services: 2000,
             kube_services: 5000,
@@ -160,6 +165,8 @@ impl Plan {
             services: 500,
             service_loads: 1,
             service_changes: 10,
+            path_rounds: 1,
+            path_turn: Duration::from_millis(200),
             grow_hosts: 6,
             grow_services: 50,
             kube_services: 100,

@@ -192,8 +192,27 @@ pub struct Status {
     /// What was relayed between hosts that do not reach each other. `None`: this host takes no part.
     #[serde(default)]
     pub relayed: Option<RelayCounters>,
+    /// Whether packets of this host take the fast path.
+    #[serde(default)]
+    pub fast_path: FastPathStatus,
     /// The state of reconciliation.
     pub reconcile: ReconcileStatus,
+}
+
+/// Whether packets of a host take the fast path.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FastPathStatus {
+    /// Whether the fast path is used, for what it is for.
+    pub in_use: bool,
+    /// Why it is not, in a sentence.
+    pub why_not: Option<String>,
+    /// Whether it pauses, because `capture`, `flows` or `trace` look at packets in the stack.
+    pub paused: bool,
+    /// Packets that took it, by their way: `local`, `direct_out`, `vxlan_out`, `direct_in`, `vxlan_in`. Empty if the programs
+    /// are not loaded.
+    pub fast: BTreeMap<String, u64>,
+    /// Packets that its programs left to the stack, by reason.
+    pub slow: BTreeMap<String, u64>,
 }
 
 /// Counters of relayed datagrams since the start, and of streams.

@@ -20,7 +20,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     // Names decide on a zone, which is a value: records by name, without I/O.
     ("ovl-subsystems", &["ovl-proto", "ovl-manifest", "ovl-cluster", "ovl-dataplane", "ovl-zone"]),
     ("ovl-runtimes", &["ovl-proto", "ovl-control", "ovl-cluster", "ovl-dataplane"]),
-    ("ovl-kernel", &["ovl-proto", "ovl-dataplane", "ovl-tunnel"]),
+    ("ovl-fastpath", &[]),
+    ("ovl-kernel", &["ovl-proto", "ovl-dataplane", "ovl-fastpath", "ovl-tunnel"]),
     ("ovl-mesh", &["ovl-proto", "ovl-control", "ovl-files", "ovl-tunnel"]),
     ("ovl-tunnel", &["ovl-udp"]),
     ("ovl-relay", &["ovl-udp"]),

@@ -100,6 +100,7 @@ impl Delivery {
             | Change::Attaching(_)
             | Change::Backends(_)
             | Change::Groups(_)
+            | Change::FastPath
             | Change::Uplink => {}
         }
     }

@@ -94,6 +94,7 @@ impl Subsystem for BaseFilter {
             | Change::Attaching(_)
             | Change::Backends(_)
             | Change::Groups(_)
+            | Change::FastPath
             | Change::Uplink => false,
         };
     }

@@ -24,7 +24,7 @@ use crate::mtu::{least, min_mtu, path_mtu, vxlan_overhead};
 
 /// The path of packets to a remote host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum PeerPath {
+pub(crate) enum PeerPath {
     /// Through this tunnel interface, without VXLAN.
     Tunnel(Device),
     /// Through the network's VXLAN device.
@@ -35,7 +35,14 @@ enum PeerPath {
     Routers,
 }
 
-fn path_to(network: &Network, local: &Local, own: &Node, peer: &Node, block: IpNet) -> Option<PeerPath> {
+/// Returns how packets to a block of a remote host are sent. `None` if they cannot be.
+pub(crate) fn path_to(
+    network: &Network,
+    local: &Local,
+    own: &Node,
+    peer: &Node,
+    block: IpNet,
+) -> Option<PeerPath> {
     let (here, there) = (own.record.vtep, peer.record.vtep);
     // A VXLAN device sends to one address family only; `status` names such a host.
     if here.is_ipv4() != there.is_ipv4() || own.record.is_behind_nat() || peer.record.is_behind_nat() {

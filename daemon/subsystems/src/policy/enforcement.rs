@@ -95,7 +95,11 @@ impl Subsystem for Enforcement {
             | Change::Host(_)
             | Change::Tunnel
             | Change::ThisHost => self.all_changed = true,
-            Change::Entry { .. } | Change::Backends(_) | Change::Groups(_) | Change::Uplink => {}
+            Change::Entry { .. }
+            | Change::Backends(_)
+            | Change::Groups(_)
+            | Change::FastPath
+            | Change::Uplink => {}
         }
     }
 

@@ -83,6 +83,7 @@ impl Subsystem for Announcements {
         match *change {
             Change::Backends(settled) => self.changed.extend(settled.services.iter().cloned()),
             Change::Entry { entry: Entry::Announced(_), .. }
+            | Change::FastPath
             | Change::Uplink
             | Change::Network(_)
             | Change::Built(_)

@@ -60,7 +60,11 @@ impl Subsystem for Translation {
                 self.context_changed |= keys.iter().any(|key| key.kind == Kind::ServiceCidr);
             }
             // `Host` or `ThisHost` follows.
-            Change::HostRights { .. } | Change::Attaching(_) | Change::Groups(_) | Change::Uplink => {}
+            Change::HostRights { .. }
+            | Change::Attaching(_)
+            | Change::Groups(_)
+            | Change::FastPath
+            | Change::Uplink => {}
         }
     }
 

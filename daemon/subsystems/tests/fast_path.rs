@@ -1,0 +1,246 @@
+//! Which endpoints, blocks and devices the programs of the fast path know, and that quick plans lead to what a full one
+//! wants.
+#![cfg(test)]
+
+use std::net::IpAddr;
+
+use ovl_cluster::addresses;
+use ovl_dataplane::device::Device;
+use ovl_dataplane::fast::Fast;
+use ovl_proto::id::EndpointId;
+use ovl_proto::object::{Backend, Mode};
+use ovl_proto::record::{PeerState, Signature};
+use ovl_proto::resource::{Kind, Labels};
+use ovl_proto::table::{Endpoint, Entry, Key};
+use ovl_subsystems::fastpath::FastPath;
+use ovl_subsystems::local::{Local, Obstacle};
+use ovl_subsystems::{Change, Subsystem};
+use proptest::prelude::*;
+use serde_json::json;
+
+mod host;
+#[path = "../../cluster/tests/world/mod.rs"]
+mod world;
+
+use host::{cluster as seen, isolation, ranges, underlay};
+use world::{NET, World, encrypt, endpoint, id, net, read, view_of};
+
+fn routed(backend: Backend) -> World {
+    let subnet = addresses::new_routed_subnet(net("10.60.0.0/16"), None).unwrap();
+    let mut world = World::new();
+    world.view = view_of(Mode::L3, backend, subnet, |n| net(&format!("10.60.{n}.0/24")));
+    world
+}
+
+/// A host on which nothing stands in the way.
+fn usable() -> Local {
+    let mut local = Local { underlay: underlay(net("192.168.77.0/24")), ..Local::default() };
+    local.fast.set_obstacle(Obstacle::Configured, None);
+    local.fast.set_underlay(Device::new("eth0"));
+    local
+}
+
+fn fast_path() -> FastPath {
+    FastPath::new(&host::ranges(), true)
+}
+
+fn desired(world: &World, local: &Local) -> Fast {
+    fast_path().desired(&seen(&world.view, local, &world.backends)).fast
+}
+
+/// Adds an endpoint of a host, or changes it, or removes it. Returns the entries to tell.
+fn set_endpoint(world: &mut World, host: u8, n: u8, there: bool, label: bool) -> Vec<Entry> {
+    let Entry::Endpoint(bare) = endpoint(10 * host + n, &format!("10.60.{host}.{}/32", n + 2)) else {
+        panic!()
+    };
+    let labels = if label { Labels::from([("app".into(), "web".into())]) } else { Labels::new() };
+    let new = Entry::Endpoint(Endpoint { labels, ..bare });
+    let key = EndpointId([10 * host + n; 5]);
+    let table = &mut world.view.nodes.get_mut(&id(host)).unwrap().table;
+    let old = table.endpoint(key).cloned().map(Entry::Endpoint);
+    let (set, unset) = if there { (vec![new.clone()], vec![]) } else { (vec![], vec![Key::Endpoint(key)]) };
+    if old.is_some() || there {
+        table.write(1, set, unset, |_| Signature([0; 64]));
+    }
+    old.into_iter().chain(there.then_some(new)).collect()
+}
+
+fn set_policy(world: &mut World, there: bool) -> ovl_proto::resource::ResourceKey {
+    let policy = read(
+        Kind::NetworkPolicy,
+        json!({
+            "metadata": { "name": "web", "namespace": "default" },
+            "spec": { "podSelector": { "matchLabels": { "app": "web" } }, "policyTypes": ["Ingress"] },
+        }),
+    );
+    let key = policy.key();
+    if there {
+        world.put(policy);
+    } else {
+        world.drop(Kind::NetworkPolicy, "web");
+    }
+    key
+}
+
+fn at(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+#[test]
+fn endpoints_blocks_and_devices_are_known() {
+    let mut world = routed(Backend::Vxlan);
+    set_endpoint(&mut world, 1, 1, true, false);
+    set_endpoint(&mut world, 2, 1, true, false);
+    let Fast { host, pods, paths, hooks } = desired(&world, &usable());
+    let host = host.unwrap();
+    assert!(host.on);
+    assert_eq!((host.vtep.map(IpAddr::V4), host.port), (Some(at("192.168.77.1")), 4789));
+    // Endpoints of other hosts are in their blocks.
+    assert_eq!(pods.keys().copied().collect::<Vec<_>>(), [at("10.60.1.3")]);
+    let pod = pods[&at("10.60.1.3")];
+    assert!(pod.fast);
+    let own = Device::endpoint(EndpointId([11; 5]));
+    assert_eq!(pod.device, own);
+    assert_eq!(paths.keys().copied().collect::<Vec<_>>(), [net("10.60.2.0/24"), net("10.60.3.0/24")]);
+    let vxlan = paths[&net("10.60.2.0/24")].vxlan.unwrap();
+    assert_eq!(IpAddr::V4(vxlan.vtep), at("192.168.77.2"));
+    assert_eq!(vxlan.mac, addresses::mac_of_host(NET, id(2)));
+    assert_eq!(vxlan.own_mac, addresses::mac_of_host(NET, id(1)));
+    for device in [own, Device::vxlan(NET), Device::new("eth0").unwrap()] {
+        assert!(hooks.contains(&device), "{hooks:?}");
+    }
+    assert_eq!(hooks.len(), 3, "{hooks:?}");
+}
+
+#[test]
+fn direct_routes_are_those_of_the_host() {
+    let world = routed(Backend::Direct);
+    let fast = desired(&world, &usable());
+    assert_eq!(fast.paths.len(), 2);
+    assert!(fast.paths.values().all(|path| path.vxlan.is_none()));
+    assert!(!fast.hooks.contains(&Device::vxlan(NET)));
+}
+
+#[test]
+fn what_is_not_for_it_takes_the_stack() {
+    let mut world = routed(Backend::Vxlan);
+    set_endpoint(&mut world, 1, 1, true, true);
+    set_endpoint(&mut world, 1, 2, true, false);
+    let local = usable();
+    let is_fast = |world: &World, local: &Local, text: &str| desired(world, local).pods[&at(text)].fast;
+    assert!(is_fast(&world, &local, "10.60.1.3") && is_fast(&world, &local, "10.60.1.4"));
+    // A policy selects one of them.
+    set_policy(&mut world, true);
+    assert!(!is_fast(&world, &local, "10.60.1.3") && is_fast(&world, &local, "10.60.1.4"));
+    set_policy(&mut world, false);
+    // A dead host's block has no path.
+    world.host(2, PeerState::Dead);
+    assert_eq!(desired(&world, &local).paths.len(), 1);
+    // The network is encrypted.
+    encrypt(&mut world.view, false);
+    let fast = desired(&world, &local);
+    assert!(fast.paths.is_empty() && fast.pods.values().all(|pod| !pod.fast));
+    assert_eq!(fast.hooks.len(), 1, "{:?}", fast.hooks);
+}
+
+#[test]
+fn nothing_is_known_where_something_stands_in_the_way() {
+    let mut world = routed(Backend::Vxlan);
+    set_endpoint(&mut world, 1, 1, true, false);
+    assert_eq!(desired(&world, &Local::default()), Fast::default());
+    let mut local = usable();
+    local.fast.set_obstacle(Obstacle::Rules, Some("ufw".to_owned()));
+    assert_eq!(desired(&world, &local), Fast::default());
+    local.fast.set_obstacle(Obstacle::Rules, None);
+    local.fast.set_paused(true);
+    let paused = desired(&world, &local);
+    assert!(!paused.host.unwrap().on && !paused.pods.is_empty());
+}
+
+#[test]
+fn a_network_with_addresses_of_services_takes_the_stack() {
+    let mut world = routed(Backend::Vxlan);
+    set_endpoint(&mut world, 1, 1, true, false);
+    let mut wide = ranges();
+    wide.external = vec![net("10.60.1.0/30")];
+    let local = usable();
+    let fast = FastPath::new(&wide, true).desired(&seen(&world.view, &local, &world.backends)).fast;
+    assert!(fast.pods.values().all(|pod| !pod.fast));
+}
+
+/// Something that happens to the host.
+#[derive(Debug, Clone)]
+enum Event {
+    Endpoint { host: u8, n: u8, there: bool, label: bool },
+    Host { host: u8, alive: bool },
+    Policy(bool),
+    Isolated(bool),
+    Obstacle(bool),
+    Paused(bool),
+    Full,
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        8 => (1..=3_u8, 0..4_u8, any::<bool>(), any::<bool>())
+            .prop_map(|(host, n, there, label)| Event::Endpoint { host, n, there, label }),
+        2 => (2..=3_u8, any::<bool>()).prop_map(|(host, alive)| Event::Host { host, alive }),
+        2 => any::<bool>().prop_map(Event::Policy),
+        1 => any::<bool>().prop_map(Event::Isolated),
+        1 => any::<bool>().prop_map(Event::Obstacle),
+        1 => any::<bool>().prop_map(Event::Paused),
+        1 => Just(Event::Full),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn quick_plans_lead_to_what_a_full_one_wants(events in prop::collection::vec(event(), 1..40)) {
+        let (mut world, mut local, mut real) = (routed(Backend::Vxlan), usable(), fast_path());
+        let mut kernel = real.resync(&seen(&world.view, &local, &world.backends));
+        for event in events {
+            let mut told: Vec<Entry> = Vec::new();
+            let (mut keys, mut changes) = (Vec::new(), Vec::new());
+            match event {
+                Event::Endpoint { host, n, there, label } => {
+                    told = set_endpoint(&mut world, host, n, there, label);
+                    let all = told.iter().map(|entry| Change::Entry { host: id(host), entry });
+                    let cluster = seen(&world.view, &local, &world.backends);
+                    all.for_each(|change| real.changed(&change, &cluster));
+                }
+                Event::Host { host, alive } => {
+                    world.host(host, if alive { PeerState::Alive } else { PeerState::Dead });
+                    changes.push(Change::Host(id(host)));
+                }
+                Event::Policy(there) => keys.push(set_policy(&mut world, there)),
+                Event::Isolated(cut_off) => {
+                    let own: Vec<_> = world.view.own().unwrap().table.endpoints().map(|it| it.id).collect();
+                    local.isolation = isolation(own.into_iter().filter(|_| cut_off));
+                    changes.push(Change::Rights(NET));
+                }
+                Event::Obstacle(there) => {
+                    local.fast.set_obstacle(Obstacle::Kernel, there.then(|| "no".to_owned()));
+                    changes.push(Change::FastPath);
+                }
+                Event::Paused(paused) => {
+                    local.fast.set_paused(paused);
+                    changes.push(Change::FastPath);
+                }
+                Event::Full => {}
+            }
+            let cluster = seen(&world.view, &local, &world.backends);
+            if !keys.is_empty() {
+                changes.push(Change::Resources(&keys));
+            }
+            changes.iter().for_each(|change| real.changed(change, &cluster));
+            if matches!(event, Event::Full) {
+                kernel = real.resync(&cluster);
+            } else {
+                real.plan(&cluster).iter().for_each(|op| op.apply_to(&mut kernel));
+            }
+            prop_assert_eq!(&real.sent().unwrap(), &real.desired(&cluster), "{:?}", told);
+            // The operations do what the record says.
+            prop_assert_eq!(&kernel, &real.sent().unwrap(), "{:?}", told);
+        }
+    }
+}

@@ -1,0 +1,463 @@
+//! The fast path: packets that pass the host's IP stack by, and those that must not.
+
+#![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
+
+use std::collections::BTreeMap;
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use netns_lab::{Host, Lab, LabConfig, Netns, PortMtu, Underlay, wait_until};
+use ovl_tests::Flow;
+use ovl_tests::inject::{listener, receive, spoofing_socket};
+use ovl_tests::routed::{create_routed_network, device_of, ensure_sees_own_address};
+use ovl_tests::service::{Answer, Connection, NamedServer, apply, ask, wait_answers};
+use ovl_tests::{
+    Attached, SOON, attach, ping_all_pairs, problems, start_lab, start_lab_with, text, wait_clean,
+    wait_no_problem, wait_problem,
+};
+use serde_json::json;
+
+const ON: &str = "fast_path = \"on\"";
+const BOTH: &[&str] = &["--subnet", "10.60.0.0/16", "--subnet", "fd60::/48"];
+const PORT: u16 = 80;
+
+fn lab(hosts: usize) -> LabConfig {
+    LabConfig::hosts(hosts).config(ON)
+}
+
+/// The packets that took the fast path (or were left to the stack: `slow`) on a host, by their way or the reason.
+fn counted(host: &Host, kind: &str) -> BTreeMap<String, u64> {
+    let status = host.ctl_json(&["status"]).unwrap();
+    let counters = status["fast_path"][kind].as_object().cloned().unwrap_or_default();
+    counters.into_iter().map(|(name, value)| (name, value.as_u64().unwrap())).collect()
+}
+
+/// Waits until packets of these ways take the fast path on a host while `work` is done again and again.
+fn wait_fast(host: &Host, ways: &[&str], mut work: impl FnMut() -> Result<()>) -> Result<()> {
+    let name = format!("{ways:?} by the fast path on {}", host.name());
+    wait_until(SOON, &name, || {
+        let before = counted(host, "fast");
+        work()?;
+        let after = counted(host, "fast");
+        for way in ways {
+            let [before, after] = [&before, &after].map(|all| all.get(*way).copied().unwrap_or_default());
+            // Most of a handshake and an answer.
+            ensure!(
+                after >= before + 2,
+                "{way}: {before} and then {after}; left: {:?}",
+                counted(host, "slow")
+            );
+        }
+        Ok(())
+    })
+}
+
+fn at(address: &str, port: u16) -> SocketAddr {
+    SocketAddr::new(address.parse().unwrap(), port)
+}
+
+/// Asks over TCP and UDP at each address of an endpoint, which must see the client's own.
+fn talk(from: &Attached, to: &Attached) -> Result<()> {
+    for (to, own) in to.addresses().iter().zip(from.addresses()) {
+        ensure!(ask(&from.workload, at(to, PORT))?.seen == own.parse::<IpAddr>()?, "at {to}");
+        ask_udp(&from.workload, at(to, PORT), 3)?;
+    }
+    Ok(())
+}
+
+/// Asks several times over UDP, from one port.
+fn ask_udp(from: &Netns, to: SocketAddr, times: usize) -> Result<()> {
+    let any: SocketAddr = if to.is_ipv4() { "0.0.0.0:0".parse()? } else { "[::]:0".parse()? };
+    let socket = from.run(|| UdpSocket::bind(any))??;
+    socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+    socket.connect(to)?;
+    for _ in 0..times {
+        socket.send(b"?")?;
+        socket.recv(&mut [0; 64])?;
+    }
+    Ok(())
+}
+
+/// Sends bytes over TCP, in both directions at once, and checks that they arrive as they were.
+fn transfer(from: &Netns, to: &Netns, address: IpAddr) -> Result<()> {
+    const LENGTH: usize = 4 << 20;
+    let bytes = |seed: u8| -> Vec<u8> { (0..LENGTH).map(|n| (n * 7 + n / 256) as u8 ^ seed).collect() };
+    let listener = to.run(|| TcpListener::bind(SocketAddr::new(address, 0)))??;
+    let port = listener.local_addr()?.port();
+    let client = from.run(|| TcpStream::connect_timeout(&SocketAddr::new(address, port), SOON))??;
+    let (server, _) = listener.accept()?;
+    let swap = |stream: TcpStream, seed: u8, wanted: u8| -> Result<()> {
+        stream.set_read_timeout(Some(SOON))?;
+        let mut writer = stream.try_clone()?;
+        let sent = thread::spawn(move || writer.write_all(&bytes(seed)));
+        let mut received = vec![0; LENGTH];
+        (&stream).read_exact(&mut received)?;
+        ensure!(received == bytes(wanted), "other bytes arrived");
+        Ok(sent.join().map_err(|_| anyhow::anyhow!("the sender panicked"))??)
+    };
+    thread::scope(|scope| {
+        let serving = scope.spawn(|| swap(server, 1, 2));
+        swap(client, 2, 1)?;
+        serving.join().map_err(|_| anyhow::anyhow!("the server panicked"))?
+    })
+}
+
+struct Pods {
+    lab: Lab,
+    /// On the first host.
+    a: Attached,
+    b: Attached,
+    /// On the second one.
+    c: Attached,
+    _servers: Vec<NamedServer>,
+}
+
+fn pods(lab: Lab, backend: &str, subnets: &[&str]) -> Pods {
+    create_routed_network(&lab, "pods", &[&["--backend", backend], subnets].concat()).unwrap();
+    let [a, b, c] = [("h1", "a"), ("h1", "b"), ("h2", "c")]
+        .map(|(host, name)| attach(&lab[host], name, "pods", &["--label", "app=web"]).unwrap());
+    let servers = [&a, &b, &c].map(|each| NamedServer::start(&each.workload, &each.name, PORT).unwrap());
+    ping_all_pairs(&[&a, &b, &c].map(Clone::clone), SOON).unwrap();
+    Pods { lab, a, b, c, _servers: servers.into() }
+}
+
+fn assert_connected(config: LabConfig, backend: &str, subnets: &[&str], ways: [&str; 2]) {
+    let Pods { lab, a, b, c, _servers } = &pods(start_lab_with(config).unwrap(), backend, subnets);
+    let [h1, h2] = [&lab["h1"], &lab["h2"]];
+    wait_fast(h1, &["local"], || talk(a, b).and_then(|()| talk(b, a))).unwrap();
+    let [out, into] = ways;
+    wait_fast(h1, &[out, into], || talk(a, c)).unwrap();
+    wait_fast(h2, &[out, into], || talk(c, b)).unwrap();
+    for (from, to) in [(a, b), (a, c), (c, a)] {
+        ensure_sees_own_address(from, to).unwrap();
+        for address in to.addresses() {
+            transfer(&from.workload, &to.workload, address.parse().unwrap()).unwrap();
+        }
+    }
+    wait_clean(lab.hosts(), SOON).unwrap();
+    for host in lab.hosts() {
+        assert_eq!(problems(host).unwrap(), Vec::<String>::new(), "on {}", host.name());
+    }
+}
+
+#[test]
+fn endpoints_connect_by_direct_routes() {
+    let config = lab(2).underlay(Underlay::Dual);
+    assert_connected(config, "auto", &["--subnet", "10.60.0.0/16"], ["direct_out", "direct_in"]);
+}
+
+#[test]
+fn endpoints_connect_by_direct_routes_over_ipv6() {
+    let config = lab(2).underlay(Underlay::V6);
+    assert_connected(config, "direct", &["--subnet", "fd60::/48"], ["direct_out", "direct_in"]);
+}
+
+#[test]
+fn endpoints_connect_in_vxlan() {
+    assert_connected(lab(2), "vxlan", BOTH, ["vxlan_out", "vxlan_in"]);
+}
+
+#[test]
+fn vxlan_over_ipv6_is_left_to_the_kernel() {
+    let Pods { lab, a, b, c, _servers } =
+        &pods(start_lab_with(lab(2).underlay(Underlay::V6)).unwrap(), "vxlan", BOTH);
+    wait_fast(&lab["h1"], &["local"], || talk(a, b)).unwrap();
+    talk(a, c).unwrap();
+    transfer(&a.workload, &c.workload, c.address().parse().unwrap()).unwrap();
+    assert_eq!(counted(&lab["h1"], "fast")["vxlan_out"], 0);
+}
+
+#[test]
+fn hosts_with_and_without_it_mix() {
+    let lab = start_lab(2).unwrap();
+    lab["h1"].set_config(ON).unwrap();
+    lab["h1"].restart().unwrap();
+    lab["h1"].wait_ready(SOON).unwrap();
+    for (backend, ways) in [("vxlan", ["vxlan_out", "vxlan_in"]), ("direct", ["direct_out", "direct_in"])] {
+        create_routed_network(&lab, backend, &["--backend", backend]).unwrap();
+        let [a, c] = [("h1", "a"), ("h2", "c")]
+            .map(|(host, name)| attach(&lab[host], &format!("{name}-{backend}"), backend, &[]).unwrap());
+        let _servers = [&a, &c].map(|each| NamedServer::start(&each.workload, &each.name, PORT).unwrap());
+        ping_all_pairs(&[a.clone(), c.clone()], SOON).unwrap();
+        wait_fast(&lab["h1"], &ways, || talk(&a, &c).and_then(|()| talk(&c, &a))).unwrap();
+        transfer(&a.workload, &c.workload, c.address().parse().unwrap()).unwrap();
+        transfer(&c.workload, &a.workload, a.address().parse().unwrap()).unwrap();
+    }
+    assert_eq!(counted(&lab["h2"], "fast"), BTreeMap::new());
+    let why = lab["h2"].ctl_json(&["status"]).unwrap()["fast_path"]["why_not"].clone();
+    assert_eq!(text(&why), "it is off, as configured");
+}
+
+/// A Service of all endpoints with a label, for TCP and UDP, with a port on every host.
+fn service(label: &str) -> String {
+    let port = |name: &str, protocol: &str| json!({ "name": name, "port": 8000, "targetPort": PORT, "nodePort": 30080, "protocol": protocol });
+    json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": { "name": "shop" },
+        "spec": { "type": "NodePort", "selector": { "name": label }, "ports": [port("tcp", "TCP"), port("udp", "UDP")] },
+    })
+    .to_string()
+}
+
+#[test]
+fn what_the_stack_translates_is_answered_through_it() {
+    for backend in ["direct", "vxlan"] {
+        let Pods { lab, a, b, c, _servers } =
+            &pods(start_lab_with(lab(2)).unwrap(), backend, &["--subnet", "10.60.0.0/16"]);
+        let h1 = &lab["h1"];
+        let all: Vec<Attached> = [("h1", "near"), ("h2", "far")]
+            .map(|(host, name)| {
+                attach(
+                    &lab[host],
+                    name,
+                    "pods",
+                    &["--label", &format!("name={name}"), "--publish", "8080:80", "--publish", "8080:80/udp"],
+                )
+                .unwrap()
+            })
+            .into();
+        let _more: Vec<_> =
+            all.iter().map(|each| NamedServer::start(&each.workload, &each.name, PORT).unwrap()).collect();
+        for server in &all {
+            // Both paths at once, from the same ports: one connection after another, of each kind.
+            apply(lab, h1, &service(&server.name)).unwrap();
+            let shown = h1.ctl_json(&["get", "service", "shop"]).unwrap();
+            let cluster_ip = text(&shown["spec"]["clusterIP"]);
+            let hosts: Vec<String> =
+                lab.hosts().iter().map(|host| host.address().unwrap().to_string()).collect();
+            let published =
+                lab.hosts().iter().find(|host| host.name() == server.workload.host().name()).unwrap();
+            let published = published.address().unwrap().to_string();
+            let ways = [
+                (cluster_ip.clone(), 8000),
+                (hosts[0].clone(), 30080),
+                (hosts[1].clone(), 30080),
+                (published, 8080),
+            ];
+            for client in [a, c] {
+                for (address, port) in &ways {
+                    wait_answers(&client.workload, at(address, *port), &[&server.name]).unwrap();
+                }
+                let mut open = Vec::new();
+                for (address, port) in &ways {
+                    open.push(Connection::open(&client.workload, at(address, *port)).unwrap().unwrap());
+                    open.push(
+                        Connection::open(&client.workload, at(&server.address(), PORT)).unwrap().unwrap(),
+                    );
+                    ask_udp(&client.workload, at(address, *port), 5).unwrap();
+                    ask_udp(&client.workload, at(&server.address(), PORT), 5).unwrap();
+                }
+                for connection in &mut open {
+                    let Answer { name, .. } = connection.read_answer().unwrap();
+                    assert_eq!(name, server.name);
+                }
+                for _ in 0..3 {
+                    open.iter_mut()
+                        .for_each(|connection| assert_eq!(connection.ask().unwrap().name, server.name));
+                }
+                // One port for a direct flow, then for a translated one, and back.
+                let socket = client.workload.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap().unwrap();
+                socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+                for round in 0..6 {
+                    let to = if round % 2 == 0 { at(&server.address(), PORT) } else { at(&cluster_ip, 8000) };
+                    for _ in 0..4 {
+                        socket.send_to(b"?", to).unwrap();
+                        let (_, from) = socket.recv_from(&mut [0; 64]).unwrap();
+                        assert_eq!(from, to, "round {round} from {}", client.name);
+                    }
+                }
+                // The Service's own address as its client: the source is translated as well.
+                let own =
+                    Connection::open(&server.workload, at(&cluster_ip, 8000)).unwrap().unwrap().read_answer();
+                assert_eq!(own.unwrap().name, server.name);
+            }
+            h1.ctl_ok(&["delete", "service", "shop"]).unwrap();
+        }
+        wait_fast(h1, &["local"], || talk(a, b)).unwrap();
+    }
+}
+
+#[test]
+fn killed_daemon_loses_no_packet_and_the_next_one_goes_on() {
+    let Pods { lab, a, b, c, _servers } =
+        &pods(start_lab_with(lab(2)).unwrap(), "vxlan", &["--subnet", "10.60.0.0/16"]);
+    let h1 = &lab["h1"];
+    wait_fast(h1, &["local"], || talk(a, b)).unwrap();
+    wait_fast(h1, &["vxlan_out", "vxlan_in"], || talk(a, c)).unwrap();
+    let flows = [Flow::start(a, b).unwrap(), Flow::start(a, c).unwrap(), Flow::start(c, b).unwrap()];
+    let mut connection = Connection::open(&a.workload, at(&c.address(), PORT)).unwrap().unwrap();
+    connection.read_answer().unwrap();
+    let before = counted(h1, "fast");
+    h1.kill9().unwrap();
+    flows.iter().for_each(|flow| flow.run_for_a_second().unwrap());
+    connection.ask().unwrap();
+    h1.start().unwrap();
+    h1.wait_ready(SOON).unwrap();
+    flows.iter().for_each(|flow| flow.run_for_a_second().unwrap());
+    connection.ask().unwrap();
+    // The same maps: they went on counting.
+    let after = counted(h1, "fast");
+    for way in ["local", "vxlan_out", "vxlan_in"] {
+        assert!(after[way] > before[way] + 300, "{way}: {before:?} {after:?}");
+    }
+    for flow in flows {
+        flow.finish_without_loss().unwrap();
+    }
+    wait_clean(lab.hosts(), SOON).unwrap();
+    let events = h1.ctl_ok(&["events"]).unwrap();
+    assert!(!events.contains("unload the programs"), "{events}");
+}
+
+#[test]
+fn other_sources_do_not_take_it() {
+    let Pods { lab, a, b, c, _servers } =
+        &pods(start_lab_with(lab(2)).unwrap(), "direct", &["--subnet", "10.60.0.0/16"]);
+    let h1 = &lab["h1"];
+    wait_fast(h1, &["local", "direct_out"], || talk(a, b).and_then(|()| talk(a, c))).unwrap();
+    for to in [b, c] {
+        let server = listener(to, &to.address(), Duration::from_millis(500));
+        let before = counted(h1, "slow")["source"];
+        let forged = spoofing_socket(&a.workload, b.address().parse().unwrap());
+        let from_elsewhere = spoofing_socket(&a.workload, "10.60.77.77".parse().unwrap());
+        for socket in [&forged, &from_elsewhere] {
+            for _ in 0..5 {
+                socket.send_to(b"forged", at(&to.address(), ovl_tests::inject::PORT)).unwrap();
+            }
+        }
+        assert_eq!(receive(&server), None, "to {}", to.name);
+        assert!(counted(h1, "slow")["source"] >= before + 10);
+    }
+}
+
+#[test]
+fn packets_that_are_too_big_are_told_to_the_sender() {
+    let Pods { lab, a, c, .. } =
+        &pods(start_lab_with(lab(2)).unwrap(), "direct", &["--subnet", "10.60.0.0/16"]);
+    wait_fast(&lab["h1"], &["direct_out"], || talk(a, c)).unwrap();
+    lab["h2"].set_mtu(1400, PortMtu::Follow).unwrap();
+    let route = format!("{} ", c.address());
+    wait_until(SOON, "the endpoint to learn the smaller MTU", || {
+        let socket = a.workload.run(|| UdpSocket::bind("0.0.0.0:0"))??;
+        socket.connect(at(&c.address(), PORT))?;
+        // Refused once the smaller MTU is known.
+        let _ = socket.send(&[0; 1440]);
+        let known = a.workload.exec_ok(["ip", "route", "get", &c.address()])?;
+        ensure!(
+            known.starts_with(&route) && known.contains("mtu 1400"),
+            "{known}; {:?}",
+            counted(&lab["h1"], "slow")
+        );
+        Ok(())
+    })
+    .unwrap();
+    assert!(counted(&lab["h1"], "slow")["too_big"] > 0);
+    transfer(&a.workload, &c.workload, c.address().parse().unwrap()).unwrap();
+}
+
+#[test]
+fn policy_takes_hold_at_once() {
+    let Pods { lab, a, b, c, _servers } =
+        &pods(start_lab_with(lab(2)).unwrap(), "auto", &["--subnet", "10.60.0.0/16"]);
+    let h1 = &lab["h1"];
+    wait_fast(h1, &["local", "direct_in"], || talk(a, b).and_then(|()| talk(c, b))).unwrap();
+    let mut open =
+        [a, c].map(|from| Connection::open(&from.workload, at(&b.address(), PORT)).unwrap().unwrap());
+    open.iter_mut().for_each(|connection| assert_eq!(connection.read_answer().unwrap().name, "b"));
+    let policy = json!({
+        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": { "name": "closed" },
+        "spec": { "podSelector": { "matchLabels": { "app": "web" } }, "policyTypes": ["Ingress"] },
+    });
+    apply(lab, h1, &policy.to_string()).unwrap();
+    wait_until(SOON, "the policy to be in force", || {
+        let pods = h1.ctl_json(&["policy", "ls"])?;
+        ensure!(pods.to_string().contains("closed"), "{pods}");
+        Ok(())
+    })
+    .unwrap();
+    for connection in &mut open {
+        assert!(connection.ask().is_err(), "a connection goes on");
+    }
+    for from in [a, c] {
+        assert!(Connection::open(&from.workload, at(&b.address(), PORT)).unwrap().is_err());
+    }
+    h1.ctl_ok(&["delete", "networkpolicy", "closed"]).unwrap();
+    wait_until(SOON, "connections again", || talk(a, b).and_then(|()| talk(c, b))).unwrap();
+    wait_fast(h1, &["local", "direct_in"], || talk(a, b).and_then(|()| talk(c, b))).unwrap();
+    wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+#[test]
+fn rules_of_other_programs_are_not_bypassed() {
+    let Pods { lab, a, b, _servers, .. } =
+        &pods(start_lab_with(lab(2)).unwrap(), "auto", &["--subnet", "10.60.0.0/16"]);
+    let h1 = &lab["h1"];
+    wait_fast(h1, &["local"], || talk(a, b)).unwrap();
+    h1.exec_ok([
+        "nft",
+        "add table inet mine; add chain inet mine passing { type filter hook forward priority 0; }; \
+                 add rule inet mine passing tcp dport 80 drop",
+    ])
+    .unwrap();
+    let said =
+        wait_problem(h1, &["fast path", "chain passing of the nftables table inet mine"], SOON).unwrap();
+    assert!(said.contains("bypass"), "{said}");
+    wait_until(SOON, "the rule to be in force", || -> Result<()> {
+        ensure!(Connection::open(&a.workload, at(&b.address(), PORT))?.is_err(), "a connection passes");
+        Ok(())
+    })
+    .unwrap();
+    h1.exec_ok(["nft", "delete table inet mine"]).unwrap();
+    wait_no_problem(h1, SOON).unwrap();
+    wait_fast(h1, &["local"], || talk(a, b)).unwrap();
+}
+
+#[test]
+fn nothing_is_left_when_it_is_turned_off() {
+    let Pods { lab, a, b, _servers, .. } = &pods(start_lab_with(lab(2)).unwrap(), "vxlan", BOTH);
+    let h1 = &lab["h1"];
+    wait_fast(h1, &["local"], || talk(a, b)).unwrap();
+    let folder = h1.fast_path_pins().unwrap();
+    let links = || std::fs::read_dir(folder.join("links")).map(Iterator::count).unwrap_or_default();
+    // Two endpoints and the underlay with two programs each, and the VXLAN device with one.
+    wait_until(SOON, "all programs", || -> Result<()> {
+        ensure!(links() == 7, "{}", links());
+        Ok(())
+    })
+    .unwrap();
+    let device = device_of(h1, "pods", "ovx-").unwrap();
+    h1.ctl_ok(&["detach", "b"]).unwrap();
+    wait_until(SOON, "the programs of an endpoint to be forgotten", || -> Result<()> {
+        ensure!(links() == 5, "{}", links());
+        Ok(())
+    })
+    .unwrap();
+    assert!(h1.exec_ok(["ip", "link", "show", "dev", &device]).is_ok());
+    h1.ctl_ok(&["teardown", "--yes"]).unwrap();
+    assert!(!folder.exists(), "{}", folder.display());
+}
+
+#[test]
+fn it_pauses_while_packets_are_followed() {
+    let Pods { lab, a, b, _servers, .. } =
+        &pods(start_lab_with(lab(2)).unwrap(), "auto", &["--subnet", "10.60.0.0/16"]);
+    let h1 = &lab["h1"];
+    wait_fast(h1, &["local"], || talk(a, b)).unwrap();
+    let is_paused = || h1.ctl_json(&["status"]).unwrap()["fast_path"]["paused"] == true;
+    assert!(!is_paused());
+    let mut open = Connection::open(&a.workload, at(&b.address(), PORT)).unwrap().unwrap();
+    open.read_answer().unwrap();
+    let traced = h1.ctl_ok(&["trace", "a", "b:80"]).unwrap();
+    assert!(traced.contains("arrives"), "{traced}");
+    assert!(is_paused());
+    // Connections survive both turns.
+    open.ask().unwrap();
+    wait_until(SOON, "the end of the pause", || -> Result<()> {
+        ensure!(!is_paused());
+        Ok(())
+    })
+    .unwrap();
+    open.ask().unwrap();
+    wait_fast(h1, &["local"], || talk(a, b)).unwrap();
+}
