@@ -12,8 +12,8 @@ use ovl_proto::DEFAULT_SOCKET;
 use crate::command::resource::jsonpath::{self, Template};
 use crate::command::{
     attach, bugreport, capture, cni, completions, detach, dns, doctor, endpoint, endpoints, events, exec,
-    fdb, flows, key, lifecycle, man, metrics, network, page, peers, plan, policy, recover, resource, routes,
-    sandbox, status, subnets, top, trace, verify,
+    fdb, flows, key, lifecycle, man, metrics, netcheck, network, page, peers, plan, policy, recover,
+    resource, routes, sandbox, status, subnets, top, trace, verify,
 };
 use crate::context::Context;
 use crate::error::{Error, Result};
@@ -131,6 +131,8 @@ enum Command {
     Verify,
     /// Check what commonly breaks, and say what to do; exit status 1 if something was found
     Doctor(doctor::Args),
+    /// Check this host's connection to others: NAT, what is blocked; exit status 1 if something is
+    Netcheck,
     /// Show recent events
     Events(events::Args),
     /// Show hosts, endpoints and networks with what passes them, live; q quits
@@ -222,6 +224,7 @@ impl Cli {
             // These commands report their result through the exit status.
             Command::Verify => return verify::run(&context),
             Command::Doctor(args) => return doctor::run(&context, &args),
+            Command::Netcheck => return netcheck::run(&context),
             Command::Trace(args) => return trace::run(&context, args),
             Command::Flows(args) => return flows::run(&context, &args),
             Command::Diff(args) => return resource::diff(&context, &args),
@@ -317,6 +320,8 @@ mod tests {
             "verify",
             "doctor",
             "doctor --all-hosts -o json",
+            "netcheck",
+            "netcheck -o json",
             "events --follow",
             "events --since 03:10 --until 03:20",
             "events --since 10m -f",

@@ -18,6 +18,7 @@ pub(crate) mod key;
 pub(crate) mod lifecycle;
 pub(crate) mod man;
 pub(crate) mod metrics;
+pub(crate) mod netcheck;
 pub(crate) mod network;
 pub(crate) mod page;
 pub(crate) mod peers;

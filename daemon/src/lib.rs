@@ -37,6 +37,7 @@ mod metrics;
 mod modes;
 mod multicast;
 mod names;
+mod netcheck;
 mod networks;
 mod newer;
 mod node;

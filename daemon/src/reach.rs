@@ -15,7 +15,8 @@ use tokio::time::Instant;
 const STAYS: Duration = Duration::from_secs(1);
 /// The number of knocks of which none must arrive for a firewall to be there.
 const SILENT_KNOCKS: u32 = 5;
-/// How long probes may take to pass both ways for the first time.
+/// How long probes may take to pass both ways for the first time. Not between two hosts that are both behind NAT: they go through a
+/// member until a path was found.
 const FIRST: Duration = Duration::from_secs(1);
 /// How long a probe that has arrived is reported to its sender.
 const RECENT: Duration = Duration::from_secs(2);
@@ -33,6 +34,9 @@ pub(crate) struct Reach {
     knocks: u32,
     /// Whether one of them has arrived.
     is_open: bool,
+    /// Whether a host has dialled this one by TCP, and whether there was time for it where UDP is blocked, so that knocks are.
+    was_dialled: bool,
+    had_time: bool,
     paths: BTreeMap<NodeId, Path>,
     /// Since when there has been no sign of a path to each peer to which none was ever there.
     tried: BTreeMap<NodeId, Instant>,
@@ -63,6 +67,11 @@ impl Reach {
         self.seen.filter(|_| self.behind_nat)
     }
 
+    /// Where a host to join last saw this host. `None` if none has said it.
+    pub(crate) fn seen_at(&self) -> Option<SocketAddr> {
+        self.seen
+    }
+
     /// Takes that a host to join sees this one, which has these addresses, at an address, and whether it has knocked there.
     pub(crate) fn seen(&mut self, at: SocketAddr, knocks: bool, own: &[IpAddr]) {
         self.seen = Some(at);
@@ -75,13 +84,26 @@ impl Reach {
         self.is_open = true;
     }
 
+    /// Takes that a host has dialled this one.
+    pub(crate) fn dialled(&mut self) {
+        self.was_dialled = true;
+    }
+
+    /// Takes that others would have dialled this host by now if they could. No knock can arrive, because UDP is blocked.
+    pub(crate) fn had_time(&mut self) {
+        self.had_time = true;
+    }
+
     /// Whether this host is behind NAT, as far as that is known: others see another address than its own, or a firewall keeps out what
     /// was not asked for. Returns whether that has changed.
     pub(crate) fn judge(&mut self, configured: Option<bool>) -> bool {
         let is_hidden = match (self.is_translated, self.is_open) {
             (true, _) => true,
             (false, true) => false,
-            (false, false) => self.behind_nat || self.knocks >= SILENT_KNOCKS,
+            (false, false) => {
+                let is_undialled = self.had_time && !self.was_dialled;
+                self.behind_nat || self.knocks >= SILENT_KNOCKS || is_undialled
+            }
         };
         let behind_nat = configured.unwrap_or(is_hidden);
         std::mem::replace(&mut self.behind_nat, behind_nat) != behind_nat
@@ -122,10 +144,12 @@ impl Reach {
         self.paths.get(&peer).is_some_and(|path| now.saturating_duration_since(path.heard) < RECENT)
     }
 
-    /// For how long there has been no sign that datagrams pass both ways. `None` if there was none although there was time.
-    pub(crate) fn silence(&self, peer: NodeId, now: Instant) -> Option<Duration> {
+    /// For how long there has been no sign that datagrams pass both ways. `None` if there was none although there was time; `hidden`
+    /// says that both hosts are behind NAT.
+    pub(crate) fn silence(&self, peer: NodeId, now: Instant, hidden: bool) -> Option<Duration> {
         let sign = self.paths.get(&peer).and_then(|path| Some(path.heard.min(path.confirmed?)));
-        let first = || self.tried.get(&peer).copied().filter(|at| now.saturating_duration_since(*at) < FIRST);
+        let has_time = |at: &Instant| !hidden && now.saturating_duration_since(*at) < FIRST;
+        let first = || self.tried.get(&peer).copied().filter(has_time);
         Some(now.saturating_duration_since(sign.or_else(|| first().map(|_| now))?))
     }
 
@@ -152,18 +176,19 @@ mod tests {
     #[test]
     fn path_is_there_when_probes_pass_both_ways() {
         let (mut reach, start) = (Reach::default(), Instant::now());
-        assert_eq!((reach.at(PEER), reach.silence(PEER, start)), (None, None));
+        assert_eq!((reach.at(PEER), reach.silence(PEER, start, false)), (None, None));
         reach.set_wanted(&[PEER].into(), start);
-        assert_eq!(reach.silence(PEER, start + FIRST / 2), Some(Duration::ZERO), "it had no time");
-        assert_eq!(reach.silence(PEER, start + FIRST), None);
+        assert_eq!(reach.silence(PEER, start + FIRST / 2, false), Some(Duration::ZERO), "it had no time");
+        assert_eq!(reach.silence(PEER, start, true), None, "it cannot be sent to");
+        assert_eq!(reach.silence(PEER, start + FIRST, false), None);
         let start = start + FIRST;
         assert!(reach.heard(PEER, at("192.0.2.1:7942"), false, start));
-        assert_eq!((reach.silence(PEER, start), reach.is_heard(PEER, start)), (None, true));
+        assert_eq!((reach.silence(PEER, start, false), reach.is_heard(PEER, start)), (None, true));
         let later = start + Duration::from_millis(500);
         assert!(!reach.heard(PEER, at("192.0.2.1:7942"), true, later));
-        assert_eq!(reach.silence(PEER, later + STAYS), Some(STAYS));
+        assert_eq!(reach.silence(PEER, later + STAYS, true), Some(STAYS));
         assert!(!reach.heard(PEER, at("192.0.2.1:7942"), false, later + STAYS));
-        assert_eq!(reach.silence(PEER, later + STAYS), Some(STAYS), "not confirmed since");
+        assert_eq!(reach.silence(PEER, later + STAYS, true), Some(STAYS), "not confirmed since");
         assert!(!reach.is_heard(PEER, later + STAYS + RECENT));
         reach.set_wanted(&BTreeSet::new(), later);
         assert!(reach.all().is_empty());
@@ -208,6 +233,22 @@ mod tests {
     }
 
     #[test]
+    fn host_without_udp_is_behind_a_firewall_if_no_host_dials_it() {
+        let (own, seen) = (["10.0.0.1".parse().unwrap()], at("10.0.0.1:7940"));
+        for was_dialled in [false, true] {
+            let mut reach = Reach::new(false);
+            reach.seen(seen, false, &own);
+            if was_dialled {
+                reach.dialled();
+            }
+            assert!(!reach.judge(None));
+            reach.had_time();
+            reach.judge(None);
+            assert_eq!(reach.is_behind_nat(), !was_dialled);
+        }
+    }
+
+    #[test]
     fn peer_moves_only_when_it_is_silent_where_it_was() {
         let (mut reach, start) = (Reach::default(), Instant::now());
         let (old, new) = (at("192.0.2.1:7942"), at("192.0.2.9:1024"));
@@ -216,7 +257,7 @@ mod tests {
         assert_eq!(reach.at(PEER), Some(old));
         assert!(reach.heard(PEER, new, false, start + STAYS));
         assert_eq!(
-            (reach.at(PEER), reach.silence(PEER, start + STAYS)),
+            (reach.at(PEER), reach.silence(PEER, start + STAYS, false)),
             (Some(new), None),
             "not confirmed there"
         );

@@ -28,6 +28,8 @@ const MIN_BACKOFF: Duration = Duration::from_millis(250);
 const MAX_BACKOFF: Duration = Duration::from_secs(30);
 /// How long a host to join may take to answer by UDP before it is dialled.
 const SEED_SILENT: Duration = Duration::from_millis(500);
+/// How long others have to dial this host, once they know it.
+const TO_BE_DIALLED: Duration = Duration::from_secs(2);
 /// The maximum number of hosts to which there are paths.
 const MAX_HOSTS: usize = 256;
 
@@ -88,6 +90,8 @@ pub(crate) struct TcpPaths {
 #[derive(Debug)]
 struct Host {
     known_since: Instant,
+    /// Since when there is a stream of messages to it.
+    stream_since: Option<Instant>,
     open: BTreeMap<Datagrams, Open>,
     dialling: BTreeMap<Datagrams, Dialling>,
     /// Since when TCP is used.
@@ -133,6 +137,7 @@ impl Host {
     fn new(now: Instant) -> Self {
         Self {
             known_since: now,
+            stream_since: None,
             open: BTreeMap::new(),
             dialling: BTreeMap::new(),
             used_since: None,
@@ -256,7 +261,16 @@ impl TcpPaths {
     pub(crate) fn dialled_seed(&mut self, at: SocketAddr, is_open: bool, now: Instant) {
         if let Some(dialling) = self.seeds.get_mut(&at) {
             dialling.ended(is_open, now);
+            // It has as long to prove to be live as one that does not answer at all.
+            dialling.next = if is_open { now + MAX_BACKOFF } else { dialling.next };
         }
+    }
+
+    /// Whether nothing was ever heard by UDP while TCP has been in use for a while.
+    pub(crate) fn is_without_udp(&self, now: Instant) -> bool {
+        let is_long = |at: Instant| now.saturating_duration_since(at) >= TO_BE_DIALLED;
+        let is_long = |host: &Host| host.used_since.is_some_and(is_long);
+        self.is_blocked_here && self.hosts.values().any(is_long)
     }
 
     /// Decides for all hosts. `ping_every` is the interval of pings.
@@ -284,7 +298,12 @@ impl TcpPaths {
             }
             let is_used = host.used_since.is_some();
             let patience = if evidence.is_first { silent_after } else { silent_after + SECOND };
-            let is_wanted = is_used || (silence > patience && evidence.has_stream);
+            // A host that was started again answers by UDP a moment after its streams are back.
+            host.stream_since = host.stream_since.or(Some(now)).filter(|_| evidence.has_stream);
+            let has_stream = host
+                .stream_since
+                .is_some_and(|since| self.is_blocked_here || now.saturating_duration_since(since) > patience);
+            let is_wanted = is_used || (silence > patience && has_stream);
             let kinds = [Some(Datagrams::Gossip), evidence.relayed.then_some(Datagrams::Relayed)];
             for kind in kinds.into_iter().flatten().filter(|_| is_wanted && evidence.may_dial) {
                 let is_open = host.open.contains_key(&kind);
@@ -398,6 +417,19 @@ mod tests {
     }
 
     #[test]
+    fn host_that_was_started_again_is_not_dialled() {
+        let mut world = World::new();
+        world.evidence.has_stream = false;
+        assert_eq!(world.after(5000).dial, []);
+        world.evidence.has_stream = true;
+        assert_eq!(world.after(100).dial, []);
+        assert_eq!(world.after(900).dial, [], "it may answer by UDP yet");
+        world.heard = Some(world.now);
+        assert_eq!(world.after(900).dial, []);
+        assert_eq!(world.after(200).dial, KINDS.map(|kind| (PEER, kind)));
+    }
+
+    #[test]
     fn one_of_two_hosts_dials_first_and_failures_slow_it_down() {
         let mut world = World::new();
         world.evidence.is_first = false;
@@ -427,7 +459,7 @@ mod tests {
         assert_eq!(world.after(1100).turns, []);
         assert_eq!(world.answering(13_000), [(12_000, Turn::Udp)], "answers were missing meanwhile");
         world.answering(130_000);
-        world.cut();
+        assert_eq!(world.after(1100).turns, [(PEER, Turn::Tcp)]);
         assert_eq!(world.answering(3200), [(3000, Turn::Udp)], "long ago");
     }
 
@@ -459,13 +491,16 @@ mod tests {
         assert_eq!(paths.dial_seeds(&[seed], world.now + ms(5000)), [], "it is being dialled");
         paths.dialled_seed(seed, false, world.now);
         assert_eq!(paths.dial_seeds(&[seed], world.now + MIN_BACKOFF), [seed]);
+        paths.dialled_seed(seed, true, world.now);
+        assert_eq!(paths.dial_seeds(&[seed], world.now + MIN_BACKOFF * 2), [], "it may need a moment");
         // Nothing was ever heard by UDP: after it has begun anew, this host waits for nothing.
         (world.heard, world.evidence.udp) = (None, None);
         world.open(true);
         assert_eq!(world.after(0).turns, [(PEER, Turn::Tcp)]);
+        assert!(!world.paths.is_without_udp(world.now));
+        assert!(world.paths.is_without_udp(world.now + TO_BE_DIALLED));
         world.paths.begin_anew();
-        world.after(0);
+        assert_eq!(world.after(0).dial, KINDS.map(|kind| (PEER, kind)));
         assert_eq!(world.paths.dial_seeds(&[seed], world.now), [seed]);
-        assert_eq!(world.after(0).dial, [], "it was known for no time");
     }
 }

@@ -95,7 +95,11 @@ fn udp_is_cut_and_let_through_again(underlay: Underlay) {
     }
     let (h1, h2) = (&lab["h1"], &lab["h2"]);
     let mut connections = [&blue, &pods].map(|all| Connection::open(&all[0], &all[1], SOON).unwrap());
-    let mut all_carry = || connections.iter_mut().for_each(|each| drop(each.echo(300 * 1024).unwrap()));
+    let mut all_carry = || {
+        for each in &mut connections {
+            each.echo(300 * 1024).unwrap();
+        }
+    };
     all_carry();
     let flows: Vec<Flow> = [&blue, &pods].map(|all| Flow::start(&all[0], &all[1]).unwrap()).into();
 
@@ -175,7 +179,17 @@ fn host_whose_udp_is_blocked_reaches_hosts_behind_all_kinds_of_nat() {
 
 #[test]
 fn host_that_starts_with_udp_blocked_is_admitted_and_reached() {
-    let config = LabConfig::hosts(3).access("h3", "udp-blocked".parse().unwrap());
+    starts_with_udp_blocked(Underlay::V4);
+}
+
+/// Its addresses are not translated, so nothing but that no host dials it tells it that it is behind a firewall.
+#[test]
+fn the_same_behind_a_firewall_over_an_ipv6_underlay() {
+    starts_with_udp_blocked(Underlay::V6);
+}
+
+fn starts_with_udp_blocked(underlay: Underlay) {
+    let config = LabConfig::hosts(3).underlay(underlay).access("h3", "udp-blocked".parse().unwrap());
     let lab = Lab::new(config).unwrap();
     let (h1, h2, h3) = (&lab["h1"], &lab["h2"], &lab["h3"]);
     for host in [h1, h2] {

@@ -166,13 +166,19 @@ impl Relay {
 
     /// Sends a probe to a host at an address. It is lost if there is no key, or if the kernel refuses it.
     pub fn probe(&self, to: HostId, at: SocketAddr, payload: &[u8]) {
+        if let Some(datagram) = self.probe_datagram(to, payload) {
+            self.knock(at, &datagram);
+        }
+    }
+
+    /// The datagram of a probe to a host. `None` if there is no key.
+    pub fn probe_datagram(&self, to: HostId, payload: &[u8]) -> Option<Vec<u8>> {
         let table = self.shared.table();
-        let Some(key) = table.keys.first() else { return };
+        let key = table.keys.first()?;
         let mut datagram = vec![0; HEADER];
         datagram.extend_from_slice(payload);
         frame::write(&mut datagram, frame::PROBE, self.shared.me, to, key);
-        let length = datagram.len();
-        let _ = ovl_udp::send(&self.shared.socket, at, &datagram, length);
+        Some(datagram)
     }
 
     /// Sends a datagram as it is. It is lost if the kernel refuses it.

@@ -439,7 +439,7 @@ mod tests {
         let (near, (one, mut other)) = (program(), connection());
         let (near_path, _ended) = path(one, &near);
         let start = Instant::now();
-        // Nobody reads the connection.
+        // Nothing reads the connection.
         let mut sent = 0_u64;
         while near_path.counters().stale == 0 {
             assert!(start.elapsed() < Duration::from_secs(20));

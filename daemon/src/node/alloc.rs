@@ -263,6 +263,8 @@ impl Node {
             if before.members != state.view.alloc.members {
                 let now = state.now();
                 state.keys.note_members(now);
+                // Members are reached and relayed for.
+                self.detour_turn.notify_one();
             }
             // Messages that arrived before both sides were members were ignored, so exchange them again.
             let all_new = state.is_member() && !was_member;

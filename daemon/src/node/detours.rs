@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::Node;
-use super::reach::{Probing, live_members, nat_pairs, relay_at};
+use super::reach::{Probing, are_hidden, live_members, nat_pairs, relay_at};
 use super::state::State;
 use crate::detours::{Evidence, Turn};
 use crate::links::Links;
@@ -107,6 +107,7 @@ impl Node {
     fn is_calm(&self) -> bool {
         let state = self.state.borrow();
         state.detours.is_empty()
+            && !state.record().is_some_and(|own| own.is_behind_nat())
             && nat_pairs(&state).next().is_none()
             && state.tcp.is_empty()
             && state.detours.lingering(Instant::now()).next().is_none()
@@ -258,7 +259,7 @@ impl Node {
                 let id = node.record.id;
                 // What both exchange goes another way than gossip if it crosses NAT.
                 let heard = match state.view.crosses_nat(node) {
-                    true => state.reach.silence(id, now),
+                    true => state.reach.silence(id, now, are_hidden(state, node)),
                     false => gossip.last_heard(id).map(since),
                 };
                 let through = gossip.last_through(id).map(|(by, at)| (by, since(at)));

@@ -31,6 +31,7 @@ mod limits;
 mod metrics;
 mod multicast;
 mod names;
+mod netcheck;
 mod netns;
 mod network;
 mod newer;
@@ -196,6 +197,8 @@ pub(crate) struct Node {
     key_turn: tokio::sync::Mutex<()>,
     /// Ensures that manifests are applied one request at a time.
     applying: tokio::sync::Mutex<()>,
+    /// Ensures that one check of this host's connection runs at a time.
+    netchecks: tokio::sync::Mutex<()>,
     /// Firewalls of other programs.
     firewalls: Firewalls,
     /// Signals that a tunnel key or a key epoch changed.
@@ -394,6 +397,7 @@ impl Node {
             keys: Notify::new(),
             key_turn: tokio::sync::Mutex::default(),
             applying: tokio::sync::Mutex::default(),
+            netchecks: tokio::sync::Mutex::default(),
             firewalls: Firewalls::new(environment.owns_host()),
             tunnel_turn: Notify::new(),
             detour_turn: Notify::new(),

@@ -126,6 +126,10 @@ impl Node {
             StreamEvent::Down(peer) => tracing::debug!(%peer, "stream down"),
             StreamEvent::Record { record, signed } => {
                 let (peer, generation) = (record.id, record.generation);
+                // A host behind NAT has lent that connection.
+                if !self.state.borrow().reach.is_behind_nat() {
+                    self.note_dialled(true);
+                }
                 self.take_record(record, signed);
                 self.note_proved(peer);
                 self.links().met(peer, generation);
@@ -444,6 +448,7 @@ impl Node {
             changed.into_iter().filter_map(|(id, is)| Some((id, state.view.judge(id, is)?, is))).collect();
         for (id, was, is) in changed {
             self.event("peer", &state.view.name_of(id), &format!("{was} -> {is}"));
+            self.detour_turn.notify_one();
             if is == PeerState::Alive {
                 self.links().kick(id);
             }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use ovl_cluster::view::Node as Host;
 use ovl_control::PeerState;
+use ovl_mesh::gossip::RelayProbe;
 use ovl_proto::id::NodeId;
 use ovl_relay::Relay;
 use tokio::time::Instant;
@@ -85,12 +86,10 @@ impl Node {
                 Probe { peer: id, heard: state.reach.is_heard(id, now), to }
             };
             let due: Vec<Probe> = nat_pairs(state).map(to).collect();
-            let own = state.record().is_some_and(|own| own.is_behind_nat());
-            let hidden =
-                nat_pairs(state).map(|node| &node.record).filter(|record| own && record.is_behind_nat());
+            let hidden = nat_pairs(state).filter(|node| are_hidden(state, node));
             let is_lost =
-                |peer: &NodeId| state.reach.silence(*peer, now).is_none_or(|silence| silence > LOST);
-            let lost: Vec<NodeId> = hidden.map(|record| record.id).filter(is_lost).collect();
+                |peer: &NodeId| state.reach.silence(*peer, now, true).is_none_or(|silence| silence > LOST);
+            let lost: Vec<NodeId> = hidden.map(|node| node.record.id).filter(is_lost).collect();
             (due, probing.seek(&lost, now))
         };
         probing.last = Some(now);
@@ -114,7 +113,13 @@ impl Node {
 
     /// Takes what arrived as a probe.
     pub(super) fn take_relay_probe(&self, from: SocketAddr, mut datagram: Vec<u8>) {
-        let Some((peer, confirms)) = self.gossip().open_relay_probe(&mut datagram) else { return };
+        let (peer, confirms) = match self.gossip().open_relay_probe(&mut datagram, from) {
+            Some(RelayProbe::Heard(peer, confirms)) => (peer, confirms),
+            Some(RelayProbe::Answer(answer)) => {
+                return self.relay.get().into_iter().for_each(|relay| relay.knock(from, &answer));
+            }
+            None => return,
+        };
         let mut state = self.state.borrow_mut();
         let is_pair = nat_pairs(&state).any(|node| node.record.id == peer);
         if is_pair && state.reach.heard(peer, from, confirms, Instant::now()) {
@@ -127,6 +132,11 @@ impl Node {
 /// The live peers that are behind NAT, or all if this host is.
 pub(super) fn nat_pairs(state: &State) -> impl Iterator<Item = &Host> {
     live_members(state).filter(|node| node.record.id != state.view.me && state.view.crosses_nat(node))
+}
+
+/// Whether both this host and that one are behind NAT, so that neither can send to the other before they are introduced.
+pub(super) fn are_hidden(state: &State, node: &Host) -> bool {
+    node.record.is_behind_nat() && state.record().is_some_and(|own| own.is_behind_nat())
 }
 
 /// The members that are alive, this host among them.

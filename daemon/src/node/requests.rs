@@ -117,6 +117,7 @@ impl Node {
             Request::Plan => Reply::Plan(self.compare().await?.0.iter().map(ToString::to_string).collect()),
             Request::Verify => Reply::Verify(self.verify().await?),
             Request::Doctor { all_hosts } => Reply::Doctor(Box::new(self.doctor(all_hosts).await)),
+            Request::Netcheck => Reply::Netcheck(Box::new(self.netcheck().await?)),
             Request::Events { since_ms: None, until_ms: None, .. } => Reply::Events(self.events.latest()),
             Request::Events { since_ms, until_ms, .. } => {
                 Reply::Events(self.events.of(Period { since_ms, until_ms }).await)

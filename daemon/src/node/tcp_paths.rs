@@ -75,7 +75,7 @@ impl Node {
     fn turn_tcp_paths(self: &Rc<Self>) {
         self.close_tcp_paths();
         let now = Instant::now();
-        let (work, seeds) = {
+        let (work, seeds, is_without_udp) = {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             let evidence = self.tcp_evidence(state, now);
@@ -89,8 +89,11 @@ impl Node {
                 self.event("peer", &state.view.name_of(*peer), message);
             }
             note_blocked(state);
-            (work, seeds)
+            (work, seeds, state.tcp.is_without_udp(now))
         };
+        if is_without_udp {
+            self.note_dialled(false);
+        }
         if !work.turns.is_empty() {
             self.detour_turn.notify_one();
         }
@@ -131,7 +134,8 @@ impl Node {
             running.told.clear();
             state.tcp.begin_anew();
         }
-        for ((peer, kind), _) in running.paths.extract_if(.., |_, runs| runs.path.has_ended()) {
+        for ((peer, kind), runs) in running.paths.extract_if(.., |_, runs| runs.path.has_ended()) {
+            tracing::debug!(%peer, ?kind, counters = ?runs.path.counters(), "TCP path closed");
             state.tcp.closed(peer, kind);
         }
     }
@@ -231,6 +235,8 @@ impl Node {
         self.take_record(record, signed);
         self.note_proved(peer);
         self.turn_tcp_paths();
+        // Relayed datagrams take it at once.
+        self.detour_turn.notify_one();
         if is_dialled && kind == Datagrams::Gossip {
             self.gossip().ask_where(at);
         }

@@ -150,6 +150,23 @@ impl Node {
         }
     }
 
+    /// Takes whether others dial this host, where no knock can tell.
+    pub(super) fn note_dialled(&self, is_dialled: bool) {
+        let fixed = self.config.behind_nat;
+        let changed = {
+            let reach = &mut self.state.borrow_mut().reach;
+            if is_dialled {
+                reach.dialled();
+            } else {
+                reach.had_time();
+            }
+            reach.judge(fixed)
+        };
+        if changed {
+            self.underlay.notify_one();
+        }
+    }
+
     /// Begins a new generation if others know this host as one behind NAT, or as none, and that is not so any more.
     async fn follow_nat(&self, vtep: IpAddr) -> anyhow::Result<()> {
         let (known, is) = {
@@ -163,6 +180,7 @@ impl Node {
             };
             self.event("peer", &self.config.node, message);
             self.move_to(vtep).await?;
+            self.detour_turn.notify_one();
         }
         Ok(())
     }

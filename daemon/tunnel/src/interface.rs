@@ -153,8 +153,20 @@ impl<B: Backend> Interface<B> {
         let identity = reading(&self.identity);
         let mut peers = writing(&self.peers);
         if let Some(peer) = peers.by_key(&key).cloned() {
-            peer.session().endpoint = config.endpoint;
+            let is_elsewhere = {
+                let mut session = peer.session();
+                let before = std::mem::replace(&mut session.endpoint, config.endpoint);
+                let is_new = before != config.endpoint && session.tunn.stats().0.is_none();
+                if is_new {
+                    session.first = (Instant::now(), 0);
+                }
+                is_new
+            };
             peers.put(&peer, config);
+            drop((peers, identity));
+            if is_elsewhere {
+                self.initiate_handshake(&peer, true);
+            }
             return;
         }
         let slot = peers.free_slot();
@@ -201,6 +213,11 @@ impl<B: Backend> Interface<B> {
         for peer in reading(&self.peers).all() {
             let mut session = peer.session();
             if let TunnResult::WriteToNetwork(message) = session.tunn.update_timers(&mut message) {
+                self.send_one(session.endpoint, message);
+            } else if session.is_first_due()
+                && let TunnResult::WriteToNetwork(message) =
+                    session.tunn.format_handshake_initiation(&mut message, true)
+            {
                 self.send_one(session.endpoint, message);
             }
         }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use boringtun::noise::Tunn;
 use ipnet::IpNet;
@@ -12,6 +12,15 @@ use ovl_udp::trial::Offload;
 
 use crate::api::{PeerConfig, PeerStatus, PublicKey};
 use crate::segments::SegmentTrial;
+
+/// When the first handshake with a peer is begun again: WireGuard would wait for five seconds. The peer may not know this host yet, or
+/// the path to it may not be there yet.
+const FIRST_AGAIN: [Duration; 4] = [
+    Duration::from_millis(250),
+    Duration::from_millis(500),
+    Duration::from_millis(1000),
+    Duration::from_millis(2000),
+];
 
 /// A peer of an interface.
 pub(crate) struct WireguardPeer {
@@ -35,6 +44,8 @@ pub(crate) struct Session {
     pub(crate) own: IpAddr,
     /// `tunn` has queued packets until there is a session.
     pub(crate) has_queued: bool,
+    /// Since when there should be a session and was none yet, and how often its handshake was begun again.
+    pub(crate) first: (Instant, usize),
     /// When a handshake was last begun because the peer's clock had gone back.
     pub(crate) turned_at: Option<Instant>,
     /// Whether datagrams that the kernel divides arrive.
@@ -42,6 +53,17 @@ pub(crate) struct Session {
 }
 
 impl Session {
+    /// Whether the first handshake is to be begun again now. Call it every tick.
+    pub(crate) fn is_first_due(&mut self) -> bool {
+        let (since, times) = &mut self.first;
+        if self.tunn.stats().0.is_some() {
+            *times = FIRST_AGAIN.len();
+        }
+        let is_due = FIRST_AGAIN.get(*times).is_some_and(|after| since.elapsed() >= *after);
+        *times += usize::from(is_due);
+        is_due
+    }
+
     /// Takes that the peer is where an authentic datagram came from. A socket of this host that stands in for it, which is at the
     /// address of this interface, is taken and left by configuration alone: while one end has left such a detour, the other one
     /// still sends through it, and both would follow each other.
@@ -62,6 +84,7 @@ impl WireguardPeer {
                 endpoint,
                 own,
                 has_queued: false,
+                first: (Instant::now(), 0),
                 turned_at: None,
                 segments: SegmentTrial::new(),
             }),

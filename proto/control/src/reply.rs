@@ -14,6 +14,7 @@ use crate::info::{
     Verify,
 };
 use crate::kubernetes::{ApiReport, Mirrored};
+use crate::netcheck::Netcheck;
 use crate::overview::{Overview, Reports};
 use crate::resources::{AppliedAll, ManifestProblem, ResourceInfo, ServiceBackends};
 use crate::trace::Trace;
@@ -48,6 +49,8 @@ pub enum Reply {
     Verify(Verify),
     /// What was checked and found.
     Doctor(Box<Diagnosis>),
+    /// What was found of this host's connection to others.
+    Netcheck(Box<Netcheck>),
     /// Events, oldest first.
     Events(Vec<Event>),
     /// What the cluster consists of.

@@ -76,6 +76,8 @@ pub enum Request {
         #[serde(default)]
         all_hosts: bool,
     },
+    /// Checks this host's connection to others, within five seconds: [`crate::Reply::Netcheck`].
+    Netcheck,
     /// Returns events, oldest first: [`crate::Reply::Events`]. Without an end, the latest ones.
     Events {
         /// Whether to continue with each new event as it occurs, until the client closes the connection. The other fields

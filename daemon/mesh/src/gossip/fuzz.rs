@@ -47,7 +47,10 @@ pub fn message(bytes: &[u8]) {
             | Packet::Knock { .. }
             | Packet::RelayProbe { .. }
             | Packet::Try { .. }
-            | Packet::Tried { .. } => {}
+            | Packet::Tried { .. }
+            | Packet::Check { .. }
+            | Packet::Checked { .. }
+            | Packet::CheckFor { .. } => {}
         }
     }
     exchange(bytes, now);

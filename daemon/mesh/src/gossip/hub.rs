@@ -1,5 +1,6 @@
 //! The hub of gossip: seals and sends packets, and opens received datagrams and dispatches their packets.
 
+mod check;
 mod nat;
 mod records;
 mod tcp;
@@ -58,6 +59,8 @@ const PEER_VERIFICATIONS: u32 = 1_000;
 const STRANGER_SIGNATURES: u32 = 256;
 /// The maximum number of pings of others that are passed on at once.
 const MAX_RELAYS: usize = 256;
+/// The maximum number of questions about NAT that are answered a second.
+const CHECKS: u32 = 50;
 /// The maximum number of hosts a second that this host tells, and is told, where another one behind NAT is seen.
 const MEETINGS: u32 = 50;
 
@@ -112,6 +115,7 @@ pub(super) struct State {
     verifications: Budget,
     strange_signatures: Budget,
     meetings: Budget,
+    checks: Budget,
     /// The questions for the own address that wait for an answer, each with the host that was asked.
     asked: HashMap<u64, SocketAddr>,
     /// Whether this host knocks.
@@ -162,6 +166,7 @@ impl Hub {
             verifications: Budget::new(PEER_VERIFICATIONS, now),
             strange_signatures: Budget::new(STRANGER_SIGNATURES, now),
             meetings: Budget::new(MEETINGS, now),
+            checks: Budget::new(CHECKS, now),
             asked: HashMap::new(),
             knocks: false,
             ends: Ends::default(),
@@ -351,16 +356,19 @@ impl Hub {
             // One of the addresses to join is that of the local host.
             return;
         }
-        let from = state.name_of(state.opener.sender(&run), at, now);
+        let packet = (version == wire::version()).then(|| Packet::decode(plain));
+        // It comes from another socket than that of gossip.
+        let is_check = matches!(packet, Some(Ok(Packet::Check { .. })));
+        let from = if is_check { at } else { state.name_of(state.opener.sender(&run), at, now) };
         if state.sealing.selects()
             && let Some(key) = state.opener.key_of(&run)
         {
             state.sealing.heard(from, key);
         }
-        if version != wire::version() {
+        let Some(packet) = packet else {
             return self.other_version(state, (version == wire::INTRODUCTION).then_some(plain), from, now);
-        }
-        let Ok(packet) = Packet::decode(plain) else {
+        };
+        let Ok(packet) = packet else {
             state.counters.dropped_malformed += 1;
             return;
         };
@@ -375,7 +383,7 @@ impl Hub {
         };
         let sender = state.opener.sender(&run);
         state.note_udp(sender, at, now);
-        let from = state.name_of(sender, at, now);
+        let from = if is_check { at } else { state.name_of(sender, at, now) };
         let challenge = match sender {
             Sender::Proved(_) => None,
             Sender::Asked(at) if now.saturating_duration_since(at) < CHALLENGE_EVERY => None,
@@ -522,8 +530,12 @@ impl Hub {
             | Packet::WhereAmI { .. }
             | Packet::SeenAt { .. }
             | Packet::Knock { .. } => self.answer_about_nat(state, packet, proved, at, now),
-            // Such a probe is not gossip.
-            Packet::RelayProbe { .. } => None,
+            Packet::Check { .. } | Packet::CheckFor { .. } => {
+                self.answer_check(state, packet, (proved?, at), now);
+                None
+            }
+            // Such a probe is not gossip, and such an answer is for another socket.
+            Packet::RelayProbe { .. } | Packet::Checked { .. } => None,
             Packet::Try { .. } | Packet::Tried { .. } => {
                 state.answer_try(&*self.socket, packet, (proved?, from, at), now);
                 None

@@ -57,6 +57,7 @@ use crate::keys::{self, Identity, Keyring};
 use crate::transport::Transport;
 use cluster::Cluster;
 use hub::Hub;
+pub use packet::Answerer;
 use packet::Packet;
 use pulse::Seeds;
 pub use statement::Hints;
@@ -165,6 +166,15 @@ pub struct Contact {
     pub addr: SocketAddr,
     /// The path MTU in bytes; `None` if it is not known yet.
     pub path_mtu: Option<u16>,
+}
+
+/// A probe between the sockets of relayed datagrams.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RelayProbe {
+    /// Its sender, and whether the probes of this host arrive there.
+    Heard(NodeId, bool),
+    /// It is a question about NAT: the answer, to be sent to where it came from.
+    Answer(Vec<u8>),
 }
 
 /// A TCP path to a host, for gossip.
@@ -388,10 +398,20 @@ impl Gossip {
         self.hub.lock().relay_probe(to, heard)
     }
 
-    /// Opens such a probe in place. Returns its sender, and whether the probes of this host arrive there. `None` if it is forged, a
-    /// copy, or of a host that has not proved to be live.
-    pub fn open_relay_probe(&self, datagram: &mut [u8]) -> Option<(NodeId, bool)> {
-        self.hub.lock().open_relay_probe(datagram)
+    /// Opens such a probe in place, which came from an address. `None` if it is forged, a copy, or of a host that has not proved to
+    /// be live.
+    pub fn open_relay_probe(&self, datagram: &mut [u8], from: SocketAddr) -> Option<RelayProbe> {
+        self.hub.lock().open_relay_probe(datagram, from, Instant::now())
+    }
+
+    /// A sealed question to a peer about the NAT of this host, to be sent from a socket of its own. `None` if the peer is not known.
+    pub fn check(&self, to: NodeId, nonce: u64, by: Answerer) -> Option<Vec<u8>> {
+        self.hub.lock().check(to, nonce, by)
+    }
+
+    /// Opens the answer in place. Returns the nonce of the question, and where it came from. `None` if it is no answer of a live peer.
+    pub fn open_checked(&self, datagram: &mut [u8]) -> Option<(u64, SocketAddr)> {
+        self.hub.lock().open_checked(datagram)
     }
 
     /// Replaces the TCP paths.
@@ -414,10 +434,10 @@ impl Gossip {
         self.hub.ask_where(to);
     }
 
-    /// The addresses of hosts to join at which no peer is alive.
+    /// The addresses of hosts to join, while no peer is alive.
     pub fn missing_seeds(&self) -> Vec<SocketAddr> {
-        let state = self.hub.lock();
-        self.seeds.addresses().into_iter().filter(|at| !state.book.is_alive_at(*at)).collect()
+        let is_alone = self.hub.lock().book.addresses(true).is_empty();
+        if is_alone { self.seeds.addresses() } else { Vec::new() }
     }
 
     /// The round-trip time to a peer. `None` if it is not known.

@@ -68,6 +68,23 @@ pub(super) enum Packet {
     Try { nonce: u64 },
     /// The answer to it, to where it came from.
     Tried { nonce: u64 },
+    /// A question of a member about its NAT, from a socket of its own.
+    Check { nonce: u64, by: Answerer },
+    /// The answer: where the question came from.
+    Checked { nonce: u64, at: SocketAddr },
+    /// A request to answer a question of a host, which came from `at`.
+    CheckFor { node: NodeId, nonce: u64, at: SocketAddr },
+}
+
+/// What answers a question about NAT.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answerer {
+    /// The socket that was asked.
+    SamePort,
+    /// Another socket of the host that was asked.
+    OtherPort,
+    /// Another host.
+    OtherHost,
 }
 
 /// A fragment of a message.

@@ -8,10 +8,10 @@ use ovl_proto::wire;
 use tokio::time::Instant;
 use tracing::debug;
 
-use super::super::GossipEvent;
 use super::super::ends::is_plausible;
-use super::super::packet::Packet;
+use super::super::packet::{Answerer, Packet};
 use super::super::seal::Sender;
+use super::super::{GossipEvent, RelayProbe};
 use super::{Hub, MAX_QUEUE, State};
 use crate::transport::Datagrams;
 
@@ -123,7 +123,12 @@ impl State {
     }
 
     /// Seals a packet that another socket than that of gossip sends.
-    fn sealed(&mut self, to: SocketAddr, packet: &Packet, receiver: Option<NodeId>) -> Option<Vec<u8>> {
+    pub(super) fn sealed(
+        &mut self,
+        to: SocketAddr,
+        packet: &Packet,
+        receiver: Option<NodeId>,
+    ) -> Option<Vec<u8>> {
         let plain = packet.encode().ok()?;
         let mut datagram = Vec::new();
         self.sealing.seal(to, (wire::version(), &plain), receiver, &mut datagram).ok()?;
@@ -191,11 +196,20 @@ impl State {
         self.sealed(address, &Packet::RelayProbe { heard }, Some(to))
     }
 
-    pub(in crate::gossip) fn open_relay_probe(&mut self, datagram: &mut [u8]) -> Option<(NodeId, bool)> {
+    pub(in crate::gossip) fn open_relay_probe(
+        &mut self,
+        datagram: &mut [u8],
+        from: SocketAddr,
+        now: Instant,
+    ) -> Option<RelayProbe> {
         let (run, plain) = self.opener.open(datagram).ok()?;
         let Sender::Proved(node) = self.opener.sender(&run) else { return None };
         match Packet::decode(plain).ok()? {
-            Packet::RelayProbe { heard } => Some((node, heard)),
+            Packet::RelayProbe { heard } => Some(RelayProbe::Heard(node, heard)),
+            Packet::Check { nonce, by: Answerer::SamePort } if self.checks.take(now) => {
+                let address = self.book.address(node)?;
+                self.sealed(address, &Packet::Checked { nonce, at: from }, Some(node)).map(RelayProbe::Answer)
+            }
             _ => None,
         }
     }

@@ -104,7 +104,12 @@ impl State {
     }
 
     /// Sends a packet to a host that is known by the first address to the second one.
-    fn send_by_udp(&mut self, socket: &dyn Datagrams, (to, at): (SocketAddr, SocketAddr), packet: &Packet) {
+    pub(super) fn send_by_udp(
+        &mut self,
+        socket: &dyn Datagrams,
+        (to, at): (SocketAddr, SocketAddr),
+        packet: &Packet,
+    ) {
         let receiver = self.book.live_at(to);
         let Ok(plain) = packet.encode() else { return };
         let sealed = self.sealing.seal(to, (wire::version(), &plain), receiver, &mut self.datagram);
