@@ -236,7 +236,13 @@ impl Socket for MemorySocket {
 
     fn receive(&self, (): &mut (), mut each: impl FnMut(Received<'_>)) -> io::Result<bool> {
         let Datagram { from, bytes, .. } = self.inbox.pop()?;
-        each(Received { from, bytes: &bytes, segment_size: bytes.len().max(1), is_truncated: false });
+        each(Received {
+            from,
+            bytes: &bytes,
+            segment_size: bytes.len().max(1),
+            is_truncated: false,
+            arrived: None,
+        });
         Ok(false)
     }
 
