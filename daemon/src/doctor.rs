@@ -29,7 +29,7 @@ const CHECKS: &[(&str, &str, &[Code])] = &[
     ("host", "address", &[Code::Address, Code::DuplicateAddress]),
     ("host", "disk", &[Code::StateFile, Code::DamagedFile, Code::DiskSpace]),
     ("host", "open files", &[Code::Descriptors]),
-    ("host", "features", &[Code::KernelFeature, Code::KernelDump]),
+    ("host", "features", &[Code::KernelFeature, Code::KernelDump, Code::FastPath]),
     ("host", "ports", &[Code::PortTaken, Code::RelayPort, Code::WebAddress, Code::PageAddress]),
     ("host", "forwarding", &[Code::Forwarding]),
     ("host", "source validation", &[Code::SourceValidation]),

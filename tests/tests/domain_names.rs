@@ -156,12 +156,12 @@ const PATTERNS: [&str; 9] = [
 ];
 
 /// How many elements the sets with a prefix have.
-fn elements(host: &Host, prefix: &str) -> usize {
-    let found = host.exec_ok(["nft", "-j", "list", "table", "inet", "ovl-policy"]).unwrap();
-    let found: Value = serde_json::from_str(&found).unwrap();
+fn elements(host: &Host, prefix: &str) -> Result<usize> {
+    let found = host.exec_ok(["nft", "-j", "list", "table", "inet", "ovl-policy"])?;
+    let found: Value = serde_json::from_str(&found)?;
     let sets = found["nftables"].as_array().unwrap().iter().map(|it| &it["set"]);
     let sets = sets.filter(|set| set["name"].as_str().is_some_and(|name| name.starts_with(prefix)));
-    sets.filter_map(|set| set["elem"].as_array()).map(Vec::len).sum()
+    Ok(sets.filter_map(|set| set["elem"].as_array()).map(Vec::len).sum())
 }
 
 fn problems(host: &Host, code: &str) -> Vec<String> {
@@ -320,7 +320,7 @@ fn what_a_pod_was_told_outlasts_restarts_and_ends_with_its_time() {
     ask_both(&client, "short.ovl.test", 8);
     assert_eq!(reaches_both(&client, 8), [true, true]);
     let mut open = [v4(9), v6(9)].map(|to| Open::to(&client, to));
-    let before = elements(host, "name.");
+    let before = elements(host, "name.").unwrap();
     assert_eq!(before, 6);
 
     // While ovld is down, the kernel goes on.
@@ -351,7 +351,7 @@ fn what_a_pod_was_told_outlasts_restarts_and_ends_with_its_time() {
     host.wait_ready(SOON).unwrap();
     open.iter_mut().for_each(Open::assert_alive);
     assert_eq!(reaches_both(&client, 10), [true, true]);
-    assert_eq!(elements(host, "name."), 2);
+    assert_eq!(elements(host, "name.").unwrap(), 2);
     // They go on because they were remembered, and for nothing else.
     flush_sets(host, "kept.", ".6");
     apply(&[&PATTERNS[..], &["more.ovl.test"]].concat());
@@ -364,7 +364,7 @@ fn what_a_pod_was_told_outlasts_restarts_and_ends_with_its_time() {
 
     // Another program deletes the table.
     host.exec_ok(["nft", "delete", "table", "inet", "ovl-policy"]).unwrap();
-    wait_for("the table to be written again", SOON, || elements(host, "name.") == 4);
+    wait_for("the table to be written again", SOON, || elements(host, "name.").is_ok_and(|count| count == 4));
     assert_eq!(reaches_both(&client, 10), [true, true]);
     assert!(!reaches(&client, v4(5)));
 

@@ -26,7 +26,7 @@ fn packaging() -> PathBuf {
 
 fn lab_with_metrics(hosts: usize) -> Lab {
     let mut config = LabConfig::hosts(hosts);
-    config.config = "metrics_listen = \"0.0.0.0:9640\"\n".to_owned();
+    config.config = "metrics_listen = \"0.0.0.0:9640\"\nfast_path = \"auto\"\n".to_owned();
     start_lab_with(config).unwrap()
 }
 
