@@ -130,7 +130,7 @@ fn round_trips(client: &UdpSocket, server: &UdpSocket, time: Duration) -> Result
     })
 }
 
-/// Returns how many small datagrams a second pass, in thousands. They end at a full socket that nobody reads; the whole path
+/// Returns how many small datagrams a second pass, in thousands. They end at a full socket that is not read; the whole path
 /// runs in the sender's system call, so its rate is that of the path.
 fn packets(client: &UdpSocket, time: Duration) -> Result<f64> {
     thread::scope(|scope| {
