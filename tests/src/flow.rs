@@ -38,6 +38,19 @@ pub struct FlowReport {
     pub lost: Vec<u32>,
 }
 
+impl FlowReport {
+    /// The longest time without replies.
+    pub fn longest_gap(&self) -> Duration {
+        let (mut longest, mut length, mut last) = (0, 0, None);
+        for &number in &self.lost {
+            length = if last == Some(number.wrapping_sub(1)) { length + 1 } else { 1 };
+            longest = longest.max(length);
+            last = Some(number);
+        }
+        INTERVAL * longest
+    }
+}
+
 impl Flow {
     /// Starts the flow once a ping gets through.
     pub fn start(from: &Attached, to: &Attached) -> Result<Self> {

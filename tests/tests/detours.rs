@@ -8,8 +8,8 @@ use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Underlay, wait_until};
 use ovl_tests::routed::create_routed_network;
 use ovl_tests::{
-    Attached, Connection, Flow, FlowReport, SOON, attach, create_network, peer, ping_all_pairs,
-    start_lab_with, wait_clean,
+    Attached, Connection, Flow, SOON, attach, create_network, peer, ping_all_pairs, start_lab_with,
+    wait_clean,
 };
 
 /// Time in which traffic flows another way after a direct path is cut.
@@ -61,17 +61,6 @@ fn carries(connection: &mut Connection) {
     connection.echo(100 * 1024).unwrap();
 }
 
-/// The longest time for which a flow got no replies.
-fn longest_gap(report: &FlowReport) -> Duration {
-    let (mut longest, mut length, mut last) = (0, 0, None);
-    for &number in &report.lost {
-        length = if last == Some(number.wrapping_sub(1)) { length + 1 } else { 1 };
-        longest = longest.max(length);
-        last = Some(number);
-    }
-    Duration::from_millis(5) * longest
-}
-
 fn detour_carries_traffic_and_ends(underlay: Underlay) {
     let World { lab, blue, pods } = world(3, underlay);
     let (h1, h2) = (&lab["h1"], &lab["h2"]);
@@ -86,7 +75,7 @@ fn detour_carries_traffic_and_ends(underlay: Underlay) {
     for all in [&blue, &pods] {
         ping_all_pairs(all, SOON).unwrap();
     }
-    let gaps: Vec<Duration> = flows.into_iter().map(|flow| longest_gap(&flow.finish().unwrap())).collect();
+    let gaps: Vec<Duration> = flows.into_iter().map(|flow| flow.finish().unwrap().longest_gap()).collect();
     println!("no replies for {gaps:?} after the cut");
     assert!(gaps.iter().all(|gap| *gap < TURNED), "{gaps:?}");
 
@@ -200,7 +189,7 @@ fn what_is_lost_in_one_direction_goes_through_a_member() {
     for all in [&blue, &pods] {
         ping_all_pairs(all, SOON).unwrap();
     }
-    let gaps: Vec<Duration> = flows.into_iter().map(|flow| longest_gap(&flow.finish().unwrap())).collect();
+    let gaps: Vec<Duration> = flows.into_iter().map(|flow| flow.finish().unwrap().longest_gap()).collect();
     println!("no replies for {gaps:?} after the cut");
     assert!(gaps.iter().all(|gap| *gap < TURNED), "{gaps:?}");
     lab.heal().unwrap();

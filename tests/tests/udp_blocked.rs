@@ -8,8 +8,8 @@ use anyhow::{Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Underlay, wait_until};
 use ovl_tests::routed::create_routed_network;
 use ovl_tests::{
-    Attached, Connection, Flow, FlowReport, SOON, attach, create_network, peer, ping_all_pairs,
-    start_lab_with, wait_clean,
+    Attached, Connection, Flow, SOON, attach, create_network, peer, ping_all_pairs, start_lab_with,
+    wait_clean,
 };
 use serde_json::Value;
 
@@ -44,17 +44,6 @@ fn wait_path(host: &Host, other: &str, wanted: &str) {
         Ok(())
     })
     .unwrap();
-}
-
-/// The longest time for which a flow got no replies.
-fn longest_gap(report: &FlowReport) -> Duration {
-    let (mut longest, mut length, mut last) = (0, 0, None);
-    for &number in &report.lost {
-        length = if last == Some(number.wrapping_sub(1)) { length + 1 } else { 1 };
-        longest = longest.max(length);
-        last = Some(number);
-    }
-    Duration::from_millis(5) * longest
 }
 
 /// A firewall on a host that lets no UDP pass from and to another one.
@@ -110,7 +99,7 @@ fn udp_is_cut_and_let_through_again(underlay: Underlay) {
     for all in [&blue, &pods] {
         ping_all_pairs(all, SOON).unwrap();
     }
-    let gaps: Vec<Duration> = flows.into_iter().map(|flow| longest_gap(&flow.finish().unwrap())).collect();
+    let gaps: Vec<Duration> = flows.into_iter().map(|flow| flow.finish().unwrap().longest_gap()).collect();
     println!("no replies for {gaps:?} after UDP was cut");
     assert!(gaps.iter().all(|gap| *gap < TURNED), "{gaps:?}");
     let row = peer(h1, "h2").unwrap();

@@ -6,10 +6,8 @@
 //! thread, and with the process. Begin to read at [`Capture::start`].
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -21,6 +19,7 @@ use socket2::{Domain, SockFilter, Socket, Type};
 use tokio::sync::mpsc;
 
 use super::error::{KernelError, Result};
+use super::netns::own_inode;
 use super::received::{Received, receive};
 use super::sys;
 use super::trace::{DroppedPacket, DroppedPackets, wall_ns};
@@ -116,7 +115,7 @@ impl Capture {
         let drops = match watched.is_empty() {
             true => None,
             false => {
-                namespaces.extend(fs::metadata("/proc/thread-self/ns/net").map(|own| own.ino()));
+                namespaces.insert(own_inode()?);
                 let (drops, missing) = DroppedPackets::begin(&watched, &namespaces);
                 notes.extend(missing);
                 Some(drops)

@@ -52,7 +52,7 @@ pub fn open_netns(path: &Path) -> Result<Netns> {
         return Err(KernelError::Other(format!("{text} is not a network namespace")));
     }
     let inode = inode(&file)?;
-    if inode == self::inode(&own()?)? {
+    if inode == own_inode()? {
         return Err(KernelError::Other(format!(
             "{text} is the network namespace of ovld itself: a container on the host network needs no endpoint"
         )));
@@ -71,6 +71,11 @@ pub(super) fn is_netns(file: &File) -> bool {
 /// The namespace of the calling thread.
 pub(super) fn own() -> Result<File> {
     File::open(OWN).map_err(|error| KernelError::io("cannot open ovld's own network namespace", &error))
+}
+
+/// The inode of the namespace of the calling thread.
+pub(super) fn own_inode() -> Result<u64> {
+    inode(&own()?)
 }
 
 fn inode(file: &File) -> Result<u64> {

@@ -21,10 +21,8 @@ mod probe;
 mod rules;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -38,7 +36,7 @@ use socket2::{Domain, Socket, Type};
 use tokio::sync::oneshot;
 
 use super::error::{KernelError, Result};
-use super::netns::Netns;
+use super::netns::{Netns, own_inode};
 use super::received::{Received, receive};
 use super::sys;
 
@@ -104,8 +102,8 @@ impl TraceWatch {
     fn watch(cookie: u32, netns: Option<Netns>, rules: Option<Result<RuleTrace>>) -> Result<Self> {
         let error = |error| KernelError::io("cannot watch for a probe", &error);
         let host = Capture::open(cookie, false).map_err(error)?;
-        let own = fs::metadata("/proc/thread-self/ns/net").map(|own| own.ino());
-        let spaces: BTreeSet<u64> = own.into_iter().chain(netns.as_ref().map(|netns| netns.inode)).collect();
+        let spaces: BTreeSet<u64> =
+            [own_inode()?].into_iter().chain(netns.as_ref().map(|netns| netns.inode)).collect();
         let inside = match netns {
             Some(netns) => Some(inside::enter(netns, move || Capture::open(cookie, true))?.map_err(error)?),
             None => None,
