@@ -143,6 +143,20 @@ INLINE int is_untranslated(struct __sk_buff *skb, const struct packet *packet, _
 	return 0;
 }
 
+/* Whether a packet may pass the stack by, on a path with this MTU. If not, it is prepared for the stack. */
+INLINE int may_pass(struct __sk_buff *skb, const struct packet *packet, __u32 mtu, __u32 epoch)
+{
+	if (packet->ttl <= 1) {
+		leave_known(skb, packet, COUNT_HOP_LIMIT);
+		return 0;
+	}
+	if (wire_length(skb, packet) > mtu) {
+		leave_known(skb, packet, COUNT_TOO_BIG);
+		return 0;
+	}
+	return is_untranslated(skb, packet, epoch);
+}
+
 /* Hands a packet to a local endpoint. Its TTL must have been decremented. */
 INLINE int deliver(struct __sk_buff *skb, const struct packet *packet, const struct pod *pod)
 {
@@ -310,11 +324,7 @@ int from_pod(struct __sk_buff *skb)
 		if (!path || path->network != source->network)
 			return NEXT;
 	}
-	if (packet.ttl <= 1)
-		return leave_known(skb, &packet, COUNT_HOP_LIMIT);
-	if (wire_length(skb, &packet) > (target ? target->mtu : path ? path->mtu : 0))
-		return leave_known(skb, &packet, COUNT_TOO_BIG);
-	if (!is_untranslated(skb, &packet, epoch_of(host, source, target)))
+	if (!may_pass(skb, &packet, target ? target->mtu : path ? path->mtu : 0, epoch_of(host, source, target)))
 		return NEXT;
 	if (target) {
 		count(COUNT_LOCAL, skb->len);
@@ -361,11 +371,7 @@ INLINE int receive_vxlan(struct __sk_buff *skb, const struct host *host)
 	target = map_lookup(&pods, &packet.to);
 	if (!target || !(target->flags & POD_FAST) || target->network != path->network)
 		return NEXT;
-	if (packet.ttl <= 1)
-		return leave_known(skb, &packet, COUNT_HOP_LIMIT);
-	if (wire_length(skb, &packet) > target->mtu)
-		return leave_known(skb, &packet, COUNT_TOO_BIG);
-	if (!is_untranslated(skb, &packet, epoch_of(host, target, 0)))
+	if (!may_pass(skb, &packet, target->mtu, epoch_of(host, target, 0)))
 		return NEXT;
 	/* The checksum that a device may have verified was the outer one. */
 	flags = BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET;
@@ -399,11 +405,7 @@ int from_underlay(struct __sk_buff *skb)
 	path = path_to(&packet.from);
 	if (!path || path->kind != PATH_DIRECT || path->network != target->network)
 		return NEXT;
-	if (packet.ttl <= 1)
-		return leave_known(skb, &packet, COUNT_HOP_LIMIT);
-	if (wire_length(skb, &packet) > target->mtu)
-		return leave_known(skb, &packet, COUNT_TOO_BIG);
-	if (!is_untranslated(skb, &packet, epoch_of(host, target, 0)))
+	if (!may_pass(skb, &packet, target->mtu, epoch_of(host, target, 0)))
 		return NEXT;
 	if (!cut_padding(skb, &packet))
 		return leave_known(skb, &packet, COUNT_NEXT_HOP);
