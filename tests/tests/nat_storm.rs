@@ -79,11 +79,18 @@ fn ways(lab: &Lab) -> Result<BTreeMap<(String, String), Way>> {
     Ok(ways)
 }
 
-/// Waits until each host has a path to each other one over links that are there.
+/// How long paths stay as they are until nothing follows from what happened before.
+const QUIET: Duration = Duration::from_secs(2);
+
+/// Waits until each host has a path to each other one over links that are there, and has kept it for a while: when hosts have moved,
+/// paths follow one after the other.
 fn wait_for_ways(lab: &Lab, faults: &Faults) -> BTreeMap<(String, String), Way> {
-    let mut found = BTreeMap::new();
+    let (mut found, mut since) = (BTreeMap::new(), Instant::now());
     wait_until(SOON, &format!("paths after {faults:?}"), || -> Result<()> {
-        found = ways(lab)?;
+        let now = ways(lab)?;
+        if now != found {
+            (found, since) = (now, Instant::now());
+        }
         for ((from, to), (via, _)) in &found {
             let hops: Vec<&String> = [from].into_iter().chain(via).chain([to]).collect();
             let is_there = hops.windows(2).all(|pair| !faults.cuts(pair[0], pair[1]));
@@ -93,6 +100,7 @@ fn wait_for_ways(lab: &Lab, faults: &Faults) -> BTreeMap<(String, String), Way> 
                 "{from} reaches {to} via {via:?}"
             );
         }
+        ensure!(since.elapsed() >= QUIET, "they changed {:?} ago", since.elapsed());
         Ok(())
     })
     .unwrap();

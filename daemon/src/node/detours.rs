@@ -37,6 +37,11 @@ const AGAIN: Duration = Duration::from_secs(5);
 /// Number of probes that may wait.
 const PROBES: usize = 256;
 
+/// A host that sends through another one, and where that is.
+type Sender = (HostId, SocketAddr);
+/// Where a probe came from, and the probe.
+type Received = (SocketAddr, Vec<u8>);
+
 impl Node {
     /// Relays, and opens detours, forever.
     pub(super) async fn detour_loop(self: Rc<Self>) {
@@ -45,6 +50,29 @@ impl Node {
         }
         let (tell, mut asked) = mpsc::channel(INBOX);
         let (tell_probe, mut probes) = mpsc::channel(PROBES);
+        // A simulated host has no sockets, but its streams and signs of life go through members as well.
+        let relay = match self.environment.owns_host() {
+            true => Some(self.open_relay(tell, tell_probe).await),
+            false => None,
+        };
+        let (mut known, mut probing) = (Known::default(), Probing::default());
+        loop {
+            if let Some(relay) = relay {
+                self.send_relay_probes(relay, &mut probing);
+            }
+            self.turn_ways(relay, &mut known).await;
+            let pause = if self.is_calm() { SELDOM } else { EVERY };
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = self.detour_turn.notified() => {}
+                Some((from, sender)) = asked.recv() => self.answer_through(NodeId(from), sender),
+                Some((from, datagram)) = probes.recv() => self.take_relay_probe(from, datagram),
+            }
+        }
+    }
+
+    /// Opens the port of relayed datagrams. Waits until it is free.
+    async fn open_relay(&self, tell: mpsc::Sender<Sender>, tell_probe: mpsc::Sender<Received>) -> &Relay {
         let relay = loop {
             let listen = SocketAddr::new(self.config.advertise.ip(), self.config.relay_port);
             let (me, forwards) = (self.state.borrow().view.me.0, self.config.relay.is_on());
@@ -73,19 +101,7 @@ impl Node {
             }
         };
         self.state.borrow_mut().problems.set(Code::RelayPort, "", None);
-        let relay = self.relay.get_or_init(|| relay);
-        let (mut known, mut probing) = (Known::default(), Probing::default());
-        loop {
-            self.send_relay_probes(relay, &mut probing);
-            self.turn_ways(relay, &mut known).await;
-            let pause = if self.is_calm() { SELDOM } else { EVERY };
-            tokio::select! {
-                () = tokio::time::sleep(pause) => {}
-                () = self.detour_turn.notified() => {}
-                Some((from, sender)) = asked.recv() => self.answer_through(NodeId(from), sender),
-                Some((from, datagram)) = probes.recv() => self.take_relay_probe(from, datagram),
-            }
-        }
+        self.relay.get_or_init(|| relay)
     }
 
     /// What this host has relayed. `None` if it takes no part.
@@ -145,7 +161,7 @@ impl Node {
     }
 
     /// Decides about all peers, and carries it out.
-    async fn turn_ways(&self, relay: &Relay, known: &mut Known) {
+    async fn turn_ways(&self, relay: Option<&Relay>, known: &mut Known) {
         // It is another one after the host has another address.
         self.gossip().set_knocks(true);
         let (wanted, turned, hops, ways, silent) = {
@@ -163,19 +179,8 @@ impl Node {
             for &(peer, turn) in &turns {
                 self.tell_turn(state, peer, turn);
             }
-            let next = next_hops(state);
-            if known.next != next {
-                relay.set_next(next.clone());
-                known.next = next;
-            }
-            let ring = state.keys.ring();
-            let ids: Vec<ClusterKeyId> = ring.all().map(|key| key.id()).collect();
-            if known.keys != ids {
-                let key = |key: &ovl_mesh::keys::ClusterKey| {
-                    RelayKey::new(key.id().0, &key.derive(b"", b"ovl relay v1"))
-                };
-                relay.set_keys(ring.all().map(key).collect());
-                known.keys = ids;
+            if let Some(relay) = relay {
+                known.tell(relay, state);
             }
             let through = |(peer, relay)| Some((peer, state.view.nodes.get(&relay)?.record.address));
             let borrowed = self.hidden_from_each_other(state, &relays);
@@ -196,6 +201,7 @@ impl Node {
         }
         let before = std::mem::take(&mut known.open);
         for (&(peer, channel), &wireguard) in &wanted {
+            let Some(relay) = relay else { break };
             match relay.open_detour(peer.0, channel, wireguard) {
                 Ok(local) => {
                     known.open.insert((peer, channel), local);
@@ -220,7 +226,9 @@ impl Node {
         }
         // WireGuard does not send to them any more: they ended a while ago.
         for (peer, channel) in before.into_keys().filter(|key| !known.open.contains_key(key)) {
-            relay.close_detour(peer.0, channel);
+            if let Some(relay) = relay {
+                relay.close_detour(peer.0, channel);
+            }
         }
     }
 
@@ -257,8 +265,8 @@ impl Node {
             .filter(|node| node.record.id != state.view.me)
             .map(|node| {
                 let id = node.record.id;
-                // What both exchange goes another way than gossip if it crosses NAT.
-                let heard = match state.view.crosses_nat(node) {
+                // What both exchange goes another way than gossip if it crosses NAT, through the sockets of relayed datagrams.
+                let heard = match state.view.crosses_nat(node) && self.relay.get().is_some() {
                     true => state.reach.silence(id, now, are_hidden(state, node)),
                     false => gossip.last_heard(id).map(since),
                 };
@@ -308,6 +316,26 @@ struct Known {
     keys: Vec<ClusterKeyId>,
     open: BTreeMap<(NodeId, Channel), SocketAddr>,
     ways: Ways,
+}
+
+impl Known {
+    /// Tells the relay the next hops and the cluster keys, if they have changed.
+    fn tell(&mut self, relay: &Relay, state: &State) {
+        let next = next_hops(state);
+        if self.next != next {
+            relay.set_next(next.clone());
+            self.next = next;
+        }
+        let ring = state.keys.ring();
+        let ids: Vec<ClusterKeyId> = ring.all().map(|key| key.id()).collect();
+        if self.keys != ids {
+            let key = |key: &ovl_mesh::keys::ClusterKey| {
+                RelayKey::new(key.id().0, &key.derive(b"", b"ovl relay v1"))
+            };
+            relay.set_keys(ring.all().map(key).collect());
+            self.keys = ids;
+        }
+    }
 }
 
 /// Where the socket of relayed datagrams of a host is reached. `None` if it has none, or is behind NAT and was not heard.

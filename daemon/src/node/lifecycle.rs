@@ -167,8 +167,8 @@ async fn start_tasks(node: &Rc<Node>, inbox: Inbox, listener: Option<UnixListene
     tasks.spawn_local(Rc::clone(node).underlay_loop());
     tasks.spawn_local(Rc::clone(node).ranges_loop());
     tasks.spawn_local(Rc::clone(node).claim_loop());
+    tasks.spawn_local(Rc::clone(node).detour_loop());
     if node.environment.owns_host() {
-        tasks.spawn_local(Rc::clone(node).detour_loop());
         tasks.spawn_local(Rc::clone(node).tcp_loop());
         tasks.spawn_local(Rc::clone(node).web_loop());
         tasks.spawn_local(Rc::clone(node).page_loop());

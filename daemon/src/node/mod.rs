@@ -328,8 +328,8 @@ impl Node {
             zone: config.zone.clone(),
             mirrors: false,
             is_node: config.join_nodes,
-            relay_port: if environment.owns_host() { config.relay_port } else { 0 },
-            relays: config.relay.is_on() && config.relay_port != 0 && environment.owns_host(),
+            relay_port: config.relay_port,
+            relays: config.relay.is_on() && config.relay_port != 0,
             unknown: Unknown::default().played(),
         };
         let signed = identity.sign_record(&record)?;

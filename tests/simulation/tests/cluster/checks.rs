@@ -39,6 +39,17 @@ impl World {
         Ok(endpoints.iter().map(given).collect())
     }
 
+    /// Checks what all hosts agree on.
+    ///
+    /// # Errors
+    ///
+    /// Names what differs.
+    pub(crate) async fn check_tables(&self) -> Result<()> {
+        let all = self.inspect_all().await?;
+        self.check_agreement(&all)?;
+        self.check_keys(&all)
+    }
+
     /// All hosts have the same members, map and networks, and the table of each host.
     fn check_agreement(&self, all: &BTreeMap<usize, Inspection>) -> Result<()> {
         let living = self.living();

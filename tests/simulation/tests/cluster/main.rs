@@ -5,7 +5,7 @@
 //! | --- | --- |
 //! | [`world`] | the cluster: what is done to it, and what it has acknowledged |
 //! | [`host`] | one host: its environment and its daemon |
-//! | [`network`] | datagrams and streams in memory, with latency, loss and partitions |
+//! | [`network`], [`nat`] | datagrams and streams in memory, with latency, loss, partitions and NAT |
 //! | [`checks`], [`kernels`] | the invariants |
 //! | [`storm`] | rounds of work and faults |
 //! | [`run`] | one simulation: its thread, its runtime, and what ends it |
@@ -22,6 +22,7 @@ mod checks;
 mod entropy;
 mod host;
 mod kernels;
+mod nat;
 mod network;
 mod random;
 mod run;
@@ -34,9 +35,10 @@ use std::time::Duration;
 use ovl_proto::object::Mode;
 use tokio::time::Instant;
 
+use self::nat::Kind;
 use self::run::{Slot, number, seed, simulate};
 use self::storm::{Storm, networks};
-use self::world::Wanted;
+use self::world::{Wanted, World};
 
 fn endpoint(network: &str, name: &str) -> Wanted {
     Wanted { network: network.to_owned(), name: name.to_owned(), ..Wanted::default() }
@@ -157,6 +159,56 @@ fn attaches_right_after_a_start_wait_and_eight_hosts_are_admitted_within_a_secon
         world.settle(Duration::from_secs(30)).await?;
         println!("eight hosts were admitted within {took:?}");
         assert!(took < Duration::from_secs(1), "{took:?}");
+        Ok(())
+    });
+}
+
+/// Waits until all hosts agree. Returns how long that took.
+async fn agree(world: &mut World, what: &str) -> anyhow::Result<Duration> {
+    let start = Instant::now();
+    loop {
+        world.run_for(Duration::from_millis(100)).await;
+        match world.check_tables().await {
+            Ok(()) => break,
+            Err(error) if start.elapsed() > Duration::from_secs(60) => {
+                return Err(error.context(format!("not agreed after {what}")));
+            }
+            Err(_) => {}
+        }
+    }
+    println!("all hosts agree {:?} after {what}", start.elapsed());
+    Ok(start.elapsed())
+}
+
+/// Most of many hosts are behind NAT, half of them behind one whose mappings depend on the destination.
+#[test]
+fn many_hosts_behind_nat_agree_also_after_the_boxes_forget_them() {
+    simulate(Slot::Hidden, seed(), async |world| {
+        let hosts = number("OVL_SIM_HIDDEN", 24);
+        world.start(3).await?;
+        networks(world).await?;
+        for number in 0..hosts {
+            world.add_hidden_host(if number % 2 == 0 { Kind::Symmetric } else { Kind::PortRestricted })?;
+        }
+        world.wait_for_members().await?;
+        agree(world, "all were admitted").await?;
+        let names = |round: &str, host: usize| endpoint("blue", &format!("{round}{host}"));
+        for host in world.living() {
+            world.attach(host, names("first", host))?;
+        }
+        world.collect_all().await?;
+        agree(world, "each got an endpoint").await?;
+        let hidden: Vec<usize> = world.living().into_iter().skip(3).collect();
+        for host in hidden.iter().step_by(2) {
+            let address = world.hosts[*host].address;
+            world.network.forget_mappings(address);
+        }
+        for host in world.living() {
+            world.attach(host, names("second", host))?;
+        }
+        world.collect_all().await?;
+        let took = agree(world, "half of the boxes forgot their mappings").await?;
+        assert!(took < Duration::from_secs(20), "{took:?}");
         Ok(())
     });
 }

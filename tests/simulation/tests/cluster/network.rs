@@ -18,6 +18,7 @@ use ovl_mesh::transport::{Datagrams, Listener, Side, Stream, Transport};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
 
+use crate::nat::{Kind, Nat};
 use crate::random::Random;
 
 /// After this a stream that is held back breaks, and a connection attempt fails.
@@ -40,6 +41,8 @@ struct Fabric {
     sides: BTreeMap<IpAddr, usize>,
     /// Hosts without power: their kernels do not answer either.
     off: BTreeSet<IpAddr>,
+    /// The boxes of hosts behind NAT.
+    boxes: BTreeMap<IpAddr, Nat>,
     datagrams: BTreeMap<SocketAddr, Arc<Inbox>>,
     listeners: BTreeMap<SocketAddr, Arc<Backlog>>,
     connections: Vec<Weak<Connection>>,
@@ -59,6 +62,7 @@ impl Network {
             loss: 0,
             sides: BTreeMap::new(),
             off: BTreeSet::new(),
+            boxes: BTreeMap::new(),
             datagrams: BTreeMap::new(),
             listeners: BTreeMap::new(),
             connections: Vec::new(),
@@ -95,6 +99,34 @@ impl Network {
         });
     }
 
+    /// Puts a host behind a NAT box, with this outer address.
+    pub(crate) fn hide(&self, address: IpAddr, kind: Kind, outer: IpAddr) {
+        self.lock().boxes.insert(address, Nat::new(kind, outer));
+    }
+
+    /// Whether a host is behind NAT.
+    pub(crate) fn is_hidden(&self, address: IpAddr) -> bool {
+        self.lock().boxes.contains_key(&address)
+    }
+
+    /// Makes the box of a host forget all mappings and connections.
+    pub(crate) fn forget_mappings(&self, address: IpAddr) {
+        let connections: Vec<_> = {
+            let mut fabric = self.lock();
+            if let Some(nat) = fabric.boxes.get_mut(&address) {
+                nat.forget();
+            }
+            fabric.connections.iter().filter_map(Weak::upgrade).collect()
+        };
+        for connection in connections {
+            if connection.ends.iter().any(|end| end.ip() == address) {
+                let mut state = lock(&connection.state);
+                state.forgotten = true;
+                connection.hold(&mut state);
+            }
+        }
+    }
+
     /// Changes which hosts reach each other, and holds or releases the streams between them.
     fn cut(&self, change: impl FnOnce(&mut Fabric)) {
         let connections: Vec<_> = {
@@ -109,24 +141,12 @@ impl Network {
         };
         for (reachable, connection) in connections {
             let mut state = lock(&connection.state);
-            if reachable {
+            if reachable && !state.forgotten {
                 state.held_since = None;
-            } else if state.held_since.is_none() {
-                let now = Instant::now();
-                state.held_since = Some(now);
-                let connection = Arc::downgrade(&connection);
-                tokio::spawn(async move {
-                    tokio::time::sleep(DEAD_AFTER).await;
-                    if let Some(connection) = connection.upgrade() {
-                        let mut state = lock(&connection.state);
-                        if state.held_since == Some(now) {
-                            state.broken = true;
-                            state.wake();
-                        }
-                    }
-                });
+                state.wake();
+            } else {
+                connection.hold(&mut state);
             }
-            state.wake();
         }
     }
 
@@ -174,6 +194,24 @@ impl Fabric {
     fn latency(&mut self) -> Duration {
         Duration::from_micros(200 + self.random.below(1000) as u64)
     }
+
+    /// The receiver of a datagram, and the sender as it sees it. `None` if a NAT box is in the way.
+    fn translate(&mut self, from: SocketAddr, to: SocketAddr) -> Option<(SocketAddr, SocketAddr)> {
+        let from = self.boxes.get_mut(&from.ip()).map_or(from, |nat| nat.send(from, to));
+        if self.boxes.contains_key(&to.ip()) {
+            return None;
+        }
+        let receiver = match self.boxes.values().find(|nat| nat.outer() == to.ip()) {
+            Some(nat) => nat.receive(to.port(), from)?,
+            None => to,
+        };
+        Some((receiver, from))
+    }
+
+    /// Whether a host can be dialled.
+    fn is_public(&self, address: IpAddr) -> bool {
+        !self.boxes.iter().any(|(inner, nat)| *inner == address || nat.outer() == address)
+    }
 }
 
 /// The network as one host sees it.
@@ -186,7 +224,7 @@ pub(crate) struct Interface {
 impl Probe for Interface {
     fn round_trip(&self, address: IpAddr) -> Option<Duration> {
         let mut fabric = self.network.lock();
-        let reached = fabric.reaches(self.address, address);
+        let reached = fabric.reaches(self.address, address) && fabric.is_public(address);
         reached.then(|| fabric.latency() + fabric.latency())
     }
 }
@@ -208,7 +246,8 @@ impl Transport for Interface {
     async fn connect(&self, to: SocketAddr) -> io::Result<Box<dyn Stream>> {
         let (latency, reached) = {
             let mut fabric = self.network.lock();
-            (fabric.latency() + fabric.latency(), fabric.reaches(self.address, to.ip()))
+            let reached = fabric.reaches(self.address, to.ip()) && fabric.is_public(to.ip());
+            (fabric.latency() + fabric.latency(), reached)
         };
         if !reached {
             tokio::time::sleep(DEAD_AFTER).await;
@@ -219,7 +258,9 @@ impl Transport for Interface {
         let Some(backlog) = fabric.listeners.get(&to).map(Arc::clone) else {
             return Err(io::ErrorKind::ConnectionRefused.into());
         };
-        let from = SocketAddr::new(self.address, fabric.next_port);
+        let seen = fabric.boxes.get(&self.address).map_or(self.address, Nat::outer);
+        let port = fabric.next_port;
+        let from = SocketAddr::new(self.address, port);
         fabric.next_port = fabric.next_port.checked_add(1).unwrap_or(32768);
         let held_since = (!fabric.reaches(self.address, to.ip())).then(Instant::now);
         let state = State { held_since, ..State::default() };
@@ -231,7 +272,7 @@ impl Transport for Interface {
         fabric.connections.push(Arc::downgrade(&connection));
         drop(fabric);
         let mut waiting = lock(&backlog.waiting);
-        waiting.0.push_back((End::new(Arc::clone(&connection), 1), from));
+        waiting.0.push_back((End::new(Arc::clone(&connection), 1), SocketAddr::new(seen, port)));
         if let Some(waker) = waiting.1.take() {
             waker.wake();
         }
@@ -266,7 +307,11 @@ impl Datagrams for Socket {
         // A daemon that was killed sends nothing.
         let open = fabric.datagrams.get(&self.address).is_some_and(|inbox| Arc::ptr_eq(inbox, &self.inbox));
         let loss = fabric.loss;
-        if !open || !fabric.reaches(self.address.ip(), to.ip()) || fabric.random.percent(loss) {
+        if !open {
+            return Ok(());
+        }
+        let Some((to, from)) = fabric.translate(self.address, to) else { return Ok(()) };
+        if !fabric.reaches(self.address.ip(), to.ip()) || fabric.random.percent(loss) {
             return Ok(());
         }
         let Some(inbox) = fabric.datagrams.get(&to).map(Arc::clone) else { return Ok(()) };
@@ -276,7 +321,7 @@ impl Datagrams for Socket {
         fabric.note(datagram, to);
         drop(fabric);
         let mut arrivals = lock(&inbox.0);
-        arrivals.waiting.insert(key, (self.address, datagram.to_vec()));
+        arrivals.waiting.insert(key, (from, datagram.to_vec()));
         if let Some(waker) = arrivals.waker.take() {
             waker.wake();
         }
@@ -347,9 +392,33 @@ struct Connection {
 struct State {
     /// Since when a partition lies between the ends.
     held_since: Option<Instant>,
+    /// Whether a NAT box has forgotten it.
+    forgotten: bool,
     broken: bool,
     /// What each end has written.
     written: [Direction; 2],
+}
+
+impl Connection {
+    /// Holds back what is written from now on. The connection breaks if that lasts.
+    fn hold(self: &Arc<Self>, state: &mut State) {
+        if state.held_since.is_none() {
+            let now = Instant::now();
+            state.held_since = Some(now);
+            let connection = Arc::downgrade(self);
+            tokio::spawn(async move {
+                tokio::time::sleep(DEAD_AFTER).await;
+                if let Some(connection) = connection.upgrade() {
+                    let mut state = lock(&connection.state);
+                    if state.held_since == Some(now) {
+                        state.broken = true;
+                        state.wake();
+                    }
+                }
+            });
+        }
+        state.wake();
+    }
 }
 
 #[derive(Debug, Default)]

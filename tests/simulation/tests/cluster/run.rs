@@ -35,10 +35,12 @@ pub(crate) enum Slot {
     Clocks,
     /// Of the test with requests right after a start.
     Starts,
+    /// Of the test with hosts behind NAT.
+    Hidden,
 }
 
 /// The number of slots.
-const SLOTS: usize = 8;
+const SLOTS: usize = 9;
 
 /// Runs a test on a paused clock, on a thread of its own, for which nothing random has been drawn yet.
 ///

@@ -22,6 +22,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use crate::host::{Call, Host, Running};
+use crate::nat::Kind;
 use crate::network::Network;
 use crate::random::Random;
 
@@ -124,6 +125,8 @@ impl World {
         let directory = files().join(format!("ovl-simulation-{}-{number}", std::process::id()));
         std::fs::create_dir_all(&directory)?;
         std::fs::write(directory.join("ovld.toml"), "")?;
+        // A host finds out by itself only if it owns the host's addresses.
+        std::fs::write(directory.join("hidden.toml"), "behind_nat = true\n")?;
         let keys = vec![new_key(&mut random)];
         Ok(Self {
             network: Network::new(random.split()),
@@ -147,6 +150,11 @@ impl World {
     /// Adds hosts, starts their daemons, and waits until all are members of one cluster.
     pub(crate) async fn start(&mut self, count: usize) -> Result<()> {
         (0..count).try_for_each(|_| self.add_host())?;
+        self.wait_for_members().await
+    }
+
+    /// Waits until all hosts are members of one cluster.
+    pub(crate) async fn wait_for_members(&mut self) -> Result<()> {
         let members = self.living().len();
         for _ in 0..120 {
             self.run_for(Duration::from_secs(1)).await;
@@ -158,10 +166,18 @@ impl World {
         bail!("the cluster has not formed within two minutes")
     }
 
+    /// Adds a host behind NAT and starts its daemon.
+    pub(crate) fn add_hidden_host(&mut self, kind: Kind) -> Result<()> {
+        let number = u32::try_from(self.hosts.len())?;
+        let (inner, outer) = (address_of(number), Ipv4Addr::from_bits(0xcb00_0001 + number));
+        self.network.hide(inner, kind, outer.into());
+        self.add_host()
+    }
+
     /// Adds a host and starts its daemon.
     pub(crate) fn add_host(&mut self) -> Result<()> {
         let number = self.hosts.len();
-        let address = IpAddr::V4(Ipv4Addr::from_bits(0xc0a8_0001 + u32::try_from(number)?));
+        let address = address_of(u32::try_from(number)?);
         let prefix = IpNet::new(address, 16)?;
         let underlay = Underlay { device: "eth0".to_owned(), index: 2, mtu: 1500, prefix, by_peers: false };
         let name = format!("host{number}");
@@ -224,7 +240,8 @@ impl World {
         std::fs::create_dir_all(&run)?;
         let mut args: Vec<OsString> = vec!["ovld".into()];
         let mut flag = |name: &str, value: &Path| args.extend([name.into(), value.into()]);
-        flag("--config", &self.directory.join("ovld.toml"));
+        let file = if self.network.is_hidden(entry.address) { "hidden.toml" } else { "ovld.toml" };
+        flag("--config", &self.directory.join(file));
         flag("--node", Path::new(&entry.name));
         flag("--state-dir", &state);
         flag("--run-dir", &run);
@@ -782,4 +799,9 @@ fn remember(detached: &mut VecDeque<(String, String)>, network: &str, name: &str
     if detached.len() > REMEMBERED {
         detached.pop_front();
     }
+}
+
+/// The address of a host on its own device.
+fn address_of(number: u32) -> IpAddr {
+    Ipv4Addr::from_bits(0xc0a8_0001 + number).into()
 }
