@@ -451,10 +451,10 @@ fn underlay_addresses(node: &Node) -> BTreeSet<IpAddr> {
 fn in_tunnel(view: &View, node: &Node) -> Vec<String> {
     let id = node.record.id;
     let own = format!("host {}", tunnel::address(view.alloc.origin(), id));
-    let encrypted =
-        view.networks.values().filter(|found| found.network.encrypted && found.network.mode == Mode::L3);
+    let through =
+        view.networks.values().filter(|found| found.network.may_be_sealed() && found.network.mode == Mode::L3);
     let blocks =
-        encrypted.flat_map(|found| view.blocks_of(found.network.id, id)).map(|block| format!("net {block}"));
+        through.flat_map(|found| view.blocks_of(found.network.id, id)).map(|block| format!("net {block}"));
     std::iter::once(own).chain(blocks).collect()
 }
 

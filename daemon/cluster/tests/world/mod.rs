@@ -76,6 +76,7 @@ pub(crate) fn view_of(mode: Mode, backend: Backend, subnet: Subnet, block: impl 
         subnets: vec![subnet],
         mtu: None,
         encrypted: false,
+        auto_encrypt: false,
         internal: false,
         backend,
         names: true,

@@ -10,10 +10,10 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use ipnet::{IpNet, Ipv6Net};
 use ovl_proto::SEALED_VXLAN_PORT;
 use ovl_proto::id::NodeId;
-use ovl_proto::object::Mode;
+use ovl_proto::object::{Encrypt, Mode, Network};
 use ovl_proto::record;
 
-use crate::local::Detours;
+use crate::local::{Detours, Local};
 use crate::local::epochs::{self, KeyEpochs, PeerRoute};
 use crate::mtu::{self, MIN_MTU_V6, wireguard_overhead};
 use ovl_cluster::view::{Node, View};
@@ -41,7 +41,19 @@ pub fn prefix(cluster: u64) -> IpNet {
 
 /// Whether any network of the cluster needs the tunnel.
 pub fn is_wanted(view: &View) -> bool {
-    view.networks.values().any(|state| state.network.encrypted)
+    view.networks.values().any(|state| state.network.may_be_sealed())
+}
+
+/// Whether packets of a network to a host go through the tunnel: all of an encrypted network, and those with
+/// [`Encrypt::Auto`] to a host to which there is no path in plain text.
+///
+/// There is none across NAT, nor where a detour stands in for the host: through members, which could read them, or over TCP.
+pub fn is_sealed(view: &View, local: &Local, network: &Network, peer: &Node) -> bool {
+    match network.encrypt() {
+        Encrypt::No => false,
+        Encrypt::Yes => true,
+        Encrypt::Auto => view.crosses_nat(peer) || local.detours.contains(peer.record.id),
+    }
 }
 
 /// Returns the local host and its tunnel. `None` if it is not a member or has no tunnel.
@@ -109,7 +121,7 @@ pub(crate) fn part(dataplane: &mut Dataplane, view: &View, epochs: &KeyEpochs, d
     // Packets to a tunnel address without a host route must not follow a default route.
     dataplane.routes.insert(prefix(cluster), Hop::UNREACHABLE);
     let mut allowed: BTreeMap<NodeId, BTreeSet<IpNet>> = BTreeMap::new();
-    for state in view.networks.values().filter(|s| s.network.encrypted && s.network.mode == Mode::L3) {
+    for state in view.networks.values().filter(|s| s.network.may_be_sealed() && s.network.mode == Mode::L3) {
         for (block, holder) in view.blocks(state.network.id) {
             allowed.entry(holder).or_default().insert(block);
         }

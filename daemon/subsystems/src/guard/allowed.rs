@@ -86,6 +86,7 @@ mod tests {
             subnets: vec![subnet("10.1.0.0/16", "10.1.0.1"), subnet("fd01::/64", "fd01::1")],
             mtu: None,
             encrypted,
+            auto_encrypt: false,
             internal: false,
             backend: Backend::Vxlan,
             names: true,

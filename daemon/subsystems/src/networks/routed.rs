@@ -78,12 +78,12 @@ pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, networ
         }
     }
     let tunnel_routes =
-        if network.encrypted { tunnel::peer_routes(view, &local.key_epochs) } else { BTreeMap::new() };
+        if network.may_be_sealed() { tunnel::peer_routes(view, &local.key_epochs) } else { BTreeMap::new() };
     let there = view.nodes.iter().filter(|(id, node)| **id != view.me && view.counts(node));
     let peers: BTreeMap<NodeId, &Node> = there.map(|(id, node)| (*id, node)).collect();
     for (block, holder) in view.blocks(network.id) {
         let Some(peer) = peers.get(&holder) else { continue };
-        let path = match network.encrypted {
+        let path = match tunnel::is_sealed(view, local, network, peer) {
             true => tunnel_routes.get(&holder).and_then(PeerRoute::output).map(PeerPath::Tunnel),
             false => path_to(network, local, own, peer, block),
         };

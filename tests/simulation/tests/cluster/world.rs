@@ -424,6 +424,7 @@ impl World {
             subnets: vec![subnet.parse()?],
             vni: None,
             encrypted: false,
+            auto_encrypt: false,
             internal: false,
             mtu: None,
             backend: None,
