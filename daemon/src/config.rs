@@ -129,7 +129,7 @@ impl Relaying {
 
 /// The value of `encrypt`.
 #[derive(Debug, Clone, Copy, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected true, false or \"auto\"")]
 enum Encrypting {
     Any(bool),
     When(Encrypt),
@@ -633,6 +633,20 @@ mod tests {
         assert_eq!(config.advertise, "10.0.0.1:7940".parse().unwrap());
         assert_eq!(config.keep, Duration::from_secs(60));
         assert!(!config.bootstrap);
+    }
+
+    #[test]
+    fn encryption_is_configured_as_a_flag_or_by_a_word() {
+        let encrypt = |args: &[&str], file: &str| {
+            let all = [&["--insecure", "--advertise", "10.0.0.1"], args].concat();
+            load(&all, file).map(|config| config.encrypt)
+        };
+        assert_eq!(encrypt(&[], "").unwrap(), Encrypt::No);
+        assert_eq!(encrypt(&[], "encrypt = true").unwrap(), Encrypt::Yes);
+        assert_eq!(encrypt(&["--encrypt"], "encrypt = 'auto'").unwrap(), Encrypt::Yes);
+        assert_eq!(encrypt(&["--encrypt", "auto"], "encrypt = false").unwrap(), Encrypt::Auto);
+        let error = format!("{:#}", encrypt(&[], "encrypt = 'sometimes'").unwrap_err());
+        assert!(error.contains("expected true, false or \"auto\""), "{error}");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use ovl_dataplane::state::TunnelKind;
 use ovl_kernel::{self as kernel, KernelHandle, Offload, TunnelPeerStatus, TunnelStatus};
 use ovl_mesh::keys::TunnelSecret;
 use ovl_proto::id::{NodeId, TunnelKey};
-use ovl_proto::object::{Encrypt, Mode};
+use ovl_proto::object::Encrypt;
 use ovl_proto::record;
 use ovl_subsystems::encryption::tunnel;
 use ovl_subsystems::local::epochs::{self, KeyEpochs};
@@ -278,7 +278,7 @@ impl Tunnel {
                 Encrypt::Yes if !network.encrypted => {
                     format!("encrypt = true, and network {name} is not encrypted")
                 }
-                Encrypt::Auto if !network.may_be_sealed() && network.mode == Mode::L3 => {
+                Encrypt::Auto if !network.may_be_sealed() => {
                     format!("encrypt = \"auto\", and network {name} is in plain text everywhere")
                 }
                 Encrypt::No | Encrypt::Yes | Encrypt::Auto => continue,

@@ -2,12 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use netns_lab::{Host, Lab, LabConfig, Underlay, wait_until};
-use ovl_tests::routed::create_routed_network;
+use netns_lab::{Host, Lab, LabConfig, Underlay, uninterrupted, wait_until};
+use ovl_tests::routed::create_network_of_mode;
 use ovl_tests::{
     Attached, Capture, Captured, Connection, Flow, SOON, attach, ctl_error, ping_all_pairs, start_lab_with,
     strings, wait_clean,
@@ -19,9 +19,11 @@ const TURNED: Duration = Duration::from_secs(2);
 const AUTO: &str = "the cat sat on the mat";
 const SEALED: &str = "no fox may ever be seen";
 const OPEN: &str = "any dog may read this";
+/// Less than the number of frames with the text while [`echo`] sends it in plain text. TCP has few, because they are long.
+const MANY: u64 = 20;
 const TEXTS: [&str; 3] = [AUTO, SEALED, OPEN];
 
-/// Hosts with three routed networks: one with `--encrypt auto`, one that is encrypted, and one in plain text.
+/// Hosts with three networks of one mode: one with `--encrypt auto`, one that is encrypted, and one in plain text.
 struct World {
     lab: Lab,
     auto: Vec<Attached>,
@@ -30,12 +32,13 @@ struct World {
 }
 
 impl World {
-    fn new(config: LabConfig, more: &[&str]) -> Self {
+    fn new(config: LabConfig, mode: &str, more: &[&str]) -> Self {
         let lab = start_lab_with(config).unwrap();
+        let create = |name, options: &[&str]| create_network_of_mode(&lab, mode, name, options).unwrap();
         let ranges = ["--subnet", "10.60.0.0/16", "--subnet", "fd60::/48", "--encrypt", "auto"];
-        create_routed_network(&lab, "auto", &[&ranges, more].concat()).unwrap();
-        create_routed_network(&lab, "sealed", &["--subnet", "10.61.0.0/16", "--encrypted"]).unwrap();
-        create_routed_network(&lab, "open", &["--subnet", "10.62.0.0/16", "--encrypt", "no"]).unwrap();
+        create("auto", &[&ranges, more].concat());
+        create("sealed", &["--subnet", "10.61.0.0/16", "--encrypted"]);
+        create("open", &["--subnet", "10.62.0.0/16", "--encrypt", "no"]);
         let on = |network: &str| attach_all(&lab, network);
         let (auto, sealed, open) = (on("auto"), on("sealed"), on("open"));
         Self { auto, sealed, open, lab }
@@ -51,12 +54,16 @@ impl World {
             };
             let mut expected: Vec<String> = pairs.iter().filter_map(other).collect();
             expected.sort();
-            wait_until(SOON, &format!("{} to seal what goes to {expected:?}", host.name()), || -> Result<()> {
-                let mut found = sealed_to(host)?;
-                found.sort();
-                ensure!(found == expected, "{found:?}");
-                Ok(())
-            })
+            wait_until(
+                SOON,
+                &format!("{} to seal what goes to {expected:?}", host.name()),
+                || -> Result<()> {
+                    let mut found = sealed_to(host)?;
+                    found.sort();
+                    ensure!(found == expected, "{found:?}");
+                    Ok(())
+                },
+            )
             .unwrap();
         }
     }
@@ -99,8 +106,31 @@ fn seen(lab: &Lab, work: impl FnOnce()) -> Captured {
     capture.finish().unwrap()
 }
 
-fn cut_pair_is_sealed_and_healed_pair_is_plain_again(underlay: Underlay, more: &[&str]) {
-    let world = World::new(LabConfig::hosts(3).underlay(underlay), more);
+/// Checks that a broadcast datagram of the first endpoint arrives once at each other one.
+fn ensure_broadcast_arrives_once(all: &[Attached]) {
+    const PORT: u16 = 5001;
+    let (first, others) = all.split_first().unwrap();
+    let open = |at: &Attached| at.workload.run(|| UdpSocket::bind(("0.0.0.0", PORT))).unwrap().unwrap();
+    let (sender, receivers) = (open(first), others.iter().map(open).collect::<Vec<_>>());
+    sender.set_broadcast(true).unwrap();
+    for text in ["first", "last"] {
+        sender.send_to(text.as_bytes(), ("10.60.255.255", PORT)).unwrap();
+    }
+    for receiver in &receivers {
+        receiver.set_read_timeout(Some(SOON)).unwrap();
+        // A copy of the first one comes before the last one, or right after it.
+        for expected in ["first", "last"] {
+            let mut text = [0; 16];
+            let length = uninterrupted(|| receiver.recv(&mut text)).unwrap();
+            assert_eq!(&text[..length], expected.as_bytes());
+        }
+        receiver.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+        assert!(uninterrupted(|| receiver.recv(&mut [0; 16])).is_err(), "a copy arrived");
+    }
+}
+
+fn cut_pair_is_sealed_and_healed_pair_is_plain_again(underlay: Underlay, mode: &str, more: &[&str]) {
+    let world = World::new(LabConfig::hosts(3).underlay(underlay), mode, more);
     let World { lab, auto, sealed, open } = &world;
     for all in [auto, sealed, open] {
         ping_all_pairs(all, SOON).unwrap();
@@ -112,12 +142,16 @@ fn cut_pair_is_sealed_and_healed_pair_is_plain_again(underlay: Underlay, more: &
         echo(&sealed[0], &sealed[1], SEALED);
         echo(&open[0], &open[1], OPEN);
     });
-    assert!(direct.count(AUTO) > 100 && direct.count(OPEN) > 100, "{direct:?}");
+    assert!(direct.count(AUTO) > MANY && direct.count(OPEN) > MANY, "{direct:?}");
     assert_eq!(direct.count(SEALED), 0, "{direct:?}");
 
     let flow = Flow::start(&auto[0], &auto[1]).unwrap();
     let mut connections = [auto, sealed].map(|all| Connection::open(&all[0], &all[1], SOON).unwrap());
-    let mut all_carry = || connections.iter_mut().for_each(|each| drop(each.echo(300 * 1024).unwrap()));
+    let mut all_carry = || {
+        for each in &mut connections {
+            each.echo(300 * 1024).unwrap();
+        }
+    };
     all_carry();
     lab.cut(&[("h1", "h2")], false).unwrap();
     world.wait_sealed(&[("h1", "h2")]);
@@ -132,19 +166,24 @@ fn cut_pair_is_sealed_and_healed_pair_is_plain_again(underlay: Underlay, more: &
         echo(&sealed[0], &sealed[2], SEALED);
         echo(&open[0], &open[2], OPEN);
     });
-    assert!(others.count(AUTO) > 100 && others.count(OPEN) > 100, "{others:?}");
+    assert!(others.count(AUTO) > MANY && others.count(OPEN) > MANY, "{others:?}");
     assert_eq!(others.count(SEALED), 0, "{others:?}");
+    if mode == "l2" {
+        ensure_broadcast_arrives_once(auto);
+    }
     let gap = flow.finish().unwrap().longest_gap();
     println!("no replies for {gap:?} after the cut");
     assert!(gap < TURNED, "{gap:?}");
     wait_clean(lab.hosts(), SOON).unwrap();
 
-    // What a killed daemon forgets, it learns again.
+    // What a killed daemon forgets, it learns again, and the kernel sends in plain text without it.
+    let flow = Flow::start(&auto[0], &auto[2]).unwrap();
     lab["h1"].kill9().unwrap();
     lab["h1"].start().unwrap();
     lab["h1"].wait_ready(SOON).unwrap();
     world.wait_sealed(&[("h1", "h2")]);
     all_carry();
+    flow.finish_without_loss().unwrap();
 
     let flow = Flow::start(&auto[0], &auto[1]).unwrap();
     lab.heal().unwrap();
@@ -155,8 +194,11 @@ fn cut_pair_is_sealed_and_healed_pair_is_plain_again(underlay: Underlay, more: &
         echo(&sealed[0], &sealed[1], SEALED);
         echo(&open[0], &open[1], OPEN);
     });
-    assert!(healed.count(AUTO) > 100 && healed.count(OPEN) > 100, "{healed:?}");
+    assert!(healed.count(AUTO) > MANY && healed.count(OPEN) > MANY, "{healed:?}");
     assert_eq!(healed.count(SEALED), 0, "{healed:?}");
+    if mode == "l2" {
+        ensure_broadcast_arrives_once(auto);
+    }
     let report = flow.finish().unwrap();
     assert!(report.lost.is_empty(), "nothing is lost on the way back: {:?}", report.lost);
     wait_clean(lab.hosts(), SOON).unwrap();
@@ -164,25 +206,34 @@ fn cut_pair_is_sealed_and_healed_pair_is_plain_again(underlay: Underlay, more: &
 
 #[test]
 fn pair_is_sealed_while_its_direct_path_is_cut() {
-    cut_pair_is_sealed_and_healed_pair_is_plain_again(Underlay::V4, &[]);
+    cut_pair_is_sealed_and_healed_pair_is_plain_again(Underlay::V4, "l3", &[]);
 }
 
 #[test]
 fn pair_is_sealed_while_its_direct_path_is_cut_over_an_ipv6_underlay() {
-    cut_pair_is_sealed_and_healed_pair_is_plain_again(Underlay::V6, &[]);
+    cut_pair_is_sealed_and_healed_pair_is_plain_again(Underlay::V6, "l3", &[]);
 }
 
 #[test]
 fn pair_with_direct_routes_is_sealed_while_its_direct_path_is_cut() {
-    cut_pair_is_sealed_and_healed_pair_is_plain_again(Underlay::V4, &["--backend", "auto"]);
+    cut_pair_is_sealed_and_healed_pair_is_plain_again(Underlay::V4, "l3", &["--backend", "auto"]);
 }
 
 #[test]
-fn what_crosses_nat_is_sealed_and_the_rest_is_plain() {
+fn pair_on_a_switched_network_is_sealed_while_its_direct_path_is_cut() {
+    cut_pair_is_sealed_and_healed_pair_is_plain_again(Underlay::V4, "l2", &[]);
+}
+
+#[test]
+fn pair_on_a_switched_network_is_sealed_while_its_direct_path_is_cut_over_an_ipv6_underlay() {
+    cut_pair_is_sealed_and_healed_pair_is_plain_again(Underlay::V6, "l2", &[]);
+}
+
+fn sealed_across_nat_and_plain_elsewhere(mode: &str) {
     let config = LabConfig::hosts(4)
         .access("h2", "port-restricted".parse().unwrap())
         .access("h3", "symmetric".parse().unwrap());
-    let world = World::new(config, &[]);
+    let world = World::new(config, mode, &[]);
     let World { lab, auto, open, .. } = &world;
     ping_all_pairs(auto, SOON).unwrap();
     world.wait_sealed(&[("h1", "h2"), ("h1", "h3"), ("h2", "h3"), ("h2", "h4"), ("h3", "h4")]);
@@ -197,20 +248,35 @@ fn what_crosses_nat_is_sealed_and_the_rest_is_plain() {
         echo(&auto[0], &auto[3], AUTO);
         echo(&open[0], &open[3], OPEN);
     });
-    assert!(public.count(AUTO) > 100 && public.count(OPEN) > 100, "{public:?}");
+    assert!(public.count(AUTO) > MANY && public.count(OPEN) > MANY, "{public:?}");
     let problems = lab["h1"].ctl_json(&["status"]).unwrap()["problems"].to_string();
-    assert!(problems.contains("network open on this host") && !problems.contains("network auto"), "{problems}");
+    assert!(
+        problems.contains("network open on this host") && !problems.contains("network auto"),
+        "{problems}"
+    );
 
     let mut connection = Connection::open(&auto[0], &auto[1], SOON).unwrap();
     connection.echo(2000).unwrap();
     lab["h2"].renumber().unwrap();
     connection.echo(2000).unwrap();
+    if mode == "l2" {
+        ensure_broadcast_arrives_once(auto);
+    }
     wait_clean(lab.hosts(), SOON).unwrap();
 }
 
 #[test]
-fn pair_goes_over_tcp_sealed_while_udp_is_blocked() {
-    let world = World::new(LabConfig::hosts(2), &[]);
+fn what_crosses_nat_is_sealed_and_the_rest_is_plain() {
+    sealed_across_nat_and_plain_elsewhere("l3");
+}
+
+#[test]
+fn what_crosses_nat_on_a_switched_network_is_sealed_and_the_rest_is_plain() {
+    sealed_across_nat_and_plain_elsewhere("l2");
+}
+
+fn over_tcp_while_udp_is_blocked(mode: &str) {
+    let world = World::new(LabConfig::hosts(2), mode, &[]);
     let World { lab, auto, .. } = &world;
     ping_all_pairs(auto, SOON).unwrap();
     let mut connection = Connection::open(&auto[0], &auto[1], SOON).unwrap();
@@ -232,16 +298,28 @@ fn pair_goes_over_tcp_sealed_while_udp_is_blocked() {
     world.wait_sealed(&[]);
     connection.echo(300 * 1024).unwrap();
     let plain = seen(lab, || echo(&auto[0], &auto[1], AUTO));
-    assert!(plain.count(AUTO) > 100, "{plain:?}");
+    assert!(plain.count(AUTO) > MANY, "{plain:?}");
+}
+
+#[test]
+fn pair_goes_over_tcp_sealed_while_udp_is_blocked() {
+    over_tcp_while_udp_is_blocked("l3");
+}
+
+#[test]
+fn pair_on_a_switched_network_goes_over_tcp_sealed_while_udp_is_blocked() {
+    over_tcp_while_udp_is_blocked("l2");
 }
 
 #[test]
 fn networks_say_when_they_are_encrypted() {
     let lab = start_lab_with(LabConfig::hosts(1)).unwrap();
     let host = &lab["h1"];
-    let create = |name: &str, more: &[&str]| host.ctl(&[&["network", "create", name], more].concat()).unwrap();
+    let create =
+        |name: &str, more: &[&str]| host.ctl(&[&["network", "create", name], more].concat()).unwrap();
     for (name, more, encrypt) in [
         ("a", &["--mode", "l3", "--encrypt", "auto"][..], "auto"),
+        ("f", &["--encrypt", "auto"], "auto"),
         ("b", &["--encrypt", "yes"], "yes"),
         ("c", &["--encrypted"], "yes"),
         ("d", &["--encrypt", "no"], "no"),
@@ -249,10 +327,15 @@ fn networks_say_when_they_are_encrypted() {
     ] {
         assert!(create(name, more).status.success(), "{name}");
         let info = host.ctl_json(&["network", "inspect", name]).unwrap();
-        assert_eq!((&info["encrypt"], &info["encrypted"]), (&encrypt.into(), &(encrypt == "yes").into()), "{info}");
+        assert_eq!(
+            (&info["encrypt"], &info["encrypted"]),
+            (&encrypt.into(), &(encrypt == "yes").into()),
+            "{info}"
+        );
     }
     assert!(host.ctl_ok(&["network", "ls"]).unwrap().contains("encrypt-auto"));
-    let error = ctl_error(host, &["network", "create", "f", "--driver", "bridge", "--encrypt", "auto"]).unwrap();
+    let error =
+        ctl_error(host, &["network", "create", "f", "--driver", "bridge", "--encrypt", "auto"]).unwrap();
     assert!(error.contains("--encrypt auto is for networks of several hosts"), "{error}");
     let output = create("g", &["--encrypted", "--encrypt", "auto"]);
     assert!(!output.status.success() && output.stderr.contains("cannot be used with"), "{}", output.stderr);

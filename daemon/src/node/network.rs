@@ -49,7 +49,7 @@ impl Node {
         let configured = self.config.encrypt;
         if request.driver == Driver::Overlay {
             request.encrypted |= configured == Encrypt::Yes;
-            request.auto_encrypt |= configured == Encrypt::Auto && request.mode == Mode::L3;
+            request.auto_encrypt |= configured == Encrypt::Auto;
         }
         if !is_name(&request.name) {
             return Err(Failed::invalid(format!(
@@ -456,11 +456,6 @@ fn check_routed(request: &NetworkCreate, underlay: IpAddr) -> Result<(), Failed>
             "{blocks} lengths of blocks and {} subnets: give one for each, in their order",
             request.subnets.len()
         )));
-    }
-    if request.auto_encrypt && request.mode == Mode::L2 {
-        return Err(Failed::invalid(
-            "--encrypt auto is for routed networks: give --mode l3 as well, or --encrypted for a switched network",
-        ));
     }
     if let (true, Some(Backend::Direct | Backend::Auto)) = (request.encrypted, request.backend) {
         let why = "an encrypted network goes through the tunnel, whatever the segment: leave --backend out, or make it \

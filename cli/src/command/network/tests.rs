@@ -158,7 +158,8 @@ fn request_contains_all_options() {
 
 #[test]
 fn encryption_is_asked_for_in_two_ways() {
-    let asked = |more: &str| create(&format!("create blue {more}")).map(|made| (made.encrypted, made.auto_encrypt));
+    let asked =
+        |more: &str| create(&format!("create blue {more}")).map(|made| (made.encrypted, made.auto_encrypt));
     assert_eq!(asked("--encrypt yes"), Ok((true, false)));
     assert_eq!(asked("--encrypted"), Ok((true, false)));
     assert_eq!(asked("--encrypt auto"), Ok((false, true)));

@@ -123,6 +123,13 @@ pub(crate) fn encrypt(view: &mut View, kernel: bool) {
     view.networks.get_mut(&NET).unwrap().network.encrypted = true;
 }
 
+/// As [`encrypt`], but only to hosts to which there is no path in plain text.
+pub(crate) fn encrypt_if_needed(view: &mut View, kernel: bool) {
+    encrypt(view, kernel);
+    let network = &mut view.networks.get_mut(&NET).unwrap().network;
+    (network.encrypted, network.auto_encrypt) = (false, true);
+}
+
 pub(crate) fn endpoint(n: u8, address: &str) -> Entry {
     let net = net(address);
     Entry::Endpoint(Endpoint {

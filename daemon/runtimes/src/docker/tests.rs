@@ -323,6 +323,11 @@ fn network_is_joined_by_name_or_subnet_or_else_created() {
     assert_eq!(plan(json!({ "ovl.network": "blue" }), "10.77.0.0/16"), Ok(Plan::Join(BLUE)));
     assert_eq!(plan(json!({ "ovl.network": BLUE.to_string() }), "10.77.0.0/16"), Ok(Plan::Join(BLUE)));
     assert_eq!(plan(json!({}), "10.77.0.0/16"), Ok(Plan::Join(BLUE)));
+    let Ok(Plan::Make(made)) = plan(json!({ "ovl.network": "green", "encrypted": "auto" }), "10.5.0.0/16")
+    else {
+        panic!()
+    };
+    assert_eq!((made.encrypted, made.auto_encrypt), (false, true));
     let Ok(Plan::Make(made)) = plan(json!({ "ovl.network": "green", "encrypted": "true" }), "10.5.0.0/16")
     else {
         panic!()

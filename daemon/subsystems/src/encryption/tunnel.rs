@@ -13,10 +13,11 @@ use ovl_proto::id::NodeId;
 use ovl_proto::object::{Encrypt, Mode, Network};
 use ovl_proto::record;
 
-use crate::local::{Detours, Local};
 use crate::local::epochs::{self, KeyEpochs, PeerRoute};
+use crate::local::{Detours, Local};
 use crate::mtu::{self, MIN_MTU_V6, wireguard_overhead};
 use ovl_cluster::view::{Node, View};
+use ovl_dataplane::device::Device;
 use ovl_dataplane::state::{Dataplane, Hop, Link, Remote, Tunnel, TunnelKind, TunnelPeer};
 
 /// The length of the prefix that the tunnel addresses of all hosts of a cluster share.
@@ -54,6 +55,11 @@ pub fn is_sealed(view: &View, local: &Local, network: &Network, peer: &Node) -> 
         Encrypt::Yes => true,
         Encrypt::Auto => view.crosses_nat(peer) || local.detours.contains(peer.record.id),
     }
+}
+
+/// Returns the VXLAN device of a switched network whose packets are in the tunnel.
+pub(crate) fn vxlan(network: &Network) -> Device {
+    if network.encrypted { Device::vxlan(network.id) } else { Device::sealed_vxlan(network.id) }
 }
 
 /// Returns the local host and its tunnel. `None` if it is not a member or has no tunnel.
