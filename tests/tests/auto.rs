@@ -9,9 +9,10 @@ use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Underlay, uninterrupted, wait_until};
 use ovl_tests::routed::create_network_of_mode;
 use ovl_tests::{
-    Attached, Capture, Captured, Connection, Flow, SOON, attach, ctl_error, ping_all_pairs, start_lab_with,
-    strings, wait_clean,
+    Attached, Capture, Captured, Connection, Flow, SOON, attach, ctl_error, peer, ping_all_pairs,
+    start_lab_with, strings, wait_clean,
 };
+use serde_json::Value;
 
 /// Time in which traffic flows another way after a direct path is cut.
 const TURNED: Duration = Duration::from_secs(2);
@@ -299,6 +300,48 @@ fn over_tcp_while_udp_is_blocked(mode: &str) {
     connection.echo(300 * 1024).unwrap();
     let plain = seen(lab, || echo(&auto[0], &auto[1], AUTO));
     assert!(plain.count(AUTO) > MANY, "{plain:?}");
+}
+
+fn sealed_while_vxlan_is_blocked(mode: &str) {
+    let world = World::new(LabConfig::hosts(2), mode, &[]);
+    let World { lab, auto, .. } = &world;
+    ping_all_pairs(auto, SOON).unwrap();
+    wait_probed(&lab["h1"], "h2");
+    let mut connection = Connection::open(&auto[0], &auto[1], SOON).unwrap();
+    connection.echo(300 * 1024).unwrap();
+    let block = "add table bridge group\nadd chain bridge group in { type filter hook forward priority -10; }\n\
+                 add rule bridge group in iifname h1 oifname h2 udp dport 4789 drop\n";
+    lab.switch().exec_input(["nft", "-f", "-"], Some(block)).unwrap();
+    world.wait_sealed(&[("h1", "h2")]);
+    connection.echo(300 * 1024).unwrap();
+    let blocked = seen(lab, || echo(&auto[0], &auto[1], AUTO));
+    assert_eq!(blocked.count(AUTO), 0, "{blocked:?}");
+    lab.switch().exec_input(["nft", "-f", "-"], Some("delete table bridge group\n")).unwrap();
+    world.wait_sealed(&[]);
+    connection.echo(300 * 1024).unwrap();
+    let plain = seen(lab, || echo(&auto[0], &auto[1], AUTO));
+    assert!(plain.count(AUTO) > MANY, "{plain:?}");
+}
+
+/// Waits until probes of the path to another host are answered.
+fn wait_probed(host: &Host, other: &str) {
+    wait_until(SOON, &format!("the path from {} to {other} to be probed", host.name()), || -> Result<()> {
+        let row = peer(host, other)?;
+        let is_probed = |path: &Value| path["encapsulation"] == "vxlan" && path["rtt_us"].is_u64();
+        ensure!(row["paths"].as_array().is_some_and(|paths| paths.iter().any(is_probed)), "{row}");
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn pair_is_sealed_while_vxlan_is_blocked() {
+    sealed_while_vxlan_is_blocked("l3");
+}
+
+#[test]
+fn pair_on_a_switched_network_is_sealed_while_vxlan_is_blocked() {
+    sealed_while_vxlan_is_blocked("l2");
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use ipnet::{IpNet, Ipv6Net};
 use ovl_proto::SEALED_VXLAN_PORT;
 use ovl_proto::id::NodeId;
-use ovl_proto::object::{Encrypt, Mode, Network};
+use ovl_proto::object::{Backend, Encrypt, Mode, Network};
 use ovl_proto::record;
 
 use crate::local::epochs::{self, KeyEpochs, PeerRoute};
@@ -48,13 +48,29 @@ pub fn is_wanted(view: &View) -> bool {
 /// Whether packets of a network to a host go through the tunnel: all of an encrypted network, and those with
 /// [`Encrypt::Auto`] to a host to which there is no path in plain text.
 ///
-/// There is none across NAT, nor where a detour stands in for the host: through members, which could read them, or over TCP.
+/// There is none across NAT, where a detour stands in for the host (through members, which could read them, or over TCP), and where
+/// packets in VXLAN are lost.
 pub fn is_sealed(view: &View, local: &Local, network: &Network, peer: &Node) -> bool {
     match network.encrypt() {
         Encrypt::No => false,
         Encrypt::Yes => true,
-        Encrypt::Auto => view.crosses_nat(peer) || local.detours.contains(peer.record.id),
+        Encrypt::Auto => {
+            let id = peer.record.id;
+            view.crosses_nat(peer)
+                || local.detours.contains(id)
+                || (local.lost_vxlan.contains(id) && is_in_vxlan(local, network, peer))
+        }
     }
+}
+
+/// Whether packets of a network in plain text are sent to a host in VXLAN.
+fn is_in_vxlan(local: &Local, network: &Network, peer: &Node) -> bool {
+    network.mode == Mode::L2
+        || match network.backend {
+            Backend::Vxlan => true,
+            Backend::Auto => !local.underlay.is_near(peer.record.vtep),
+            Backend::Direct => false,
+        }
 }
 
 /// Returns the VXLAN device of a switched network whose packets are in the tunnel.

@@ -62,9 +62,11 @@ impl FrameRoutes {
 
     /// Returns how frames leave for a host. `None` if it cannot be reached.
     pub(crate) fn to(&self, node: &Node) -> Option<Exit> {
-        if self.through.contains(&node.record.id) {
-            return self.inside(node);
-        }
+        if self.through.contains(&node.record.id) { self.inside(node) } else { self.outside(node) }
+    }
+
+    /// Returns the way to a host on the underlay. `None` if there is none.
+    fn outside(&self, node: &Node) -> Option<Exit> {
         let remote = Remote { vtep: node.record.vtep, port: node.record.vxlan_port };
         let is_reached = Some(remote.vtep.is_ipv4()) == self.underlay && !node.record.is_behind_nat();
         is_reached.then_some(Exit { device: Device::vxlan(self.network), remote })
@@ -141,13 +143,14 @@ impl<'a> MacClaim<'a> {
     }
 }
 
-/// Adds the entries of a remote host with endpoints on the network: its flood entry and, if frames leave unencrypted, the
+/// Adds the entries of a remote host with endpoints on the network: its flood entry and, unless the network is encrypted, the
 /// FDB entry of its VXLAN device, to which path probes are sent. The tunnel has probes of its own.
-pub(crate) fn host(dataplane: &mut Dataplane, network: &Network, node: &Node, exit: Exit) {
+pub(crate) fn host(dataplane: &mut Dataplane, routes: &FrameRoutes, node: &Node, exit: Exit) {
     dataplane.floods.insert((exit.device, exit.remote));
-    if exit.device != tunnel::vxlan(network) {
-        let mac = addresses::mac_of_host(network.id, node.record.id);
-        dataplane.remotes.insert((exit.device, mac), exit.remote);
+    // They also find out when what is sealed for their loss can be sent in plain text again.
+    if let Some(Exit { device, remote }) = routes.outside(node) {
+        let mac = addresses::mac_of_host(routes.network, node.record.id);
+        dataplane.remotes.insert((device, mac), remote);
     }
 }
 

@@ -37,7 +37,7 @@ pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, networ
         let Some(claim) = MacClaim::of(view, local, network, &routes, *placed, wins) else { continue };
         claim.mac(dataplane, view);
         if let Some(exit) = claim.exit() {
-            switched::host(dataplane, network, placed.node, exit);
+            switched::host(dataplane, &routes, placed.node, exit);
         }
         for address in &claim.endpoint().addresses {
             dataplane.neighbours.insert((Device::bridge(id), address.addr()), claim.endpoint().mac);

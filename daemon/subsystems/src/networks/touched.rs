@@ -201,7 +201,7 @@ fn switched(
             .filter(|placed| view.is_counted(placed))
             .filter_map(claim);
         if let Some(exit) = claims.next().and_then(|claim| claim.exit()) {
-            endpoints::switched::host(&mut is, network, node, exit);
+            endpoints::switched::host(&mut is, &routes, node, exit);
         }
     }
     for endpoint in ids.iter().filter_map(|id| own.table.endpoint(*id)).filter(|own| own.network == id) {
