@@ -624,7 +624,7 @@ function showNetwork(name, event) {
   if (!network) return;
   show(event, network.name, [
     ["Driver", network.driver], ["Mode", network.mode], ["VNI", network.vni], ["Subnets", network.subnets.join(", ")],
-    ["Gateways", network.gateways.join(", ")], ["MTU", network.mtu], ["Encrypted", network.encrypted ? "yes" : "no"],
+    ["Gateways", network.gateways.join(", ")], ["MTU", network.mtu], ["Encrypted", network.encrypt],
     ["Internal", network.internal ? "yes" : "no"], ["Endpoints", network.endpoints], ["Hosts", network.nodes.join(", ")],
   ]);
 }

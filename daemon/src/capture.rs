@@ -15,7 +15,7 @@ use ovl_dataplane::device::Device;
 use ovl_kernel::{Capture, WINDOW};
 use ovl_proto::capture::{CaptureBatch, MAX_INSTRUCTIONS, MAX_SNAPLEN, PointKind};
 use ovl_proto::id::{EndpointId, NetworkId, NodeId};
-use ovl_proto::object::Mode;
+use ovl_proto::object::{Encrypt, Mode};
 use ovl_proto::resource::{Name, Protocol};
 use ovl_proto::{DEFAULT_PORT, SEALED_VXLAN_PORT};
 use ovl_subsystems::encryption::tunnel;
@@ -415,7 +415,12 @@ impl Plan {
                 !view.is_own(network.id) && (network.mode == Mode::L2 || !network.encrypted)
             };
             if let Some(network) = network.filter(has_device) {
-                all.push((PointKind::Vxlan, network.name.clone(), Device::vxlan(*id).to_string()));
+                let second = (network.mode == Mode::L2 && network.encrypt() == Encrypt::Auto)
+                    .then(|| Device::sealed_vxlan(*id));
+                let devices = [Device::vxlan(*id)].into_iter().chain(second);
+                all.extend(
+                    devices.map(|device| (PointKind::Vxlan, network.name.clone(), device.to_string())),
+                );
             }
         }
         if self.pair.contains(&view.me) {
@@ -451,10 +456,12 @@ fn underlay_addresses(node: &Node) -> BTreeSet<IpAddr> {
 fn in_tunnel(view: &View, node: &Node) -> Vec<String> {
     let id = node.record.id;
     let own = format!("host {}", tunnel::address(view.alloc.origin(), id));
-    let encrypted =
-        view.networks.values().filter(|found| found.network.encrypted && found.network.mode == Mode::L3);
+    let through = view
+        .networks
+        .values()
+        .filter(|found| found.network.may_be_sealed() && found.network.mode == Mode::L3);
     let blocks =
-        encrypted.flat_map(|found| view.blocks_of(found.network.id, id)).map(|block| format!("net {block}"));
+        through.flat_map(|found| view.blocks_of(found.network.id, id)).map(|block| format!("net {block}"));
     std::iter::once(own).chain(blocks).collect()
 }
 

@@ -16,6 +16,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use ovl_cluster::networks::overlaps;
 use ovl_dataplane::device::Device;
 use ovl_dns::StubDomain;
+use ovl_proto::object::Encrypt;
 use ovl_proto::record::{MAX_ZONE, is_zone};
 use ovl_proto::{
     DEFAULT_PORT, DEFAULT_RELAY_PORT, DEFAULT_TUNNEL_PORT, DEFAULT_VXLAN_PORT, SEALED_VXLAN_PORT,
@@ -81,9 +82,9 @@ pub(crate) struct Args {
     /// Whether others cannot dial this host, which is reached where its datagrams come from then [default: as hosts to join see it]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     behind_nat: Option<bool>,
-    /// Networks that are made by this host are encrypted
-    #[arg(long)]
-    encrypt: bool,
+    /// Networks that are made by this host are encrypted; auto: where hosts have no path in plain text [default: no]
+    #[arg(long, value_name = "WHEN", num_args = 0..=1, default_missing_value = "yes")]
+    encrypt: Option<Encrypt>,
     /// The file that names the resolvers for all names but ovl's [default: /etc/resolv.conf]
     #[arg(long, value_name = "FILE")]
     resolv_conf: Option<PathBuf>,
@@ -122,6 +123,24 @@ impl Relaying {
         match self {
             Self::Any(_) => None,
             Self::UpTo(megabits) => Some(u64::from(megabits.get()) * 1_000_000 / 8),
+        }
+    }
+}
+
+/// The value of `encrypt`.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(untagged, expecting = "expected true, false or \"auto\"")]
+enum Encrypting {
+    Any(bool),
+    When(Encrypt),
+}
+
+impl From<Encrypting> for Encrypt {
+    fn from(encrypting: Encrypting) -> Self {
+        match encrypting {
+            Encrypting::Any(true) => Self::Yes,
+            Encrypting::Any(false) => Self::No,
+            Encrypting::When(when) => when,
         }
     }
 }
@@ -191,8 +210,7 @@ struct File {
     relay_port: Option<u16>,
     relay: Option<Relaying>,
     behind_nat: Option<bool>,
-    #[serde(default)]
-    encrypt: bool,
+    encrypt: Option<Encrypting>,
     resolv_conf: Option<PathBuf>,
     #[serde(default)]
     dns_listen: Vec<SocketAddr>,
@@ -283,8 +301,8 @@ pub struct Config {
     pub(crate) relay: Relaying,
     /// Whether others cannot dial this host, because it is behind NAT. `None`: as hosts to join see it.
     pub(crate) behind_nat: Option<bool>,
-    /// Whether every network created by this host is encrypted, even if the request does not ask for it.
-    pub(crate) encrypt: bool,
+    /// How every network that this host creates is encrypted at least, even if the request does not ask for it.
+    pub(crate) encrypt: Encrypt,
     /// File with the upstream resolvers for all names that ovl does not serve.
     pub(crate) resolv_conf: PathBuf,
     /// Addresses at which the resolver listens for queries of the host itself.
@@ -400,7 +418,7 @@ impl Config {
             relay_port: args.relay_port.or(file.relay_port).unwrap_or(DEFAULT_RELAY_PORT),
             relay: file.relay.unwrap_or(Relaying::Any(true)),
             behind_nat: args.behind_nat.or(file.behind_nat),
-            encrypt: args.encrypt || file.encrypt,
+            encrypt: args.encrypt.or(file.encrypt.map(Encrypt::from)).unwrap_or_default(),
             resolv_conf: args.resolv_conf.or(file.resolv_conf).unwrap_or_else(|| "/etc/resolv.conf".into()),
             dns_listen: file.dns_listen,
             walk_search_lists: file.walk_search_lists.unwrap_or(true),
@@ -615,6 +633,20 @@ mod tests {
         assert_eq!(config.advertise, "10.0.0.1:7940".parse().unwrap());
         assert_eq!(config.keep, Duration::from_secs(60));
         assert!(!config.bootstrap);
+    }
+
+    #[test]
+    fn encryption_is_configured_as_a_flag_or_by_a_word() {
+        let encrypt = |args: &[&str], file: &str| {
+            let all = [&["--insecure", "--advertise", "10.0.0.1"], args].concat();
+            load(&all, file).map(|config| config.encrypt)
+        };
+        assert_eq!(encrypt(&[], "").unwrap(), Encrypt::No);
+        assert_eq!(encrypt(&[], "encrypt = true").unwrap(), Encrypt::Yes);
+        assert_eq!(encrypt(&["--encrypt"], "encrypt = 'auto'").unwrap(), Encrypt::Yes);
+        assert_eq!(encrypt(&["--encrypt", "auto"], "encrypt = false").unwrap(), Encrypt::Auto);
+        let error = format!("{:#}", encrypt(&[], "encrypt = 'sometimes'").unwrap_err());
+        assert!(error.contains("expected true, false or \"auto\""), "{error}");
     }
 
     #[test]

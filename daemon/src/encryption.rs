@@ -15,6 +15,7 @@ use ovl_dataplane::state::TunnelKind;
 use ovl_kernel::{self as kernel, KernelHandle, Offload, TunnelPeerStatus, TunnelStatus};
 use ovl_mesh::keys::TunnelSecret;
 use ovl_proto::id::{NodeId, TunnelKey};
+use ovl_proto::object::Encrypt;
 use ovl_proto::record;
 use ovl_subsystems::encryption::tunnel;
 use ovl_subsystems::local::epochs::{self, KeyEpochs};
@@ -271,14 +272,18 @@ impl Tunnel {
     /// Returns the problems of encrypted networks on this host.
     pub(crate) fn problems(&self, view: &View, config: &Config) -> Vec<Problem> {
         let mut problems = Vec::new();
-        if config.encrypt {
-            for found in view.networks.values().filter(|found| !found.network.encrypted) {
-                let sentence = format!(
-                    "encrypt = true, and network {} is not encrypted: make it anew to have it so",
-                    found.network.name
-                );
-                problems.push(Code::NotEncrypted.about(&found.network.name, sentence));
-            }
+        for network in view.networks.values().map(|found| &found.network) {
+            let name = &network.name;
+            let what = match config.encrypt {
+                Encrypt::Yes if !network.encrypted => {
+                    format!("encrypt = true, and network {name} is not encrypted")
+                }
+                Encrypt::Auto if !network.may_be_sealed() => {
+                    format!("encrypt = \"auto\", and network {name} is in plain text everywhere")
+                }
+                Encrypt::No | Encrypt::Yes | Encrypt::Auto => continue,
+            };
+            problems.push(Code::NotEncrypted.about(name, format!("{what}: make it anew to have it so")));
         }
         if !tunnel::is_wanted(view) || !view.alloc.members.contains(&view.me) {
             return problems;

@@ -134,6 +134,43 @@ pub enum Backend {
     Auto,
 }
 
+/// When traffic of a network between hosts passes through the tunnel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Encrypt {
+    /// Never.
+    #[default]
+    No,
+    /// Always.
+    Yes,
+    /// To a host to which there is no path for packets in plain text: NAT is between the two, or it is reached through members or
+    /// over TCP. To all others in plain text.
+    Auto,
+}
+
+impl std::fmt::Display for Encrypt {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::No => "no",
+            Self::Yes => "yes",
+            Self::Auto => "auto",
+        })
+    }
+}
+
+impl std::str::FromStr for Encrypt {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "no" | "false" => Ok(Self::No),
+            "yes" | "true" => Ok(Self::Yes),
+            "auto" => Ok(Self::Auto),
+            _ => Err("expected yes, no or auto".to_owned()),
+        }
+    }
+}
+
 /// A subnet of a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Subnet {
@@ -181,15 +218,34 @@ pub struct Network {
     pub on_demand: bool,
     /// Whether endpoints that are on internal networks alone get answers for names outside of the cluster.
     pub external_names: bool,
+    /// Whether traffic passes through the tunnel to those hosts to which there is no path in plain text: see
+    /// [`Encrypt::Auto`]. Without effect if `encrypted` is set. A host that does not know this sends everything in plain text.
+    pub auto_encrypt: bool,
     /// Fields that this release does not know.
     pub unknown: Unknown,
+}
+
+impl Network {
+    /// Returns when its traffic passes through the tunnel.
+    pub fn encrypt(&self) -> Encrypt {
+        match (self.encrypted, self.auto_encrypt) {
+            (true, _) => Encrypt::Yes,
+            (false, true) => Encrypt::Auto,
+            (false, false) => Encrypt::No,
+        }
+    }
+
+    /// Whether its traffic may pass through the tunnel.
+    pub fn may_be_sealed(&self) -> bool {
+        self.encrypt() != Encrypt::No
+    }
 }
 
 fields! {
     Network {
         1 id, 2 name, 3 created, 4 driver, 5 mode, 6 vni, 7 subnets, 8 mtu optional, 9 encrypted optional,
         10 internal optional, 11 backend optional, 12 names, 13 on_demand optional,
-        14 external_names optional, ..unknown
+        14 external_names optional, 15 auto_encrypt optional, ..unknown
     }
 }
 

@@ -74,6 +74,7 @@ fn routed(name: &str, number: u8, subnet: &str, gateway: &str) -> Network {
         }],
         mtu: None,
         encrypted: false,
+        auto_encrypt: false,
         internal: false,
         backend: Backend::Auto,
         names: true,

@@ -4,7 +4,7 @@ use std::str::FromStr;
 
 use clap::{ArgGroup, Subcommand, ValueEnum};
 use ovl_control::{NetworkCreate, NetworkInfo, Reply, Request};
-use ovl_proto::object::{Backend, Driver, Mode};
+use ovl_proto::object::{Backend, Driver, Encrypt, Mode};
 
 use crate::context::Context;
 use crate::error::{Error, Result};
@@ -73,8 +73,11 @@ struct CreateArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..1 << 24))]
     vni: Option<u32>,
     /// Encrypt all traffic between hosts
-    #[arg(long)]
+    #[arg(long, conflicts_with = "encrypt")]
     encrypted: bool,
+    /// Encrypt traffic between hosts: yes, as --encrypted; auto only to hosts to which there is no path in plain text
+    #[arg(long, value_enum, value_name = "WHEN")]
+    encrypt: Option<EncryptArg>,
     /// Create no gateway: endpoints reach only each other and their resolver
     #[arg(long)]
     internal: bool,
@@ -112,6 +115,16 @@ enum BackendArg {
     // Without encapsulation, routed by the underlay.
     Direct,
     // Direct to hosts on the same link, VXLAN to other hosts.
+    Auto,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum EncryptArg {
+    // All traffic, and nothing is sent or accepted in plain text.
+    Yes,
+    // No traffic, unless ovld is configured otherwise.
+    No,
+    // To hosts behind NAT, and to those that are reached through members or over TCP.
     Auto,
 }
 
@@ -159,7 +172,8 @@ impl CreateArgs {
             },
             subnets: ranges(&self.subnets)?,
             vni: self.vni,
-            encrypted: self.encrypted,
+            encrypted: self.encrypted || self.encrypt == Some(EncryptArg::Yes),
+            auto_encrypt: self.encrypt == Some(EncryptArg::Auto),
             internal: self.internal,
             mtu: self.mtu,
             backend: self.backend.map(|backend| match backend {
@@ -210,6 +224,7 @@ fn backend(network: &NetworkInfo) -> Option<&'static str> {
 fn options(network: &NetworkInfo) -> String {
     let options = [
         (network.encrypted, "encrypted"),
+        (network.encrypt == Encrypt::Auto, "encrypt-auto"),
         (network.internal, "internal"),
         (network.internal && network.external_names, "external-names"),
         (!network.dns, "no-dns"),
@@ -243,7 +258,7 @@ fn inspect(network: &NetworkInfo) -> String {
         ("Subnets", comma_separated(&network.subnets)),
         ("Gateways", comma_separated(&network.gateways)),
         ("MTU", network.mtu.to_string()),
-        ("Encrypted", yes_no(network.encrypted)),
+        ("Encrypted", network.encrypt.to_string()),
         ("Internal", yes_no(network.internal)),
         ("Removing", yes_no(network.removing)),
         ("Endpoints", network.endpoints.to_string()),
@@ -252,6 +267,9 @@ fn inspect(network: &NetworkInfo) -> String {
         ("DNS", yes_no(network.dns)),
         ("External names", yes_no(network.external_names)),
     ];
+    if network.encrypt == Encrypt::Auto {
+        pairs.push(("Sealed to", comma_separated(&network.sealed_to)));
+    }
     if !network.all_groups.is_empty() {
         pairs.push(("All groups", comma_separated(&network.all_groups)));
     }

@@ -135,6 +135,7 @@ mod tests {
             subnets: vec![],
             mtu: None,
             encrypted: false,
+            auto_encrypt: false,
             internal: false,
             names: true,
             unknown: Unknown::default(),

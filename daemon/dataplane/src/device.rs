@@ -8,6 +8,9 @@ use ovl_proto::id::{EndpointId, NetworkId};
 /// The longest name that the kernel takes (IFNAMSIZ less the zero byte).
 const MAX: usize = 15;
 
+/// How the name of a network's second VXLAN device ends.
+const SEALED: &str = "-s";
+
 /// What the alias (`ip link show`) of each of our devices begins with.
 pub const ALIAS: &str = "ovl ";
 
@@ -23,7 +26,7 @@ pub struct Device {
 pub enum Role {
     /// `ovb-` and the network's id.
     Bridge(NetworkId),
-    /// `ovx-` and the network's id.
+    /// `ovx-` and the network's id; `-s` after it for the one in the tunnel of a network that has both.
     Vxlan(NetworkId),
     /// `ove-` and the endpoint's id: the host's end of the pair.
     Endpoint(EndpointId),
@@ -58,6 +61,11 @@ impl Device {
         Self::with_id("ovx-", &network)
     }
 
+    /// The second VXLAN device of a network that is encrypted only to some hosts: what it sends is in the tunnel.
+    pub fn sealed_vxlan(network: NetworkId) -> Self {
+        Self::with_id("ovx-", &format_args!("{network}{SEALED}"))
+    }
+
     /// The host's end of an endpoint's pair.
     pub fn endpoint(endpoint: EndpointId) -> Self {
         Self::with_id("ove-", &endpoint)
@@ -73,7 +81,7 @@ impl Device {
         let (prefix, id) = self.as_str().split_at_checked(4)?;
         match prefix {
             "ovb-" => id.parse().ok().map(Role::Bridge),
-            "ovx-" => id.parse().ok().map(Role::Vxlan),
+            "ovx-" => id.strip_suffix(SEALED).unwrap_or(id).parse().ok().map(Role::Vxlan),
             "ove-" => id.parse().ok().map(Role::Endpoint),
             "ovt-" => matches!(id, "0" | "1").then(|| Role::Tunnel(u8::from(id == "1"))),
             _ => None,
@@ -109,6 +117,8 @@ mod tests {
         let endpoint = EndpointId([250; 5]);
         assert_eq!(Device::bridge(network).role(), Some(Role::Bridge(network)));
         assert_eq!(Device::vxlan(network).role(), Some(Role::Vxlan(network)));
+        assert_eq!(Device::sealed_vxlan(network).role(), Some(Role::Vxlan(network)));
+        assert_eq!(Device::sealed_vxlan(network).as_str(), format!("{}-s", Device::vxlan(network)));
         assert_eq!(Device::endpoint(endpoint).role(), Some(Role::Endpoint(endpoint)));
         assert_eq!(Device::endpoint(endpoint).as_str().len(), 12);
         assert_eq!(Device::tunnel(false).role(), Some(Role::Tunnel(0)));
@@ -117,7 +127,7 @@ mod tests {
 
     #[test]
     fn other_names_are_not_ours() {
-        for name in ["eth0", "ovb-", "ovb-zzzzzzzz", "ovt-2", "ovt-00", "ovl0", "ové-"] {
+        for name in ["eth0", "ovb-", "ovb-zzzzzzzz", "ovt-2", "ovt-00", "ovl0", "ovx--s", "ové-"] {
             assert_eq!(Device::new(name).and_then(|device| device.role()), None, "{name}");
         }
         assert_eq!(Device::new("a-name-too-long-"), None);

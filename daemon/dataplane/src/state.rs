@@ -90,7 +90,8 @@ pub enum Link {
         mac: Mac,
         /// Administratively up.
         up: bool,
-        /// Learning is off; on a port also there, neighbour suppression is off, and all multicast goes there.
+        /// Learning is off; on a port also there, neighbour suppression is off, all multicast goes there, and what comes
+        /// from another VXLAN device does not.
         tuned: bool,
         /// Its packets are inside the tunnel, which vouches for them: they have no UDP checksums, and
         /// need none.

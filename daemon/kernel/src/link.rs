@@ -29,6 +29,7 @@ const IFLA_BRPORT_MODE: u16 = 4;
 const IFLA_BRPORT_LEARNING: u16 = 8;
 const IFLA_BRPORT_MULTICAST_ROUTER: u16 = 25;
 const IFLA_BRPORT_NEIGH_SUPPRESS: u16 = 32;
+const IFLA_BRPORT_ISOLATED: u16 = 33;
 const IFLA_BRPORT_MCAST_MAX_GROUPS: u16 = 42;
 /// The value of `IFLA_BR_MCAST_ROUTER` and `IFLA_BRPORT_MULTICAST_ROUTER` with which all multicast goes there.
 const MULTICAST_ROUTER: u8 = 2;
@@ -272,8 +273,12 @@ impl<'a> LinkView<'a> {
         let suppress = self.port_flag(IFLA_BRPORT_NEIGH_SUPPRESS)?;
         // A kernel without snooping has no such settings.
         let router = self.port_flag(IFLA_BRPORT_MULTICAST_ROUTER).unwrap_or(MULTICAST_ROUTER);
-        let of_kind =
-            if is_vxlan { suppress == 0 } else { self.most_groups().is_none_or(|most| most == PORT_GROUPS) };
+        let isolated = self.port_flag(IFLA_BRPORT_ISOLATED).is_none_or(|isolated| isolated == 1);
+        let of_kind = if is_vxlan {
+            suppress == 0 && isolated
+        } else {
+            self.most_groups().is_none_or(|most| most == PORT_GROUPS)
+        };
         Some(learning == 0 && router == MULTICAST_ROUTER && of_kind)
     }
 

@@ -397,7 +397,7 @@ pub(super) fn no_learning() -> Vec<LinkInfo> {
 }
 
 /// The settings of a bridge port: no learning, and all multicast goes there, whether it was joined or not; no neighbour
-/// suppression on a VXLAN device, the given hairpin mode and a limited number of groups on an endpoint.
+/// suppression on a VXLAN device, which passes nothing on to another one; the given hairpin mode and a limited number of groups on an endpoint.
 pub(super) fn port(device: Device, hairpin: bool) -> LinkAttribute {
     let mut flags = vec![
         InfoBridgePort::Learning(false),
@@ -406,7 +406,9 @@ pub(super) fn port(device: Device, hairpin: bool) -> LinkAttribute {
         InfoBridgePort::MulticastRouter(BridgeMulticastRouterType::Permanent),
     ];
     match device.role() {
-        Some(Role::Vxlan(_)) => flags.push(InfoBridgePort::NeighSupress(false)),
+        Some(Role::Vxlan(_)) => {
+            flags.extend([InfoBridgePort::NeighSupress(false), InfoBridgePort::Isolated(true)]);
+        }
         // A kernel before 6.3 ignores the limit.
         _ => flags
             .extend([InfoBridgePort::HairpinMode(hairpin), InfoBridgePort::MulticastMaxGroups(PORT_GROUPS)]),

@@ -279,11 +279,10 @@ impl Node {
         let refused: Vec<(String, String)> =
             state.reconcile.problems().map(|problem| (problem.object, problem.message)).collect();
         let mut ports = vec![OpenPort { port: self.config.advertise.port(), purpose: "gossip" }];
-        let is_encrypted = |encrypted| built.iter().any(|network| network.encrypted == encrypted);
-        if is_encrypted(false) {
+        if built.iter().any(|network| !network.encrypted) {
             ports.push(OpenPort { port: self.config.vxlan_port, purpose: "VXLAN" });
         }
-        if is_encrypted(true) {
+        if built.iter().any(|network| network.may_be_sealed()) {
             ports.push(OpenPort { port: self.config.tunnel_port, purpose: "the tunnel" });
         }
         let subnets: Vec<String> = built

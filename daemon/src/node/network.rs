@@ -9,6 +9,7 @@ use ovl_cluster::networks;
 use ovl_cluster::view::NetworkState;
 use ovl_dataplane::device::Device;
 use ovl_runtimes::docker;
+use ovl_subsystems::encryption::tunnel;
 use ovl_subsystems::mtu::{MIN_MTU_V6, min_mtu};
 use ovl_subsystems::networks::mtu::network_mtu;
 use ovl_subsystems::services::allocation::Ranges;
@@ -16,7 +17,7 @@ use ovl_subsystems::services::allocation::Ranges;
 use ovl_control::{NetworkCreate, NetworkInfo};
 use ovl_proto::clock::Stamp;
 use ovl_proto::id::NetworkId;
-use ovl_proto::object::{Backend, Driver, Mode, Network, ObjectKey};
+use ovl_proto::object::{Backend, Driver, Encrypt, Mode, Network, ObjectKey};
 use ovl_proto::table::is_same_name;
 use ovl_proto::wire::fields::Unknown;
 
@@ -45,7 +46,11 @@ impl Node {
         on_demand: bool,
     ) -> Result<NetworkInfo, Failed> {
         // A bridge network is local to one host, so there is no traffic between hosts to encrypt.
-        request.encrypted |= self.config.encrypt && request.driver == Driver::Overlay;
+        let configured = self.config.encrypt;
+        if request.driver == Driver::Overlay {
+            request.encrypted |= configured == Encrypt::Yes;
+            request.auto_encrypt |= configured == Encrypt::Auto;
+        }
         if !is_name(&request.name) {
             return Err(Failed::invalid(format!(
                 "invalid name '{}' for a network: it must have letters, digits, '-', '_' and single dots between them, at \
@@ -181,6 +186,7 @@ impl Node {
             subnets,
             mtu: request.mtu,
             encrypted: request.encrypted,
+            auto_encrypt: request.auto_encrypt && !request.encrypted,
             internal: request.internal,
             backend: request.backend.unwrap_or_default(),
             // Docker's own default network has no names either.
@@ -349,6 +355,8 @@ impl Node {
             },
             mtu: network_mtu(&state.view, network),
             encrypted: network.encrypted,
+            encrypt: network.encrypt(),
+            sealed_to: sealed_to(state, network),
             internal: network.internal,
             backend: (network.mode == Mode::L3).then_some(network.backend),
             removing: found.removing,
@@ -364,6 +372,19 @@ impl Node {
             all_groups,
         }
     }
+}
+
+/// Returns the hosts to which this host sends through the tunnel because there is no path in plain text.
+fn sealed_to(state: &State, network: &Network) -> Vec<String> {
+    if network.encrypt() != Encrypt::Auto {
+        return Vec::new();
+    }
+    let others = state.view.nodes.values().filter(|node| {
+        node.record.id != state.view.me
+            && state.view.counts(node)
+            && tunnel::is_sealed(&state.view, &state.local, network, node)
+    });
+    others.map(|node| node.record.name.clone()).collect()
 }
 
 fn live_network<'a>(state: &'a State, name: &str) -> Result<&'a Network, Failed> {
@@ -403,6 +424,7 @@ fn check_bridge(request: &NetworkCreate) -> Result<(), Failed> {
         (request.mode == Mode::L3, "--mode l3"),
         (request.vni.is_some(), "--vni"),
         (request.encrypted, "--encrypted"),
+        (request.auto_encrypt, "--encrypt auto"),
     ];
     match unfit.iter().find(|(given, _)| *given) {
         Some((_, option)) => Err(Failed::invalid(format!(

@@ -14,6 +14,7 @@ use ovl_kernel::PathSocket;
 use ovl_mesh::keys::ClusterKey;
 use ovl_proto::id::NodeId;
 use ovl_proto::record::{NodeRecord, Presence, probe_kinds};
+use ovl_subsystems::Change;
 use ovl_subsystems::networks::{DirectHop, VxlanHop};
 use ovl_udp::trial::Offload;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
@@ -245,7 +246,7 @@ impl Node {
         let mut state = self.state.borrow_mut();
         let now = state.clock.elapsed();
         let Some(own) = state.record() else { return };
-        let (mut broken, mut narrow) = (Vec::new(), Vec::new());
+        let (mut broken, mut narrow, mut lost) = (Vec::new(), Vec::new(), BTreeSet::new());
         for (id, path) in paths.all(now) {
             if !path.is_broken() {
                 continue;
@@ -258,7 +259,9 @@ impl Node {
                 there: SocketAddr::new(hop.remote.vtep, hop.remote.port),
                 mtu: hop.mtu,
             };
-            broken.extend(ends.broken(&path).map(|sentence| (peer.name.clone(), sentence)));
+            let sentence = ends.broken(&path);
+            lost.extend(sentence.is_some().then_some(id));
+            broken.extend(sentence.map(|sentence| (peer.name.clone(), sentence)));
             narrow.extend(ends.narrow(&path).map(|sentence| (peer.name.clone(), sentence)));
         }
         let direct = self.broken_direct_paths(&state);
@@ -287,6 +290,10 @@ impl Node {
                 self.event("path", name, "packets pass again");
             }
             state.problems.replace(code, found);
+        }
+        if state.local.lost_vxlan.replace(lost) {
+            state.changed(Change::Tunnel);
+            self.work.notify_one();
         }
     }
 

@@ -576,12 +576,12 @@ fn plain_across_nat(state: &State, node: &ovl_cluster::view::Node) -> Vec<Proble
     let name = &node.record.name;
     let both = node.table.networks().filter(|id| own.table.networks().any(|other| other == *id));
     both.filter_map(|id| state.view.networks.get(&id))
-        .filter(|found| !found.network.encrypted && !state.view.is_own(found.network.id))
+        .filter(|found| !found.network.may_be_sealed() && !state.view.is_own(found.network.id))
         .map(|found| {
             let network = &found.network.name;
             let sentence = format!(
                 "endpoints of network {network} on this host and on {name} do not reach each other: there is NAT between the two, and \
-                 only encrypted networks cross it. Create another network with --encrypted for them"
+                 only sealed packets cross it. Create another network for them, with --encrypted, or with --encrypt auto"
             );
             Code::PlainAcrossNat.about(format!("{network} on {name}"), sentence)
         })

@@ -289,8 +289,8 @@ fn note_blocked(state: &mut State) {
     let all = if more > 0 { format!("{all} and {more} more") } else { all };
     let sentence = (!names.is_empty()).then(|| {
         format!(
-            "UDP does not pass between this host and {all}, which TCP reaches: encrypted networks go on over TCP, slower, and \
-             others do not. Let UDP pass between them: the port of advertise and relay_port"
+            "UDP does not pass between this host and {all}, which TCP reaches: encrypted networks, and those with encrypt \
+             = auto, go on over TCP, slower, and others do not. Let UDP pass between them: the port of advertise and relay_port"
         )
     });
     state.problems.set(Code::UdpBlocked, "", sentence);

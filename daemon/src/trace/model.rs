@@ -400,11 +400,15 @@ fn to_endpoint(here: &Here<'_>, flow: Flow<'_>, placed: Placed<'_>, is_translate
             {
                 way.steps.push(step);
             }
-            let device = Device::vxlan(network.id);
+            let plain = Device::vxlan(network.id);
+            let sealed = Device::sealed_vxlan(network.id);
+            // A network that is encrypted only to some hosts has two.
+            let is_second = here.desired.remotes.contains_key(&(sealed, placed.endpoint.mac));
+            let device = if is_second { sealed } else { plain };
             let (step, vtep) = remote(here, device, placed.endpoint.mac, &describe(view, way.to.0));
             way.steps.push(step);
             let Some(vtep) = vtep else { return };
-            match network.encrypted {
+            match network.encrypted || is_second {
                 true => in_tunnel(here, way, placed.node, Some(device)),
                 false => in_vxlan(here, way, placed.node, device, vtep),
             }

@@ -19,6 +19,7 @@ use ovl_dataplane::fast::Fast;
 use ovl_dataplane::op::{LinkOp, Op};
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::id::{EndpointId, NetworkId};
+use ovl_proto::object::Encrypt;
 use ovl_proto::resource::Kind;
 use ovl_proto::table::{Endpoint, Entry};
 
@@ -163,6 +164,11 @@ impl Subsystem for FastPath {
             | Change::Host(_)
             | Change::ThisHost
             | Change::FastPath => self.all_changed = true,
+            // Whether packets of a network to a host are sealed, where that depends on the path.
+            Change::Tunnel => {
+                let mut networks = cluster.view.networks.values();
+                self.all_changed |= networks.any(|found| found.network.encrypt() == Encrypt::Auto);
+            }
             Change::Resources(keys) => {
                 for key in keys {
                     match key.kind {
@@ -179,7 +185,6 @@ impl Subsystem for FastPath {
                 }
             }
             Change::Entry { .. }
-            | Change::Tunnel
             | Change::Attaching(_)
             | Change::Backends(_)
             | Change::Groups(_)

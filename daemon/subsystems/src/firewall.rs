@@ -214,6 +214,7 @@ mod tests {
             subnets: vec![addresses::new_subnet("10.1.0.0/16".parse().unwrap()).unwrap()],
             mtu: None,
             encrypted: false,
+            auto_encrypt: false,
             internal: false,
             backend: Backend::Vxlan,
             names: true,

@@ -2,7 +2,7 @@
 //!
 //! The daemon keeps one [`Local`] and subsystems read it, through [`crate::Cluster`]. Each part is a type of its own,
 //! whose file is the only one that writes its fields: [`Attaches`], [`Isolation`], [`Underlay`],
-//! [`ranges::RefusedNetworks`], [`epochs::KeyEpochs`], [`Detours`] and [`FastPathUse`]. Begin to read at [`Attaches`].
+//! [`ranges::RefusedNetworks`], [`epochs::KeyEpochs`], [`Detours`], [`LostVxlan`] and [`FastPathUse`]. Begin to read at [`Attaches`].
 
 mod attaches;
 mod detours;
@@ -11,6 +11,7 @@ mod fast;
 mod isolation;
 pub mod ranges;
 mod underlay;
+mod vxlan;
 
 use ovl_cluster::view::View;
 use ovl_proto::id::NetworkId;
@@ -25,6 +26,7 @@ pub use self::detours::Detours;
 pub use self::fast::{FastPathUse, Obstacle};
 pub use self::isolation::Isolation;
 pub use self::underlay::Underlay;
+pub use self::vxlan::LostVxlan;
 
 /// Local state of the host, beside its owner table.
 #[derive(Debug, Clone, Default)]
@@ -41,6 +43,8 @@ pub struct Local {
     pub key_epochs: KeyEpochs,
     /// Sockets that stand in for hosts which are not reached directly.
     pub detours: Detours,
+    /// Hosts to which nothing passes in VXLAN.
+    pub lost_vxlan: LostVxlan,
     /// Whether packets may take the fast path.
     pub fast: FastPathUse,
 }

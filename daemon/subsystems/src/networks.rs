@@ -233,7 +233,8 @@ impl Subsystem for Networks {
             | Change::Built(network) => self.mark(network),
             Change::Tunnel => {
                 let networks = cluster.view.networks.values().map(|found| &found.network);
-                self.changed.extend(networks.filter(|network| network.encrypted).map(|network| network.id));
+                self.changed
+                    .extend(networks.filter(|network| network.may_be_sealed()).map(|network| network.id));
             }
             Change::ThisHost => self.changed.extend(self.sent.keys().copied()),
             Change::Resources(keys) => {

@@ -23,7 +23,7 @@ mod host;
 mod world;
 
 use host::{cluster as seen, isolation, ranges, underlay};
-use world::{NET, World, encrypt, endpoint, id, net, read, view_of};
+use world::{NET, World, encrypt, encrypt_if_needed, endpoint, id, net, read, view_of};
 
 fn routed(backend: Backend) -> World {
     let subnet = addresses::new_routed_subnet(net("10.60.0.0/16"), None).unwrap();
@@ -177,6 +177,7 @@ enum Event {
     Isolated(bool),
     Obstacle(bool),
     Paused(bool),
+    Detour { host: u8, there: bool },
     Full,
 }
 
@@ -189,14 +190,22 @@ fn event() -> impl Strategy<Value = Event> {
         1 => any::<bool>().prop_map(Event::Isolated),
         1 => any::<bool>().prop_map(Event::Obstacle),
         1 => any::<bool>().prop_map(Event::Paused),
+        1 => (2..=3_u8, any::<bool>()).prop_map(|(host, there)| Event::Detour { host, there }),
         1 => Just(Event::Full),
     ]
 }
 
 proptest! {
     #[test]
-    fn quick_plans_lead_to_what_a_full_one_wants(events in prop::collection::vec(event(), 1..40)) {
+    fn quick_plans_lead_to_what_a_full_one_wants(
+        events in prop::collection::vec(event(), 1..40),
+        // Whether packets are sealed to hosts without a path in plain text.
+        auto: bool,
+    ) {
         let (mut world, mut local, mut real) = (routed(Backend::Vxlan), usable(), fast_path());
+        if auto {
+            encrypt_if_needed(&mut world.view, false);
+        }
         let mut kernel = real.resync(&seen(&world.view, &local, &world.backends));
         for event in events {
             let mut told: Vec<Entry> = Vec::new();
@@ -225,6 +234,11 @@ proptest! {
                 Event::Paused(paused) => {
                     local.fast.set_paused(paused);
                     changes.push(Change::FastPath);
+                }
+                Event::Detour { host, there } => {
+                    let open = there.then_some(((id(host), false), ([192, 0, 2, 1], 1).into()));
+                    local.detours.replace(open.into_iter().collect());
+                    changes.push(Change::Tunnel);
                 }
                 Event::Full => {}
             }

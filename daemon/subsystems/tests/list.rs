@@ -11,7 +11,7 @@ use ovl_dataplane::diff::diff;
 use ovl_dataplane::op::Op;
 use ovl_dataplane::state::Dataplane;
 use ovl_proto::id::EndpointId;
-use ovl_proto::object::{Backend, Mode, Network};
+use ovl_proto::object::{Backend, Encrypt, Mode, Network};
 use ovl_proto::publish::{Published, Transport};
 use ovl_proto::record::{PeerState, Signature};
 use ovl_proto::resource::{Kind, Labels, Name, ResourceKey};
@@ -160,8 +160,10 @@ enum Event {
     Refused(bool),
     /// An attach begins, or one that began fails.
     Attaching(bool),
-    /// All networks become encrypted, or are no longer.
-    Encrypted(bool),
+    /// All networks become encrypted, always or only to hosts without a path in plain text, or are no longer.
+    Encrypted(Encrypt),
+    /// A host is reached by a detour, or is no longer.
+    Detour { host: u8, there: bool },
     /// The network becomes internal, or is no longer.
     Internal(bool),
     /// Endpoints of the network use the resolver.
@@ -181,7 +183,8 @@ fn event() -> impl Strategy<Value = Event> {
         1 => any::<bool>().prop_map(Event::Isolated),
         1 => any::<bool>().prop_map(Event::Refused),
         1 => any::<bool>().prop_map(Event::Attaching),
-        1 => any::<bool>().prop_map(Event::Encrypted),
+        2 => prop_oneof![Just(Encrypt::No), Just(Encrypt::Yes), Just(Encrypt::Auto)].prop_map(Event::Encrypted),
+        2 => (2..=3_u8, any::<bool>()).prop_map(|(host, there)| Event::Detour { host, there }),
         1 => any::<bool>().prop_map(Event::Internal),
         1 => Just(Event::Resolve),
         1 => Just(Event::Full),
@@ -305,11 +308,19 @@ fn happen(event: &Event, world: &mut World, local: &mut Local, real: &mut Subsys
             }
             tell(all, Change::Attaching(&new), world, local);
         }
-        Event::Encrypted(encrypted) => {
+        Event::Encrypted(when) => {
             encrypt(&mut world.view, false);
-            world.view.networks.get_mut(&NET).unwrap().network.encrypted = encrypted;
+            let network = &mut world.view.networks.get_mut(&NET).unwrap().network;
+            network.encrypted = when == Encrypt::Yes;
+            network.auto_encrypt = when == Encrypt::Auto;
             tell(all, Change::Network(NET), world, local);
             tell(all, Change::Tunnel, world, local);
+        }
+        Event::Detour { host, there } => {
+            let open = there.then_some(((id(host), false), ([192, 0, 2, 1], 1).into()));
+            if !local.detours.replace(open.into_iter().collect()).is_empty() {
+                tell(all, Change::Tunnel, world, local);
+            }
         }
         Event::Internal(internal) => {
             world.view.networks.get_mut(&NET).unwrap().network.internal = internal;

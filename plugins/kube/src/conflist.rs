@@ -124,6 +124,7 @@ impl Keeper {
             subnets: self.subnets.clone(),
             vni: None,
             encrypted: false,
+            auto_encrypt: false,
             internal: false,
             mtu: None,
             backend: None,

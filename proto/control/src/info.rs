@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use ovl_proto::id::{ClusterKeyId, Mac, NetworkId, NodeId, TunnelKey};
-use ovl_proto::object::{Backend, Driver, Mode};
+use ovl_proto::object::{Backend, Driver, Encrypt, Mode};
 use ovl_proto::publish::Published;
 use ovl_proto::record::PeerState;
 
@@ -607,6 +607,12 @@ pub struct NetworkInfo {
     pub mtu: u16,
     /// Whether traffic between hosts passes only through the tunnel.
     pub encrypted: bool,
+    /// When traffic between hosts passes through the tunnel.
+    #[serde(default)]
+    pub encrypt: Encrypt,
+    /// The hosts to which this host sends through the tunnel, because there is no path in plain text: with [`Encrypt::Auto`] only.
+    #[serde(default)]
+    pub sealed_to: Vec<String>,
     /// Whether the network has no gateway.
     pub internal: bool,
     /// How a routed network reaches other hosts. `None` on a switched network.

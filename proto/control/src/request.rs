@@ -403,6 +403,9 @@ pub struct NetworkCreate {
     /// Whether traffic between hosts passes only through the tunnel.
     #[serde(default)]
     pub encrypted: bool,
+    /// Whether traffic passes through the tunnel to hosts to which there is no path in plain text.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub auto_encrypt: bool,
     /// Whether the network has no gateway.
     #[serde(default)]
     pub internal: bool,

@@ -15,6 +15,8 @@ fn blue() -> NetworkInfo {
         gateways: vec!["10.1.0.1".parse().unwrap()],
         mtu: 1450,
         encrypted: false,
+        encrypt: Encrypt::No,
+        sealed_to: Vec::new(),
         internal: false,
         backend: None,
         removing: false,
@@ -44,7 +46,7 @@ fn options_are_shown_if_a_network_has_any() {
     let mut red = blue();
     red.name = "red".into();
     red.subnets.push("fd00:1::/64".parse().unwrap());
-    (red.encrypted, red.internal, red.removing) = (true, true, true);
+    (red.encrypted, red.encrypt, red.internal, red.removing) = (true, Encrypt::Yes, true, true);
     assert_eq!(
         rows(&[blue(), red]),
         "\
@@ -121,6 +123,7 @@ fn absent_options_are_left_to_ovld() {
         subnets: Vec::new(),
         vni: None,
         encrypted: false,
+        auto_encrypt: false,
         internal: false,
         mtu: None,
         backend: None,
@@ -142,6 +145,7 @@ fn request_contains_all_options() {
         subnets: vec!["10.1.0.0/16".parse().unwrap(), "fd00::/64".parse().unwrap()],
         vni: Some(16_777_215),
         encrypted: true,
+        auto_encrypt: false,
         internal: true,
         mtu: Some(1400),
         backend: Some(Backend::Auto),
@@ -150,6 +154,16 @@ fn request_contains_all_options() {
         external_names: true,
     };
     assert_eq!(create(line), Ok(expected));
+}
+
+#[test]
+fn encryption_is_asked_for_in_two_ways() {
+    let asked =
+        |more: &str| create(&format!("create blue {more}")).map(|made| (made.encrypted, made.auto_encrypt));
+    assert_eq!(asked("--encrypt yes"), Ok((true, false)));
+    assert_eq!(asked("--encrypted"), Ok((true, false)));
+    assert_eq!(asked("--encrypt auto"), Ok((false, true)));
+    assert_eq!(asked("--encrypt no"), Ok((false, false)));
 }
 
 #[test]

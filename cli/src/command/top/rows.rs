@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use ovl_control::{EndpointCounters, EndpointState, HostReport, Overview, Pair, PeerState, Reports};
+use ovl_proto::object::Encrypt;
 use serde::Serialize;
 
 use super::flows::FlowRow;
@@ -104,6 +105,8 @@ pub(crate) struct NetworkRow {
     pub(crate) network: String,
     /// Whether it is encrypted.
     pub(crate) encrypted: bool,
+    /// When it is encrypted.
+    pub(crate) encrypt: Encrypt,
     /// The number of its endpoints.
     pub(crate) endpoints: u32,
     /// The number of hosts with endpoints on it.
@@ -195,6 +198,7 @@ impl Rows {
         let networks = overview.networks.iter().map(|network| NetworkRow {
             network: network.name.clone(),
             encrypted: network.encrypted,
+            encrypt: network.encrypt,
             endpoints: network.endpoints,
             hosts: network.nodes.len(),
             per_second: total(&|row| row.network == network.name),

@@ -469,7 +469,7 @@ fn networks(rows: &Rows) -> Vec<Line> {
     let line = |row: &super::rows::NetworkRow| {
         let mut values = vec![
             Value::Text(printable(&row.network)),
-            Value::Text(crate::text::yes_no(row.encrypted)),
+            Value::Text(row.encrypt.to_string()),
             Value::count(row.endpoints),
             Value::count(row.hosts as f64),
         ];

@@ -76,6 +76,7 @@ pub(crate) fn view_of(mode: Mode, backend: Backend, subnet: Subnet, block: impl 
         subnets: vec![subnet],
         mtu: None,
         encrypted: false,
+        auto_encrypt: false,
         internal: false,
         backend,
         names: true,
@@ -120,6 +121,13 @@ pub(crate) fn encrypt(view: &mut View, kernel: bool) {
             Some(Tunnel { key: tunnel_key(n), port: 51940, epoch: 0, rotating: false, kernel });
     }
     view.networks.get_mut(&NET).unwrap().network.encrypted = true;
+}
+
+/// As [`encrypt`], but only to hosts to which there is no path in plain text.
+pub(crate) fn encrypt_if_needed(view: &mut View, kernel: bool) {
+    encrypt(view, kernel);
+    let network = &mut view.networks.get_mut(&NET).unwrap().network;
+    (network.encrypted, network.auto_encrypt) = (false, true);
 }
 
 pub(crate) fn endpoint(n: u8, address: &str) -> Entry {

@@ -80,7 +80,10 @@ fn add_link(f: &mut fmt::Formatter<'_>, device: Device, link: &Link) -> fmt::Res
                 f.write_str(" udp6zerocsumtx udp6zerocsumrx")?;
             }
             if master.is_some() {
-                write!(f, " && bridge link set dev {device} learning off neigh_suppress off mcast_router 2")?;
+                write!(
+                    f,
+                    " && bridge link set dev {device} learning off neigh_suppress off isolated on mcast_router 2"
+                )?;
             }
             Ok(())
         }
@@ -91,7 +94,10 @@ fn add_link(f: &mut fmt::Formatter<'_>, device: Device, link: &Link) -> fmt::Res
             }
             write!(f, " {}", up_word(*up))?;
             if master.is_some() {
-                write!(f, " && bridge link set dev {device} learning off neigh_suppress off mcast_router 2")?;
+                write!(
+                    f,
+                    " && bridge link set dev {device} learning off neigh_suppress off isolated on mcast_router 2"
+                )?;
             }
             Ok(())
         }
@@ -136,7 +142,7 @@ fn set_link(f: &mut fmt::Formatter<'_>, device: Device, from: &Link, to: &Link) 
             mtu_and_up(&mut words, (*mtu_was, *up_was), (*mtu, *up));
             set_master(&mut words, *master_was, *master);
             if tuned != tuned_was {
-                also += "learning off neigh_suppress off mcast_router 2";
+                also += "learning off neigh_suppress off isolated on mcast_router 2";
             }
         }
         (
@@ -163,7 +169,7 @@ fn set_link(f: &mut fmt::Formatter<'_>, device: Device, from: &Link, to: &Link) 
             mtu_and_up(&mut words, (*mtu_was, *up_was), (*mtu, *up));
             set_master(&mut words, *master_was, *master);
             if tuned != tuned_was {
-                also += "learning off neigh_suppress off mcast_router 2";
+                also += "learning off neigh_suppress off isolated on mcast_router 2";
             }
         }
         (Link::Tunnel { mtu: mtu_was, up: up_was, .. }, Link::Tunnel { mtu, up, .. }) => {

@@ -23,6 +23,7 @@ fn text() -> String {
         subnets: vec![ipam::new_subnet(net("10.1.0.0/16")).expect("subnet")],
         mtu: None,
         encrypted: false,
+        auto_encrypt: false,
         internal: false,
         backend: Backend::Vxlan,
         names: true,

@@ -185,6 +185,7 @@ fn nft_accepts_the_filter_of_encrypted_networks() {
             subnets: subnets.into_iter().map(|s| ipam::new_subnet(net(s)).expect("subnet")).collect(),
             mtu: None,
             encrypted,
+            auto_encrypt: false,
             internal,
             backend: Backend::Vxlan,
             names: true,

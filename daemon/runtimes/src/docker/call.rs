@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use ovl_proto::id::Mac;
-use ovl_proto::object::{Backend, Mode};
+use ovl_proto::object::{Backend, Encrypt, Mode};
 use ovl_proto::publish::{Ports, Publish, Transport};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -102,8 +102,8 @@ pub struct NetworkWish {
     /// Whether names outside of the cluster resolve on it although it is internal. `None`: as the existing network, or
     /// not.
     pub external_names: Option<bool>,
-    /// Whether it is encrypted. `None`: as the existing network, or not encrypted.
-    pub encrypted: Option<bool>,
+    /// When it is encrypted. `None`: as the existing network, or never.
+    pub encrypt: Option<Encrypt>,
     /// The mode. `None`: as the existing network, or switched.
     pub mode: Option<Mode>,
     /// The VNI. `None`: as the existing network, or a free one.
@@ -317,7 +317,7 @@ fn network(raw: RawNetwork) -> Result<NetworkWish, String> {
         prefixes,
         internal: options.get(INTERNAL).and_then(Value::as_bool).unwrap_or_default(),
         external_names: None,
-        encrypted: None,
+        encrypt: None,
         mode: None,
         vni: None,
         mtu: None,
@@ -340,7 +340,12 @@ fn set(wish: &mut NetworkWish, key: &str, value: &str) -> Result<(), String> {
     match key {
         "ovl.network" => wish.name = Some(value.to_owned()),
         "ovl.encrypted" | "encrypted" => {
-            wish.encrypted = Some(truth(value).ok_or_else(|| wrong("true or false"))?);
+            wish.encrypt = Some(match truth(value) {
+                Some(true) => Encrypt::Yes,
+                Some(false) => Encrypt::No,
+                None if value == "auto" => Encrypt::Auto,
+                None => return Err(wrong("true, false or auto")),
+            });
         }
         "ovl.external-names" => {
             wish.external_names = Some(truth(value).ok_or_else(|| wrong("true or false"))?);

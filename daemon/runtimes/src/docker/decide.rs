@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use ovl_control::NetworkCreate;
 use ovl_proto::id::NetworkId;
-use ovl_proto::object::{Driver, Mode, Network, Subnet};
+use ovl_proto::object::{Driver, Encrypt, Mode, Network, Subnet};
 use ring::digest::{SHA256, digest};
 
 use super::{EngineNetwork, NetworkWish, Pool, PoolWish};
@@ -133,10 +133,12 @@ pub fn plan_network(
 fn differences(wish: &NetworkWish, network: &Network) -> Option<String> {
     let name = &network.name;
     let is_not = |what: &str| Some(format!("network {name} {what}"));
-    match wish.encrypted {
-        Some(true) if !network.encrypted => return is_not("is not encrypted"),
-        Some(false) if network.encrypted => return is_not("is encrypted"),
-        _ => {}
+    if wish.encrypt.is_some_and(|encrypt| encrypt != network.encrypt()) {
+        return is_not(match network.encrypt() {
+            Encrypt::No => "is not encrypted",
+            Encrypt::Yes => "is encrypted",
+            Encrypt::Auto => "is encrypted only where hosts have no path in plain text",
+        });
     }
     match (wish.internal, network.internal) {
         (true, false) => return is_not("is not internal: omit --internal to join it"),
@@ -175,7 +177,8 @@ fn create(wish: &NetworkWish) -> NetworkCreate {
         mode: wish.mode.unwrap_or(Mode::L2),
         subnets: wish.prefixes.clone(),
         vni: wish.vni,
-        encrypted: wish.encrypted.unwrap_or_default(),
+        encrypted: wish.encrypt == Some(Encrypt::Yes),
+        auto_encrypt: wish.encrypt == Some(Encrypt::Auto),
         internal: wish.internal,
         mtu: wish.mtu,
         backend: wish.backend,

@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 
 use ovl_proto::clock::Stamp;
 use ovl_proto::id::{Mac, NetworkId};
-use ovl_proto::object::{Backend, Driver, Mode, Network};
+use ovl_proto::object::{Backend, Driver, Encrypt, Mode, Network};
 use ovl_proto::publish::Publish;
 use ovl_proto::wire::fields::Unknown;
 use serde_json::{Value, json};
@@ -51,6 +51,7 @@ fn networks(all: &[(&str, &[&str])]) -> BTreeMap<NetworkId, NetworkState> {
             subnets: subnets.iter().map(|subnet| addresses::new_subnet(net(subnet)).unwrap()).collect(),
             mtu: None,
             encrypted: false,
+            auto_encrypt: false,
             internal: false,
             backend: Backend::Vxlan,
             names: true,
@@ -182,7 +183,7 @@ fn options_of_networks_are_parsed() {
         "10.1.0.0/16",
     );
     assert_eq!(wish.name.as_deref(), Some("blue"));
-    assert_eq!((wish.encrypted, wish.mode, wish.vni), (Some(true), Some(Mode::L3), Some(42)));
+    assert_eq!((wish.encrypt, wish.mode, wish.vni), (Some(Encrypt::Yes), Some(Mode::L3), Some(42)));
     assert_eq!((wish.mtu, wish.backend), (Some(1400), Some(Backend::Auto)));
     for (key, value) in [
         ("ovl.netwrok", "blue"),
@@ -322,6 +323,11 @@ fn network_is_joined_by_name_or_subnet_or_else_created() {
     assert_eq!(plan(json!({ "ovl.network": "blue" }), "10.77.0.0/16"), Ok(Plan::Join(BLUE)));
     assert_eq!(plan(json!({ "ovl.network": BLUE.to_string() }), "10.77.0.0/16"), Ok(Plan::Join(BLUE)));
     assert_eq!(plan(json!({}), "10.77.0.0/16"), Ok(Plan::Join(BLUE)));
+    let Ok(Plan::Make(made)) = plan(json!({ "ovl.network": "green", "encrypted": "auto" }), "10.5.0.0/16")
+    else {
+        panic!()
+    };
+    assert_eq!((made.encrypted, made.auto_encrypt), (false, true));
     let Ok(Plan::Make(made)) = plan(json!({ "ovl.network": "green", "encrypted": "true" }), "10.5.0.0/16")
     else {
         panic!()

@@ -10,13 +10,14 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use ipnet::{IpNet, Ipv6Net};
 use ovl_proto::SEALED_VXLAN_PORT;
 use ovl_proto::id::NodeId;
-use ovl_proto::object::Mode;
+use ovl_proto::object::{Backend, Encrypt, Mode, Network};
 use ovl_proto::record;
 
-use crate::local::Detours;
 use crate::local::epochs::{self, KeyEpochs, PeerRoute};
+use crate::local::{Detours, Local};
 use crate::mtu::{self, MIN_MTU_V6, wireguard_overhead};
 use ovl_cluster::view::{Node, View};
+use ovl_dataplane::device::Device;
 use ovl_dataplane::state::{Dataplane, Hop, Link, Remote, Tunnel, TunnelKind, TunnelPeer};
 
 /// The length of the prefix that the tunnel addresses of all hosts of a cluster share.
@@ -41,7 +42,40 @@ pub fn prefix(cluster: u64) -> IpNet {
 
 /// Whether any network of the cluster needs the tunnel.
 pub fn is_wanted(view: &View) -> bool {
-    view.networks.values().any(|state| state.network.encrypted)
+    view.networks.values().any(|state| state.network.may_be_sealed())
+}
+
+/// Whether packets of a network to a host go through the tunnel: all of an encrypted network, and those with
+/// [`Encrypt::Auto`] to a host to which there is no path in plain text.
+///
+/// There is none across NAT, where a detour stands in for the host (through members, which could read them, or over TCP), and where
+/// packets in VXLAN are lost.
+pub fn is_sealed(view: &View, local: &Local, network: &Network, peer: &Node) -> bool {
+    match network.encrypt() {
+        Encrypt::No => false,
+        Encrypt::Yes => true,
+        Encrypt::Auto => {
+            let id = peer.record.id;
+            view.crosses_nat(peer)
+                || local.detours.contains(id)
+                || (local.lost_vxlan.contains(id) && is_in_vxlan(local, network, peer))
+        }
+    }
+}
+
+/// Whether packets of a network in plain text are sent to a host in VXLAN.
+fn is_in_vxlan(local: &Local, network: &Network, peer: &Node) -> bool {
+    network.mode == Mode::L2
+        || match network.backend {
+            Backend::Vxlan => true,
+            Backend::Auto => !local.underlay.is_near(peer.record.vtep),
+            Backend::Direct => false,
+        }
+}
+
+/// Returns the VXLAN device of a switched network whose packets are in the tunnel.
+pub(crate) fn vxlan(network: &Network) -> Device {
+    if network.encrypted { Device::vxlan(network.id) } else { Device::sealed_vxlan(network.id) }
 }
 
 /// Returns the local host and its tunnel. `None` if it is not a member or has no tunnel.
@@ -109,7 +143,7 @@ pub(crate) fn part(dataplane: &mut Dataplane, view: &View, epochs: &KeyEpochs, d
     // Packets to a tunnel address without a host route must not follow a default route.
     dataplane.routes.insert(prefix(cluster), Hop::UNREACHABLE);
     let mut allowed: BTreeMap<NodeId, BTreeSet<IpNet>> = BTreeMap::new();
-    for state in view.networks.values().filter(|s| s.network.encrypted && s.network.mode == Mode::L3) {
+    for state in view.networks.values().filter(|s| s.network.may_be_sealed() && s.network.mode == Mode::L3) {
         for (block, holder) in view.blocks(state.network.id) {
             allowed.entry(holder).or_default().insert(block);
         }

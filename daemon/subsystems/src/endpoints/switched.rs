@@ -11,7 +11,7 @@ use ovl_cluster::addresses;
 use ovl_cluster::view::{Node, Placed, View};
 use ovl_dataplane::device::Device;
 use ovl_dataplane::state::{Dataplane, Link, Remote, Source};
-use ovl_proto::id::{EndpointId, Mac, NodeId};
+use ovl_proto::id::{EndpointId, Mac, NetworkId, NodeId};
 use ovl_proto::object::Network;
 use ovl_proto::table::Endpoint;
 
@@ -20,42 +20,69 @@ use super::silent::silent;
 use crate::encryption::tunnel;
 use crate::local::Local;
 
-/// The VTEPs to which a switched network's frames for remote hosts are sent.
+/// How a switched network's frames leave for a remote host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Exit {
+    /// The VXLAN device of the network.
+    pub(crate) device: Device,
+    /// The VTEP of the host.
+    pub(crate) remote: Remote,
+}
+
+/// How a switched network's frames leave for remote hosts.
 #[derive(Debug)]
-pub(crate) enum FrameRoutes {
-    /// VTEPs on the underlay, of one address family: a VXLAN device sends to one family only. `status` reports hosts of
-    /// the other family.
-    Underlay {
-        /// IPv4.
-        v4: Option<bool>,
-    },
-    /// VTEPs inside the tunnel, of these hosts only.
-    Tunnel(BTreeMap<NodeId, Remote>),
+pub(crate) struct FrameRoutes {
+    network: NetworkId,
+    /// To hosts of this address family, of a VTEP on the underlay; `None` if none is reached so. A VXLAN device sends to one family
+    /// only. `status` reports hosts of the other family.
+    underlay: Option<bool>,
+    /// The device in the tunnel.
+    sealed: Device,
+    /// The VTEPs inside the tunnel, of the hosts from which frames are accepted there.
+    inside: BTreeMap<NodeId, Remote>,
+    /// The hosts to which all is sent through the tunnel.
+    through: BTreeSet<NodeId>,
 }
 
 impl FrameRoutes {
     /// Returns the routes of a network's frames.
-    pub(crate) fn of(view: &View, network: &Network) -> Self {
-        match network.encrypted {
-            true => Self::Tunnel(tunnel::remotes(view)),
-            false => {
-                // A host behind NAT reaches no other one with what is not sealed.
-                let own = view.own().filter(|own| !own.record.is_behind_nat());
-                Self::Underlay { v4: own.map(|own| own.record.vtep.is_ipv4()) }
-            }
+    pub(crate) fn of(view: &View, local: &Local, network: &Network) -> Self {
+        // A host behind NAT reaches no other one with what is not sealed.
+        let own = view.own().filter(|own| !network.encrypted && !own.record.is_behind_nat());
+        let is_sealed = |node: &&Node| tunnel::is_sealed(view, local, network, node);
+        let sealed = view.nodes.values().filter(is_sealed).map(|node| node.record.id);
+        Self {
+            network: network.id,
+            underlay: own.map(|own| own.record.vtep.is_ipv4()),
+            sealed: tunnel::vxlan(network),
+            inside: if network.may_be_sealed() { tunnel::remotes(view) } else { BTreeMap::new() },
+            through: sealed.collect(),
         }
     }
 
-    /// Returns the VTEP of a host. `None` if it cannot be reached.
-    pub(crate) fn to(&self, node: &Node) -> Option<Remote> {
-        let Remote { vtep, port } = Remote { vtep: node.record.vtep, port: node.record.vxlan_port };
-        match self {
-            Self::Underlay { v4 } => {
-                let is_reached = Some(vtep.is_ipv4()) == *v4 && !node.record.is_behind_nat();
-                is_reached.then_some(Remote { vtep, port })
-            }
-            Self::Tunnel(remotes) => remotes.get(&node.record.id).copied(),
-        }
+    /// Returns how frames leave for a host. `None` if it cannot be reached.
+    pub(crate) fn to(&self, node: &Node) -> Option<Exit> {
+        if self.through.contains(&node.record.id) { self.inside(node) } else { self.outside(node) }
+    }
+
+    /// Returns the way to a host on the underlay. `None` if there is none.
+    fn outside(&self, node: &Node) -> Option<Exit> {
+        let remote = Remote { vtep: node.record.vtep, port: node.record.vxlan_port };
+        let is_reached = Some(remote.vtep.is_ipv4()) == self.underlay && !node.record.is_behind_nat();
+        is_reached.then_some(Exit { device: Device::vxlan(self.network), remote })
+    }
+
+    /// Returns the way to a host inside the tunnel, by which its frames are accepted whether or not those to it go there. `None` if
+    /// there is none.
+    fn inside(&self, node: &Node) -> Option<Exit> {
+        let remote = *self.inside.get(&node.record.id)?;
+        Some(Exit { device: self.sealed, remote })
+    }
+
+    /// The devices by which frames may leave.
+    pub(crate) fn devices(&self) -> impl Iterator<Item = Device> {
+        let plain = Device::vxlan(self.network);
+        [plain].into_iter().chain(Some(self.sealed).filter(|sealed| *sealed != plain))
     }
 }
 
@@ -63,9 +90,9 @@ impl FrameRoutes {
 #[derive(Debug)]
 pub(crate) struct MacClaim<'a> {
     endpoint: &'a Endpoint,
-    remote: Option<Remote>,
-    /// Whether frames from its MAC address are accepted only from that VTEP: the network is encrypted.
-    checks_source: bool,
+    exit: Option<Exit>,
+    /// The device and the VTEP from which alone frames from its MAC address are accepted in the tunnel. `None` if none are.
+    inside: Option<Exit>,
 }
 
 impl<'a> MacClaim<'a> {
@@ -86,11 +113,12 @@ impl<'a> MacClaim<'a> {
             return None;
         }
         let mine = node.record.id == view.me;
-        let remote = if mine { None } else { Some(routes.to(node)?) };
+        let exit = if mine { None } else { Some(routes.to(node)?) };
         if mine && local.isolation.contains(endpoint.id) {
             return None;
         }
-        Some(Self { endpoint, remote, checks_source: network.encrypted })
+        let inside = routes.inside(node).filter(|_| !mine);
+        Some(Self { endpoint, exit, inside })
     }
 
     /// Returns the endpoint.
@@ -98,31 +126,31 @@ impl<'a> MacClaim<'a> {
         self.endpoint
     }
 
-    /// Returns the VTEP of its host. `None` if it is on this host.
-    pub(crate) fn remote(&self) -> Option<Remote> {
-        self.remote
+    /// Returns how frames leave for its host. `None` if it is on this host.
+    pub(crate) fn exit(&self) -> Option<Exit> {
+        self.exit
     }
 
     /// Adds the FDB entries of the endpoint's MAC address.
     pub(crate) fn mac(&self, dataplane: &mut Dataplane, view: &View) {
-        let Endpoint { id, network, mac, .. } = *self.endpoint;
-        let vxlan = Device::vxlan(network);
-        dataplane.remotes.extend(self.remote.map(|remote| ((vxlan, mac), remote)));
-        dataplane.ports.insert((if self.remote.is_some() { vxlan } else { Device::endpoint(id) }, mac));
-        if let Some(remote) = self.remote.filter(|_| self.checks_source) {
+        let Endpoint { id, mac, .. } = *self.endpoint;
+        dataplane.remotes.extend(self.exit.map(|exit| ((exit.device, mac), exit.remote)));
+        dataplane.ports.insert((self.exit.map_or_else(|| Device::endpoint(id), |exit| exit.device), mac));
+        if let Some(Exit { device, remote }) = self.inside {
             let (from, addresses) = ([remote.vtep].into(), source_addresses(view, self.endpoint));
-            dataplane.sources.insert((vxlan, mac), Source { from, addresses });
+            dataplane.sources.insert((device, mac), Source { from, addresses });
         }
     }
 }
 
-/// Adds the entries of a remote host with endpoints on the network: its flood entry and, if the network is unencrypted, the
+/// Adds the entries of a remote host with endpoints on the network: its flood entry and, unless the network is encrypted, the
 /// FDB entry of its VXLAN device, to which path probes are sent. The tunnel has probes of its own.
-pub(crate) fn host(dataplane: &mut Dataplane, network: &Network, node: &Node, remote: Remote) {
-    let vxlan = Device::vxlan(network.id);
-    dataplane.floods.insert((vxlan, remote));
-    if !network.encrypted {
-        dataplane.remotes.insert((vxlan, addresses::mac_of_host(network.id, node.record.id)), remote);
+pub(crate) fn host(dataplane: &mut Dataplane, routes: &FrameRoutes, node: &Node, exit: Exit) {
+    dataplane.floods.insert((exit.device, exit.remote));
+    // They also find out when what is sealed for their loss can be sent in plain text again.
+    if let Some(Exit { device, remote }) = routes.outside(node) {
+        let mac = addresses::mac_of_host(routes.network, node.record.id);
+        dataplane.remotes.insert((device, mac), remote);
     }
 }
 
@@ -140,26 +168,26 @@ fn source_addresses(view: &View, endpoint: &Endpoint) -> BTreeSet<IpAddr> {
     endpoint.addresses.iter().map(IpNet::addr).chain(allowed).collect()
 }
 
-/// Returns who may send from a MAC address of an encrypted network that no endpoint has as its own: the remote endpoints
+/// Returns who may send in the tunnel from a MAC address of a network that no endpoint has as its own: the remote endpoints
 /// that are allowed to. `None` if there are none.
 pub(crate) fn shared_source(
     view: &View,
     network: &Network,
     routes: &FrameRoutes,
     mac: Mac,
-) -> Option<Source> {
-    if !network.encrypted || view.all_with_mac(network.id, mac).any(|placed| view.is_counted(&placed)) {
+) -> Option<((Device, Mac), Source)> {
+    if !network.may_be_sealed() || view.all_with_mac(network.id, mac).any(|placed| view.is_counted(&placed)) {
         return None;
     }
     let mut source = Source { from: BTreeSet::new(), addresses: BTreeSet::new() };
     let placed = view.all_allowing_mac(network.id, mac);
     for placed in placed.filter(|placed| placed.node.record.id != view.me && view.is_counted(placed)) {
-        if let Some(remote) = routes.to(placed.node) {
-            source.from.insert(remote.vtep);
+        if let Some(exit) = routes.inside(placed.node) {
+            source.from.insert(exit.remote.vtep);
             source.addresses.extend(source_addresses(view, placed.endpoint));
         }
     }
-    (!source.from.is_empty()).then_some(source)
+    (!source.from.is_empty()).then_some(((routes.sealed, mac), source))
 }
 
 /// Adds the host interface of a local endpoint, which is down if the endpoint is isolated.

@@ -12,6 +12,7 @@ use ovl_dataplane::fast::{Fast, FastHost, FastPod, FastRoute, FastVxlan};
 use ovl_proto::object::{Backend, Driver, Mode, Network};
 use ovl_proto::table::Endpoint;
 
+use crate::encryption::tunnel;
 use crate::mtu::{least, path_mtu, vxlan_overhead};
 use crate::networks::mtu::network_mtu;
 use crate::networks::{PeerPath, path_to};
@@ -125,6 +126,9 @@ fn add_paths(fast: &mut Fast, cluster: &Cluster<'_>, own: &Node, network: &Netwo
         let Some(peer) = view.nodes.get(&holder).filter(|node| holder != view.me && view.counts(node)) else {
             continue;
         };
+        if tunnel::is_sealed(view, cluster.local, network, peer) {
+            continue;
+        }
         let outer = path_mtu(own, peer);
         let narrower = |carried: u16| carried.max(least(block)).min(mtu);
         let path = match path_to(network, cluster.local, own, peer, block) {

@@ -33,7 +33,7 @@ pub fn check(network: &Network, prefixes: &[IpNet], macs: &[Mac]) -> Result<(), 
     }
     let subnets = &network.subnets;
     let is_inside = |prefix: &&IpNet| subnets.iter().any(|subnet| subnet.prefix.contains(*prefix));
-    if network.mode == Mode::L2 || network.encrypted {
+    if network.mode == Mode::L2 || network.may_be_sealed() {
         if let Some(prefix) = prefixes.iter().find(|prefix| !is_inside(prefix)) {
             let all: Vec<String> = subnets.iter().map(|subnet| subnet.prefix.to_string()).collect();
             return Err(format!(
@@ -50,7 +50,7 @@ pub fn check(network: &Network, prefixes: &[IpNet], macs: &[Mac]) -> Result<(), 
             }
         }
     }
-    if network.encrypted
+    if network.may_be_sealed()
         && let Some(prefix) = prefixes.iter().find(|prefix| prefix.prefix_len() < prefix.max_prefix_len())
     {
         return Err(format!(
@@ -86,6 +86,7 @@ mod tests {
             subnets: vec![subnet("10.1.0.0/16", "10.1.0.1"), subnet("fd01::/64", "fd01::1")],
             mtu: None,
             encrypted,
+            auto_encrypt: false,
             internal: false,
             backend: Backend::Vxlan,
             names: true,

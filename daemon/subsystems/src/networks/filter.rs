@@ -244,7 +244,7 @@ fn local_vxlan(text: &mut String) {
 ///   reaches an encrypted network, whatever its VNI;
 /// * ICMPv6 from the tunnel to the hosts' addresses in it, and nothing else to these addresses. So no workload can
 ///   send packets into the tunnel with the host's source address;
-/// * from the tunnel, packets within one encrypted routed network. WireGuard has checked the source address;
+/// * from the tunnel, packets within one routed network whose packets may be sealed. WireGuard has checked the source address;
 /// * from other devices, a source address of an endpoint only by the device of that endpoint, and nothing unencrypted
 ///   to an endpoint. Answers to translated packets are not affected: here their destination is the host's address.
 ///
@@ -260,7 +260,8 @@ fn encrypted_in(text: &mut String, networks: &[&Network], tunnel: Option<Gate>) 
         );
     }
     let _ = writeln!(text, "\t\tudp dport {port} fib daddr type != unicast counter drop");
-    for subnet in encrypted(networks).filter(|network| network.mode == Mode::L3).flat_map(|n| &n.subnets) {
+    let through = routed(networks).filter(|network| network.may_be_sealed());
+    for subnet in through.flat_map(|network| &network.subnets) {
         let (family, prefix) = (family(subnet.prefix), subnet.prefix);
         let _ =
             writeln!(text, "\t\tiifname \"ovt-*\" {family} saddr {prefix} {family} daddr {prefix} accept");

@@ -53,7 +53,7 @@ fn switched_mtu(view: &View, network: &Network) -> u16 {
 /// Returns how long a packet of a switched network may be, in bytes, for an outer packet of `outer` bytes. VXLAN is inside the
 /// tunnel's IPv6 if the network is encrypted. `widest` is the largest link MTU of its hosts, to which they pad.
 fn switched_inside(network: &Network, vtep: IpAddr, outer: u16, widest: u16) -> u16 {
-    if !network.encrypted {
+    if !network.may_be_sealed() {
         return outer.saturating_sub(vxlan_overhead(vtep));
     }
     let inside = if outer < widest {
@@ -68,7 +68,8 @@ fn switched_inside(network: &Network, vtep: IpAddr, outer: u16, widest: u16) -> 
 /// carries less, its route has a smaller MTU, and the local kernel tells senders by ICMP.
 pub(crate) fn endpoint_mtu(network: &Network, own: &Node) -> u16 {
     let around = match network.backend {
-        _ if network.encrypted => wireguard_overhead(own.record.vtep),
+        // Packets that are not sealed now may be so in a moment.
+        _ if network.may_be_sealed() => wireguard_overhead(own.record.vtep),
         Backend::Vxlan => vxlan_overhead(own.record.vtep),
         Backend::Direct | Backend::Auto => 0,
     };

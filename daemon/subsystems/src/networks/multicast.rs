@@ -18,7 +18,7 @@ use ovl_proto::id::Mac;
 use ovl_proto::object::{Driver, Network};
 use ovl_proto::table::{Endpoint, is_followed};
 
-use crate::endpoints::switched::FrameRoutes;
+use crate::endpoints::switched::{Exit, FrameRoutes};
 
 /// The maximum number of groups of one host on one network that another host follows. What is sent to the others does not
 /// reach it.
@@ -29,12 +29,27 @@ pub(super) fn part(dataplane: &mut Dataplane, view: &View, network: &Network, ro
     if network.driver == Driver::Bridge {
         return;
     }
+    for device in routes.devices() {
+        by_device(dataplane, view, network, routes, device);
+    }
+}
+
+/// Adds where multicast goes that leaves by one of the network's devices.
+fn by_device(
+    dataplane: &mut Dataplane,
+    view: &View,
+    network: &Network,
+    routes: &FrameRoutes,
+    device: Device,
+) {
     let (mut joined, mut all) = (BTreeMap::<Mac, BTreeSet<Remote>>::new(), BTreeSet::new());
     for node in view.nodes.values().filter(|node| node.record.id != view.me && view.counts(node)) {
         if node.table.endpoints_on(network.id).next().is_none() {
             continue;
         }
-        let Some(remote) = routes.to(node) else { continue };
+        let Some(Exit { remote, .. }) = routes.to(node).filter(|exit| exit.device == device) else {
+            continue;
+        };
         if !node.table.follows_groups(network.id) {
             all.insert(remote);
         }
@@ -43,7 +58,6 @@ pub(super) fn part(dataplane: &mut Dataplane, view: &View, network: &Network, ro
             joined.entry(Mac::of_group(group)).or_default().insert(remote);
         }
     }
-    let device = Device::vxlan(network.id);
     let leaves = Field::Device(device.as_str());
     if !all.is_empty() {
         dataplane.elements.insert(&OPEN, Key::of(&[leaves]), Value::None);

@@ -78,15 +78,20 @@ pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, networ
         }
     }
     let tunnel_routes =
-        if network.encrypted { tunnel::peer_routes(view, &local.key_epochs) } else { BTreeMap::new() };
+        if network.may_be_sealed() { tunnel::peer_routes(view, &local.key_epochs) } else { BTreeMap::new() };
     let there = view.nodes.iter().filter(|(id, node)| **id != view.me && view.counts(node));
     let peers: BTreeMap<NodeId, &Node> = there.map(|(id, node)| (*id, node)).collect();
     for (block, holder) in view.blocks(network.id) {
         let Some(peer) = peers.get(&holder) else { continue };
-        let path = match network.encrypted {
+        let path = match tunnel::is_sealed(view, local, network, peer) {
             true => tunnel_routes.get(&holder).and_then(PeerRoute::output).map(PeerPath::Tunnel),
             false => path_to(network, local, own, peer, block),
         };
+        // Path probes find out when packets in plain text pass again.
+        let is_probed = network.auto_encrypt && matches!(path, Some(PeerPath::Tunnel(_)));
+        if is_probed && path_to(network, local, own, peer, block) == Some(PeerPath::Vxlan) {
+            vxlan_remote(dataplane, network, peer);
+        }
         if let Some(path) = path {
             to_peer(dataplane, view, network, own, peer, block, path, mtu);
         }
@@ -120,6 +125,14 @@ fn vxlan(network: &Network, own: &Node) -> Link {
     }
 }
 
+/// Adds the FDB entry of a remote host's VXLAN device. Returns the local device and the MAC address of the remote one.
+fn vxlan_remote(dataplane: &mut Dataplane, network: &Network, peer: &Node) -> (Device, Mac) {
+    let key = (Device::vxlan(network.id), addresses::mac_of_host(network.id, peer.record.id));
+    let remote = Remote { vtep: peer.record.vtep, port: peer.record.vxlan_port };
+    dataplane.remotes.insert(key, remote);
+    key
+}
+
 #[expect(clippy::too_many_arguments, reason = "they are what a route is made of")]
 fn to_peer(
     dataplane: &mut Dataplane,
@@ -148,9 +161,7 @@ fn to_peer(
         }
         PeerPath::Vxlan => {
             let Some(gateway) = view.first_gateway(network.id, id, block.addr()) else { return };
-            let (device, mac) = (Device::vxlan(network.id), addresses::mac_of_host(network.id, id));
-            let remote = Remote { vtep: peer.record.vtep, port: peer.record.vxlan_port };
-            dataplane.remotes.insert((device, mac), remote);
+            let (device, mac) = vxlan_remote(dataplane, network, peer);
             dataplane.neighbours.insert((device, gateway), mac);
             let mtu = narrower(outer.saturating_sub(vxlan_overhead(own.record.vtep)));
             dataplane.routes.insert(block, Hop { device: Some(device), gateway: Some(gateway), source, mtu });

@@ -12,7 +12,7 @@ use ovl_dataplane::device::Device;
 use ovl_dataplane::state::{Dataplane, Hop, Link};
 use ovl_proto::SEALED_VXLAN_PORT;
 use ovl_proto::id::Mac;
-use ovl_proto::object::{Driver, Mode, Network};
+use ovl_proto::object::{Driver, Encrypt, Mode, Network};
 use ovl_proto::record::Tunnel;
 
 use super::mtu::network_mtu;
@@ -25,8 +25,8 @@ use crate::local::Local;
 pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, network: &Network, own: &Node) {
     let id = network.id;
     let mtu = network_mtu(view, network);
-    let routes = FrameRoutes::of(view, network);
     devices(dataplane, view, network, own, mtu);
+    let routes = FrameRoutes::of(view, local, network);
     let placed: Vec<Placed<'_>> = view.endpoints(id).collect();
     let mut best = BTreeMap::new();
     for rank in placed.iter().map(|placed| (placed.endpoint.mac, rank(network, placed))) {
@@ -36,8 +36,8 @@ pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, networ
     for placed in &placed {
         let Some(claim) = MacClaim::of(view, local, network, &routes, *placed, wins) else { continue };
         claim.mac(dataplane, view);
-        if let Some(remote) = claim.remote() {
-            switched::host(dataplane, network, placed.node, remote);
+        if let Some(exit) = claim.exit() {
+            switched::host(dataplane, &routes, placed.node, exit);
         }
         for address in &claim.endpoint().addresses {
             dataplane.neighbours.insert((Device::bridge(id), address.addr()), claim.endpoint().mac);
@@ -47,8 +47,7 @@ pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, networ
     let shared: BTreeSet<Mac> =
         placed.iter().flat_map(|placed| &placed.endpoint.allowed_macs).copied().collect();
     for mac in shared {
-        let source = shared_source(view, network, &routes, mac);
-        dataplane.sources.extend(source.map(|source| ((Device::vxlan(id), mac), source)));
+        dataplane.sources.extend(shared_source(view, network, &routes, mac));
     }
     if network.internal {
         // It has no gateway address, and so no connected route. The host routes packets back that a policy diverted, and
@@ -68,7 +67,8 @@ pub(super) fn routes_for_policies(view: &View, network: &Network) -> bool {
 }
 
 /// Adds the network's bridge with its addresses and, unless it is a bridge network, its VXLAN device. An encrypted
-/// network sends VXLAN only through the tunnel: without a tunnel it has no such device.
+/// network sends VXLAN only through the tunnel: without a tunnel it has no such device. A network that is encrypted to some
+/// hosts has both. The bridge passes nothing on from one of them to the other ([`Link::Vxlan::tuned`]).
 pub(super) fn devices(dataplane: &mut Dataplane, view: &View, network: &Network, own: &Node, mtu: u16) {
     let (bridge, vxlan) = (Device::bridge(network.id), Device::vxlan(network.id));
     dataplane
@@ -90,12 +90,15 @@ pub(super) fn devices(dataplane: &mut Dataplane, view: &View, network: &Network,
             false => Link::Tap { vni, mtu, master, up, tuned },
         }
     };
-    let link = match network.driver {
-        Driver::Bridge => None,
-        Driver::Overlay if network.encrypted => tunnel::own(view).map(|(_, own)| in_tunnel(own)),
-        Driver::Overlay => Some(on_underlay()),
-    };
-    dataplane.links.extend(link.map(|link| (vxlan, link)));
+    if network.driver == Driver::Overlay {
+        let encrypt = network.encrypt();
+        if encrypt != Encrypt::Yes {
+            dataplane.links.insert(vxlan, on_underlay());
+        }
+        let sealed = tunnel::own(view).filter(|_| encrypt != Encrypt::No);
+        let device = tunnel::vxlan(network);
+        dataplane.links.extend(sealed.map(|(_, own)| (device, in_tunnel(own))));
+    }
     if !network.internal {
         for subnet in &network.subnets {
             if let Ok(address) = IpNet::new(subnet.gateway, subnet.prefix.prefix_len()) {

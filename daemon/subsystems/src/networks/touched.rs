@@ -16,7 +16,7 @@ use ovl_proto::table::Endpoint;
 
 use super::mtu::network_mtu;
 use super::{multicast, routed, switched as devices_of};
-use crate::endpoints::switched::{FrameRoutes, MacClaim, own_endpoint, rank, shared_source};
+use crate::endpoints::switched::{Exit, FrameRoutes, MacClaim, own_endpoint, rank, shared_source};
 use crate::endpoints::{self, hairpin};
 use crate::local::Local;
 use ovl_cluster::view::{Node, Placed, View};
@@ -24,7 +24,7 @@ use ovl_dataplane::device::Device;
 use ovl_dataplane::diff::diff;
 use ovl_dataplane::nft::{Key, Set};
 use ovl_dataplane::op::Op;
-use ovl_dataplane::state::{Dataplane, Remote};
+use ovl_dataplane::state::Dataplane;
 
 /// Endpoints of one network that were added, removed or changed, by their old and new properties.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -150,7 +150,7 @@ fn switched(
     mtu: u16,
 ) -> (Dataplane, Dataplane) {
     let id = network.id;
-    let (bridge, vxlan) = (Device::bridge(id), Device::vxlan(id));
+    let bridge = Device::bridge(id);
     let TouchedEndpoints { own: ids, mut hosts, mut macs, mut addresses, groups } = touched;
     // An endpoint that is allowed to send from one of the addresses may do so only while no other has it.
     for placed in addresses.iter().flat_map(|address| view.all_allowing_address(id, *address)) {
@@ -162,14 +162,14 @@ fn switched(
         hosts.insert(placed.node.record.id);
         addresses.extend(placed.endpoint.addresses.iter().map(|net| net.addr()));
     }
-    let routes = FrameRoutes::of(view, network);
+    let routes = FrameRoutes::of(view, local, network);
+    let out: Vec<Device> = routes.devices().collect();
     let (mut was, mut is) = (Dataplane::default(), Dataplane::default());
     if groups {
         multicast::part(&mut is, view, network, &routes);
         multicast::sent(&mut was, applied);
     }
-    let remotes: BTreeSet<Remote> =
-        hosts.iter().filter_map(|host| routes.to(view.nodes.get(host)?)).collect();
+    let exits: BTreeSet<Exit> = hosts.iter().filter_map(|host| routes.to(view.nodes.get(host)?)).collect();
 
     let wins = |placed: &Placed<'_>| {
         let others = view.all_with_mac(id, placed.endpoint.mac).filter(|other| view.is_counted(other));
@@ -181,8 +181,7 @@ fn switched(
         for claim in placed.filter_map(claim) {
             claim.mac(&mut is, view);
         }
-        let source = shared_source(view, network, &routes, *mac);
-        is.sources.extend(source.map(|source| ((vxlan, *mac), source)));
+        is.sources.extend(shared_source(view, network, &routes, *mac));
     }
     for address in &addresses {
         let placed = view.all_with_address(id, *address).filter(|placed| view.is_counted(placed));
@@ -191,7 +190,7 @@ fn switched(
         }
     }
     let at_remotes = || {
-        let reached = |node: &&Node| routes.to(node).is_some_and(|remote| remotes.contains(&remote));
+        let reached = |node: &&Node| routes.to(node).is_some_and(|exit| exits.contains(&exit));
         view.nodes.values().filter(reached)
     };
     for node in at_remotes() {
@@ -201,8 +200,8 @@ fn switched(
             .map(|endpoint| Placed { node, endpoint })
             .filter(|placed| view.is_counted(placed))
             .filter_map(claim);
-        if let Some(remote) = claims.next().and_then(|claim| claim.remote()) {
-            endpoints::switched::host(&mut is, network, node, remote);
+        if let Some(exit) = claims.next().and_then(|claim| claim.exit()) {
+            endpoints::switched::host(&mut is, &routes, node, exit);
         }
     }
     for endpoint in ids.iter().filter_map(|id| own.table.endpoint(*id)).filter(|own| own.network == id) {
@@ -218,20 +217,21 @@ fn switched(
         take_over(&mut was, applied, hairpin::guard_of(device));
     }
     for mac in &macs {
-        was.remotes.extend(applied.remotes.get(&(vxlan, *mac)).map(|remote| ((vxlan, *mac), *remote)));
-        let source = applied.sources.get(&(vxlan, *mac)).cloned();
-        was.sources.extend(source.map(|source| ((vxlan, *mac), source)));
+        for key in out.iter().map(|device| (*device, *mac)) {
+            was.remotes.extend(applied.remotes.get(&key).map(|remote| (key, *remote)));
+            was.sources.extend(applied.sources.get(&key).map(|source| (key, source.clone())));
+        }
         let ports = view.all_with_mac(id, *mac).map(|placed| placed.endpoint.id).chain(ids.iter().copied());
-        let ports = ports.map(Device::endpoint).chain([vxlan]).map(|port| (port, *mac));
+        let ports = ports.map(Device::endpoint).chain(out.iter().copied()).map(|port| (port, *mac));
         was.ports.extend(ports.filter(|port| applied.ports.contains(port)));
     }
     for key in addresses.iter().map(|address| (bridge, *address)) {
         was.neighbours.extend(applied.neighbours.get(&key).map(|mac| (key, *mac)));
     }
-    for key in remotes.iter().map(|remote| (vxlan, *remote)) {
-        was.floods.extend(applied.floods.get(&key));
+    for Exit { device, remote } in &exits {
+        was.floods.extend(applied.floods.get(&(*device, *remote)));
     }
-    for key in at_remotes().map(|node| (vxlan, addresses::mac_of_host(id, node.record.id))) {
+    for key in at_remotes().map(|node| (Device::vxlan(id), addresses::mac_of_host(id, node.record.id))) {
         was.remotes.extend(applied.remotes.get(&key).map(|remote| (key, *remote)));
     }
     (was, is)

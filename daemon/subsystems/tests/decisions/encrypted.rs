@@ -9,7 +9,7 @@ use ovl_dataplane::diff::diff;
 use ovl_dataplane::state::{Dataplane, Hop, Link, TunnelKind};
 use ovl_proto::alloc::Block;
 use ovl_proto::object::{Backend, Mode};
-use ovl_proto::record::PeerState;
+use ovl_proto::record::{PeerState, name_address};
 use ovl_proto::table::{Endpoint, Entry};
 use ovl_subsystems::Settings;
 use ovl_subsystems::encryption::tunnel;
@@ -17,7 +17,7 @@ use ovl_subsystems::local::Local;
 use ovl_subsystems::networks::mtu::network_mtu;
 
 use super::host::{desired, desired_with, settings};
-use super::world::{NET, encrypt, endpoint, give, id, net, switched, tunnel_key, view_of};
+use super::world::{NET, encrypt, encrypt_if_needed, endpoint, give, id, net, switched, tunnel_key, view_of};
 
 fn here(n: u8) -> String {
     tunnel::address(1, id(n)).to_string()
@@ -78,6 +78,65 @@ fn the_tunnel_has_an_address_a_peer_and_a_route_for_each_member() {
     assert_eq!(dataplane.tunnels[&device].local, None);
 }
 
+/// Local state of a host that reaches host 3 by a detour.
+fn with_a_detour() -> Local {
+    let mut local = Local::default();
+    local.detours.replace([((id(3), false), ([192, 0, 2, 1], 40_000).into())].into());
+    local
+}
+
+#[test]
+fn hosts_without_a_path_in_plain_text_are_sent_to_through_the_tunnel() {
+    for kernel in [true, false] {
+        let mut view = switched();
+        encrypt_if_needed(&mut view, kernel);
+        give(&mut view, 1, vec![endpoint(1, "10.9.0.9/24")]);
+        give(&mut view, 2, vec![endpoint(2, "10.9.0.17/24")]);
+        give(&mut view, 3, vec![endpoint(3, "10.9.0.25/24")]);
+        let (plain, sealed) = (Device::vxlan(NET), Device::sealed_vxlan(NET));
+        let exits = |local: &Local| {
+            let dataplane = desired(&view, local);
+            assert_eq!(dataplane.sources.keys().filter(|(device, _)| *device == sealed).count(), 2);
+            assert_eq!(dataplane.sources.len(), 2, "what comes in plain text is accepted as well");
+            assert!(matches!(dataplane.links[&plain], Link::Vxlan { sealed: false, .. }));
+            assert_eq!(matches!(dataplane.links[&sealed], Link::Vxlan { sealed: true, .. }), kernel);
+            [2, 3].map(|n| {
+                let mac = addresses::mac_of(NET, net(&format!("10.9.0.{}/24", 8 * n + 1)).addr());
+                let on = |device: Device| {
+                    let is_remote = dataplane.remotes.contains_key(&(device, mac));
+                    let is_flooded = dataplane.floods.iter().filter(|(at, _)| *at == device).count();
+                    (is_remote && dataplane.ports.contains(&(device, mac)), is_flooded)
+                };
+                (on(plain), on(sealed))
+            })
+        };
+        assert_eq!(exits(&Local::default()), [((true, 2), (false, 0)); 2]);
+        assert_eq!(exits(&with_a_detour()), [((true, 1), (false, 1)), ((false, 1), (true, 1))]);
+        view.nodes.get_mut(&id(2)).unwrap().record.address = (name_address(id(2)), 7940).into();
+        let mut through = desired(&view, &Local::default()).floods.into_iter().map(|(device, _)| device);
+        assert!(through.any(|device| device == sealed), "there is NAT between");
+    }
+}
+
+#[test]
+fn blocks_of_hosts_without_a_path_in_plain_text_are_routed_into_the_tunnel() {
+    let mut view = encrypted_routed();
+    encrypt_if_needed(&mut view, false);
+    give(&mut view, 1, vec![]);
+    let dataplane = desired(&view, &with_a_detour());
+    let device = |n: u8| dataplane.routes[&net(&format!("10.60.{n}.0/24"))].device;
+    assert_eq!((device(2), device(3)), (Some(Device::vxlan(NET)), Some(Device::tunnel(false))));
+    for n in [2, 3] {
+        let peer = &dataplane.tunnel_peers[&(Device::tunnel(false), tunnel_key(n))];
+        assert!(peer.allowed.contains(&net(&format!("10.60.{n}.0/24"))), "it may come either way");
+    }
+    let text = dataplane.filter.unwrap();
+    assert!(text.contains("iifname \"ovt-*\" ip saddr 10.60.0.0/16 ip daddr 10.60.0.0/16 accept"), "{text}");
+    assert!(!text.contains("daddr 10.60.0.0/16 oifname"), "it may leave in plain text: {text}");
+    let mtus = [encrypted_routed(), view].map(|view| network_mtu(&view, &view.networks[&NET].network));
+    assert_eq!(mtus[0], mtus[1], "what fits must fit either way");
+}
+
 #[test]
 fn what_a_remote_endpoint_is_allowed_is_accepted_while_no_other_has_it() {
     let mut view = encrypted_switched(false);
@@ -124,13 +183,13 @@ fn a_switched_network_has_a_tap_with_sources_or_a_vxlan_device_in_the_tunnel() {
         (
             false,
             "ip tuntap add ovx mode tap vnet_hdr && ip link set ovx mtu 1370 master ovb up && bridge link set dev ovx \
-             learning off neigh_suppress off mcast_router 2",
+             learning off neigh_suppress off isolated on mcast_router 2",
         ),
         (
             true,
             "ip link add ovx address 0e:00:00:00:00:00 mtu 1370 master ovb up type vxlan id 5000 local T1 dstport 51942 \
              nolearning udp6zerocsumtx udp6zerocsumrx && bridge link set dev ovx learning off neigh_suppress off \
-             mcast_router 2",
+             isolated on mcast_router 2",
         ),
     ] {
         let all = commands(&encrypted_switched(kernel));

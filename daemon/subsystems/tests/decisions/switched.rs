@@ -48,7 +48,7 @@ fn a_network_with_local_and_remote_endpoints() {
              mcast_query_response_interval 100 mcast_hash_max 65536 nf_call_iptables 0 nf_call_ip6tables 0",
             "ip link add ovx-00000000 address MAC1 mtu 1450 master ovb-00000000 up type vxlan id 5000 local 192.168.77.1 \
              dstport 4789 nolearning && bridge link set dev ovx-00000000 learning off neigh_suppress off \
-             mcast_router 2",
+             isolated on mcast_router 2",
             "ip addr replace 10.9.0.1/24 dev ovb-00000000",
             "bridge fdb replace 02:f1:0a:09:00:11 dev ovx-00000000 master static",
             "bridge fdb replace 02:f1:0a:09:00:11 dev ovx-00000000 self static dst 192.168.77.2 port 4789",

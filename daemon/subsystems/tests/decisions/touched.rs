@@ -24,7 +24,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::host::isolation;
-use super::world::{NET, encrypt, id, net, read, switched, view_of};
+use super::world::{NET, encrypt, encrypt_if_needed, id, net, read, switched, view_of};
 
 /// One endpoint of a host is added, changed or removed. There are few of them, so that they collide.
 #[derive(Debug, Clone)]
@@ -221,16 +221,21 @@ proptest! {
         steps in prop::collection::vec((step(), 1..4_usize), 1..40),
         isolated in prop::collection::btree_set(0..6_u8, 0..2),
         routed: bool,
-        // `Some` for an encrypted network: whether its tunnel is in the kernel.
-        encrypted: Option<bool>,
+        // `Some` for an encrypted network: whether its tunnel is in the kernel, and whether only packets to hosts without a path in
+        // plain text go through it.
+        encrypted: Option<(bool, bool)>,
+        // A host without a path in plain text.
+        far in prop::option::of(2..=3_u8),
         // Whether there are Services.
         served: bool,
         // A host without a tunnel.
         deaf in prop::option::weighted(0.2, 1..=3_u8),
     ) {
         let mut view = if routed { small_blocks() } else { switched() };
-        if let Some(kernel) = encrypted {
-            encrypt(&mut view, kernel);
+        match encrypted {
+            Some((kernel, true)) => encrypt_if_needed(&mut view, kernel),
+            Some((kernel, false)) => encrypt(&mut view, kernel),
+            None => {}
         }
         if let Some(deaf) = deaf {
             view.nodes.get_mut(&id(deaf)).unwrap().record.tunnel = None;
@@ -242,6 +247,9 @@ proptest! {
         }
         let mut local = Local { isolation: isolation(isolated), ..Local::default() };
         local.attaches.want(NET);
+        if let Some(far) = far {
+            local.detours.replace([((id(far), false), ([192, 0, 2, 1], 1).into())].into());
+        }
         let mut applied = Dataplane::default();
         let mut left = TouchedEndpoints::default();
         for (step, together) in steps {

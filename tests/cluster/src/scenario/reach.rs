@@ -6,11 +6,24 @@ use serde_json::Value;
 use crate::machine::Machine;
 use crate::world::{Undo, Workload, World};
 
-/// The networks of [`super::encryption`]: a switched one and a routed one.
-fn workloads<'a>(world: &World<'a>) -> Result<[Vec<Workload<'a>>; 2]> {
+/// The networks of [`super::encryption`], a switched one and a routed one, and two that are encrypted only where they must be.
+fn workloads<'a>(world: &World<'a>) -> Result<[Vec<Workload<'a>>; 4]> {
     world.network("secret", "--subnet 10.73.0.0/16 --encrypted")?;
     world.network("secret-pods", "--mode l3 --subnet 10.74.0.0/16 --encrypted")?;
-    Ok([world.workloads("secret")?, world.workloads("secret-pods")?])
+    world.network("either", "--subnet 10.75.0.0/16 --encrypt auto")?;
+    world.network("either-pods", "--mode l3 --subnet 10.76.0.0/16 --encrypt auto")?;
+    let of = |network| world.workloads(network);
+    Ok([of("secret")?, of("secret-pods")?, of("either")?, of("either-pods")?])
+}
+
+/// Waits until a machine sends through the tunnel to just these others on networks that are encrypted only where they must be.
+fn wait_sealed(on: &dyn Machine, others: &[&str]) -> Result<()> {
+    for network in ["either", "either-pods"] {
+        on.wait_ctl(&format!("network inspect {network}"), &format!("sealed to {others:?}"), |network| {
+            (network["sealed_to"] == serde_json::json!(others)).then_some(())
+        })?;
+    }
+    Ok(())
 }
 
 /// The row of a machine in `peers` of another one.
@@ -53,6 +66,7 @@ pub(super) fn detour(world: &World<'_>) -> Result<String> {
     }
     for (one, other) in [(both[0], both[1]), (both[1], both[0])] {
         wait_row(one, other.name(), "through the third one", |row| row["via"] == serde_json::json!([third]))?;
+        wait_sealed(one, &[other.name()])?;
     }
     for all in &networks {
         world.ping_all(all)?;
@@ -63,6 +77,7 @@ pub(super) fn detour(world: &World<'_>) -> Result<String> {
     drop(undo);
     for (one, other) in [(both[0], both[1]), (both[1], both[0])] {
         wait_row(one, other.name(), "directly", |row| row["via"] == serde_json::json!([]))?;
+        wait_sealed(one, &[])?;
     }
     for all in &networks {
         world.ping_all(all)?;
@@ -89,6 +104,7 @@ pub(super) fn nat(world: &World<'_>) -> Result<String> {
         wait_row(*other, last.name(), "directly across NAT", |row| {
             row["state"] == "alive" && row["nat"] == true && row["via"] == serde_json::json!([])
         })?;
+        wait_sealed(*other, &[last.name()])?;
     }
     for all in &networks {
         world.ping_all(all)?;

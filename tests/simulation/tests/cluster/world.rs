@@ -441,6 +441,7 @@ impl World {
             subnets: vec![subnet.parse()?],
             vni: None,
             encrypted: false,
+            auto_encrypt: false,
             internal: false,
             mtu: None,
             backend: None,
