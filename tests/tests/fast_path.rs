@@ -438,6 +438,109 @@ fn nothing_is_left_when_it_is_turned_off() {
     assert!(!folder.exists(), "{}", folder.display());
 }
 
+/// How many programs are attached to a device as filters.
+fn filters(host: &Host, device: &str) -> usize {
+    let shown = ["ingress", "egress"]
+        .map(|side| host.exec_ok(["tc", "filter", "show", "dev", device, side]).unwrap())
+        .concat();
+    shown.matches("pref 50000 bpf chain 0 handle").count()
+}
+
+#[test]
+fn kernel_without_tcx_has_it_by_filters() {
+    let Pods { lab, a, b, c, _servers } =
+        &pods(start_lab_with(lab(2).without_tcx()).unwrap(), "vxlan", &["--subnet", "10.60.0.0/16"]);
+    let h1 = &lab["h1"];
+    // Of another program, with a filter that lets everything on, before ovl's and after them.
+    let foreign = |command: &str, number: u32| {
+        h1.exec_ok([
+            "sh",
+            "-c",
+            &format!(
+                "tc filter {command} dev eth0 ingress prio {number} handle 1 protocol all bpf da bytecode '1,6 0 0 4294967295,'"
+            ),
+        ])
+        .map(drop)
+    };
+    let shown = || {
+        let links = h1.ip_json(&["link", "show"]).unwrap();
+        let names = links.as_array().into_iter().flatten().map(|link| text(&link["ifname"]));
+        names.filter(|name| ["ove-", "ovx-", "eth0"].iter().any(|kind| name.starts_with(kind))).collect::<Vec<_>>()
+    };
+    let complete = || -> Result<()> {
+        for device in shown() {
+            let wanted = if device.starts_with("ovx-") { 1 } else { 2 };
+            ensure!(filters(h1, &device) == wanted, "{device}: {}", filters(h1, &device));
+        }
+        Ok(())
+    };
+    wait_until(SOON, "all filters", complete).unwrap();
+    [7, 60_000].into_iter().for_each(|number| foreign("add", number).unwrap());
+    wait_fast(h1, &["local"], || talk(a, b)).unwrap();
+    wait_fast(h1, &["vxlan_out", "vxlan_in"], || talk(a, c)).unwrap();
+    assert_eq!(text(&h1.ctl_json(&["status"]).unwrap()["fast_path"]["attached_by"]), "clsact");
+
+    // A daemon that is killed loses nothing, and the next one takes over what is there.
+    let flows = [Flow::start(a, b).unwrap(), Flow::start(c, a).unwrap()];
+    let mut connection = Connection::open(&a.workload, at(&c.address(), PORT)).unwrap().unwrap();
+    connection.read_answer().unwrap();
+    let before = counted(h1, "fast");
+    h1.kill9().unwrap();
+    flows.iter().for_each(|flow| flow.run_for_a_second().unwrap());
+    h1.start().unwrap();
+    h1.wait_ready(SOON).unwrap();
+    flows.iter().for_each(|flow| flow.run_for_a_second().unwrap());
+    connection.ask().unwrap();
+    let after = counted(h1, "fast");
+    for way in ["local", "vxlan_out", "vxlan_in"] {
+        assert!(after[way] > before[way] + 300, "{way}: {before:?} {after:?}");
+    }
+    flows.into_iter().for_each(|flow| flow.finish_without_loss().unwrap());
+    complete().unwrap();
+
+    // What another program deletes is missed.
+    let device = shown().into_iter().find(|name| name.starts_with("ove-")).unwrap();
+    h1.exec_ok(["tc", "qdisc", "del", "dev", &device, "clsact"]).unwrap();
+    let said = h1.ctl(&["verify"]).unwrap().stdout;
+    assert!(said.contains(&format!("attach to {device}")), "{said}");
+    h1.kill9().unwrap();
+    h1.start().unwrap();
+    wait_clean(lab.hosts(), SOON).unwrap();
+    wait_until(SOON, "all filters", complete).unwrap();
+
+    h1.ctl_ok(&["detach", "b"]).unwrap();
+    h1.ctl_ok(&["teardown", "--yes"]).unwrap();
+    assert_eq!(filters(h1, "eth0"), 0);
+    // Its queueing discipline has filters of another program by now.
+    [7, 60_000].into_iter().for_each(|number| foreign("del", number).unwrap());
+}
+
+#[test]
+fn queueing_disciplines_of_other_programs_are_left_alone() {
+    let lab = start_lab_with(LabConfig::hosts(2).without_tcx()).unwrap();
+    let disciplines = |host: &Host| host.exec_ok(["tc", "qdisc", "show", "dev", "eth0"]).unwrap();
+    let [h1, h2] = [&lab["h1"], &lab["h2"]];
+    // One that ovl creates, and one that it finds.
+    h2.exec_ok(["tc", "qdisc", "add", "dev", "eth0", "clsact"]).unwrap();
+    for host in [h1, h2] {
+        host.set_config(ON).unwrap();
+        host.restart().unwrap();
+        host.wait_ready(SOON).unwrap();
+        wait_until(SOON, "filters at the underlay", || -> Result<()> {
+            ensure!(filters(host, "eth0") == 2, "{}", filters(host, "eth0"));
+            Ok(())
+        })
+        .unwrap();
+        host.set_config("fast_path = \"off\"").unwrap();
+        host.restart().unwrap();
+        host.wait_ready(SOON).unwrap();
+        wait_clean(lab.hosts(), SOON).unwrap();
+        assert_eq!(filters(host, "eth0"), 0);
+    }
+    assert!(!disciplines(h1).contains("clsact"), "{}", disciplines(h1));
+    assert!(disciplines(h2).contains("clsact"), "{}", disciplines(h2));
+}
+
 #[test]
 fn it_pauses_while_packets_are_followed() {
     let Pods { lab, a, b, _servers, .. } =

@@ -11,6 +11,7 @@ mod announce;
 mod apply;
 mod attribute;
 mod capture;
+mod clsact;
 mod conntrack;
 mod dump;
 mod duplicate;

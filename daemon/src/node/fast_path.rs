@@ -148,6 +148,7 @@ impl Node {
             };
             status.fast = packets(counters.fast);
             status.slow = packets(counters.slow);
+            status.attached_by = Some(counters.attached_by.to_owned());
         }
         status
     }
