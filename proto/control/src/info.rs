@@ -473,6 +473,12 @@ pub struct PeerPath {
     pub received: PathDirection,
     /// The smoothed round-trip time, in microseconds. `None` before the first.
     pub rtt_us: Option<u64>,
+    /// Whether this host sends packets of workloads to it by the fast path, if it is for them.
+    #[serde(default)]
+    pub fast: bool,
+    /// Why it does not, in a sentence.
+    #[serde(default)]
+    pub why_not_fast: Option<String>,
 }
 
 /// What is known of one direction of a path.
