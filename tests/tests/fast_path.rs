@@ -15,14 +15,16 @@ use ovl_tests::inject::{listener, receive, spoofing_socket};
 use ovl_tests::routed::{create_routed_network, device_of, ensure_sees_own_address};
 use ovl_tests::service::{Answer, Connection, NamedServer, apply, ask, wait_answers};
 use ovl_tests::{
-    Attached, SOON, attach, ping_all_pairs, problems, start_lab, start_lab_with, text, wait_clean,
-    wait_no_problem, wait_problem,
+    Attached, SOON, attach, create_network, ping_all_pairs, problems, start_lab, start_lab_with, text,
+    wait_clean, wait_no_problem, wait_problem,
 };
 use serde_json::json;
 
 const ON: &str = "fast_path = \"on\"";
 const BOTH: &[&str] = &["--subnet", "10.60.0.0/16", "--subnet", "fd60::/48"];
 const PORT: u16 = 80;
+/// In place of the backend of a routed network.
+const SWITCHED: &str = "switched";
 
 fn lab(hosts: usize) -> LabConfig {
     LabConfig::hosts(hosts).config(ON)
@@ -116,7 +118,11 @@ struct Pods {
 }
 
 fn pods(lab: Lab, backend: &str, subnets: &[&str]) -> Pods {
-    create_routed_network(&lab, "pods", &[&["--backend", backend], subnets].concat()).unwrap();
+    match backend {
+        SWITCHED => create_network(&lab, "pods", subnets),
+        _ => create_routed_network(&lab, "pods", &[&["--backend", backend], subnets].concat()),
+    }
+    .unwrap();
     let [a, b, c] = [("h1", "a"), ("h1", "b"), ("h2", "c")]
         .map(|(host, name)| attach(&lab[host], name, "pods", &["--label", "app=web"]).unwrap());
     let servers = [&a, &b, &c].map(|each| NamedServer::start(&each.workload, &each.name, PORT).unwrap());
@@ -161,6 +167,12 @@ fn endpoints_connect_in_vxlan() {
 }
 
 #[test]
+fn endpoints_connect_on_a_switched_network() {
+    let subnets = &["--subnet", "10.60.0.0/16", "--subnet", "fd60::/64"];
+    assert_connected(lab(2), SWITCHED, subnets, ["vxlan_out", "vxlan_in"]);
+}
+
+#[test]
 fn vxlan_over_ipv6_is_left_to_the_kernel() {
     let Pods { lab, a, b, c, _servers } =
         &pods(start_lab_with(lab(2).underlay(Underlay::V6)).unwrap(), "vxlan", BOTH);
@@ -176,8 +188,15 @@ fn hosts_with_and_without_it_mix() {
     lab["h1"].set_config(ON).unwrap();
     lab["h1"].restart().unwrap();
     lab["h1"].wait_ready(SOON).unwrap();
-    for (backend, ways) in [("vxlan", ["vxlan_out", "vxlan_in"]), ("direct", ["direct_out", "direct_in"])] {
-        create_routed_network(&lab, backend, &["--backend", backend]).unwrap();
+    for (backend, ways) in [
+        ("vxlan", ["vxlan_out", "vxlan_in"]),
+        ("direct", ["direct_out", "direct_in"]),
+        (SWITCHED, ["vxlan_out", "vxlan_in"]),
+    ] {
+        match backend {
+            SWITCHED => create_network(&lab, backend, &[]).unwrap(),
+            _ => create_routed_network(&lab, backend, &["--backend", backend]).unwrap(),
+        }
         let [a, c] = [("h1", "a"), ("h2", "c")]
             .map(|(host, name)| attach(&lab[host], &format!("{name}-{backend}"), backend, &[]).unwrap());
         let _servers = [&a, &c].map(|each| NamedServer::start(&each.workload, &each.name, PORT).unwrap());
@@ -203,7 +222,7 @@ fn service(label: &str) -> String {
 
 #[test]
 fn what_the_stack_translates_is_answered_through_it() {
-    for backend in ["direct", "vxlan"] {
+    for backend in ["direct", "vxlan", SWITCHED] {
         let Pods { lab, a, b, c, _servers } =
             &pods(start_lab_with(lab(2)).unwrap(), backend, &["--subnet", "10.60.0.0/16"]);
         let h1 = &lab["h1"];
@@ -281,8 +300,12 @@ fn what_the_stack_translates_is_answered_through_it() {
 
 #[test]
 fn killed_daemon_loses_no_packet_and_the_next_one_goes_on() {
+    ["vxlan", SWITCHED].into_iter().for_each(assert_killed_daemon_loses_nothing);
+}
+
+fn assert_killed_daemon_loses_nothing(backend: &str) {
     let Pods { lab, a, b, c, _servers } =
-        &pods(start_lab_with(lab(2)).unwrap(), "vxlan", &["--subnet", "10.60.0.0/16"]);
+        &pods(start_lab_with(lab(2)).unwrap(), backend, &["--subnet", "10.60.0.0/16"]);
     let h1 = &lab["h1"];
     wait_fast(h1, &["local"], || talk(a, b)).unwrap();
     wait_fast(h1, &["vxlan_out", "vxlan_in"], || talk(a, c)).unwrap();
@@ -312,10 +335,15 @@ fn killed_daemon_loses_no_packet_and_the_next_one_goes_on() {
 
 #[test]
 fn other_sources_do_not_take_it() {
+    assert_sources_are_checked("direct", "direct_out");
+    assert_sources_are_checked(SWITCHED, "vxlan_out");
+}
+
+fn assert_sources_are_checked(backend: &str, out: &str) {
     let Pods { lab, a, b, c, _servers } =
-        &pods(start_lab_with(lab(2)).unwrap(), "direct", &["--subnet", "10.60.0.0/16"]);
+        &pods(start_lab_with(lab(2)).unwrap(), backend, &["--subnet", "10.60.0.0/16"]);
     let h1 = &lab["h1"];
-    wait_fast(h1, &["local", "direct_out"], || talk(a, b).and_then(|()| talk(a, c))).unwrap();
+    wait_fast(h1, &["local", out], || talk(a, b).and_then(|()| talk(a, c))).unwrap();
     for to in [b, c] {
         let server = listener(to, &to.address(), Duration::from_millis(500));
         let before = counted(h1, "slow")["source"];
@@ -358,10 +386,15 @@ fn packets_that_are_too_big_are_told_to_the_sender() {
 
 #[test]
 fn policy_takes_hold_at_once() {
+    assert_policy_takes_hold("auto", "direct_in");
+    assert_policy_takes_hold(SWITCHED, "vxlan_in");
+}
+
+fn assert_policy_takes_hold(backend: &str, into: &str) {
     let Pods { lab, a, b, c, _servers } =
-        &pods(start_lab_with(lab(2)).unwrap(), "auto", &["--subnet", "10.60.0.0/16"]);
+        &pods(start_lab_with(lab(2)).unwrap(), backend, &["--subnet", "10.60.0.0/16"]);
     let h1 = &lab["h1"];
-    wait_fast(h1, &["local", "direct_in"], || talk(a, b).and_then(|()| talk(c, b))).unwrap();
+    wait_fast(h1, &["local", into], || talk(a, b).and_then(|()| talk(c, b))).unwrap();
     let mut open =
         [a, c].map(|from| Connection::open(&from.workload, at(&b.address(), PORT)).unwrap().unwrap());
     open.iter_mut().for_each(|connection| assert_eq!(connection.read_answer().unwrap().name, "b"));
@@ -384,8 +417,46 @@ fn policy_takes_hold_at_once() {
     }
     h1.ctl_ok(&["delete", "networkpolicy", "closed"]).unwrap();
     wait_until(SOON, "connections again", || talk(a, b).and_then(|()| talk(c, b))).unwrap();
-    wait_fast(h1, &["local", "direct_in"], || talk(a, b).and_then(|()| talk(c, b))).unwrap();
+    wait_fast(h1, &["local", into], || talk(a, b).and_then(|()| talk(c, b))).unwrap();
     wait_clean(lab.hosts(), SOON).unwrap();
+}
+
+/// Connection tracking sees the beginning of a connection, then nothing of it, and then what comes next.
+#[test]
+fn connection_that_a_policy_allows_goes_on_in_the_stack() {
+    for (backend, ways) in [("direct", ["local", "direct_in"]), (SWITCHED, ["local", "vxlan_in"])] {
+        let Pods { lab, a, b, c, _servers } =
+            &pods(start_lab_with(lab(2)).unwrap(), backend, &["--subnet", "10.60.0.0/16"]);
+        let h1 = &lab["h1"];
+        wait_fast(h1, &ways, || talk(a, b).and_then(|()| talk(c, b))).unwrap();
+        h1.ctl_ok(&["trace", "a", "b:80"]).unwrap();
+        let is_paused = || h1.ctl_json(&["status"]).unwrap()["fast_path"]["paused"] == true;
+        assert!(is_paused());
+        let mut open =
+            [a, c].map(|from| Connection::open(&from.workload, at(&b.address(), PORT)).unwrap().unwrap());
+        open.iter_mut().for_each(|connection| assert_eq!(connection.read_answer().unwrap().name, "b"));
+        wait_until(SOON, "the end of the pause", || -> Result<()> {
+            ensure!(!is_paused());
+            Ok(())
+        })
+        .unwrap();
+        wait_fast(h1, &ways, || {
+            open.iter_mut().try_for_each(|connection| connection.ask().map(drop))?;
+            open.iter_mut().try_for_each(|connection| connection.ask().map(drop))
+        })
+        .unwrap();
+        let policy = json!({
+            "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": { "name": "inside" },
+            "spec": {
+                "podSelector": { "matchLabels": { "app": "web" } }, "policyTypes": ["Ingress"],
+                "ingress": [{ "from": [{ "podSelector": { "matchLabels": { "app": "web" } } }] }],
+            },
+        });
+        apply(lab, h1, &policy.to_string()).unwrap();
+        for connection in &mut open {
+            connection.ask().unwrap();
+        }
+    }
 }
 
 #[test]
@@ -415,7 +486,8 @@ fn rules_of_other_programs_are_not_bypassed() {
 
 #[test]
 fn nothing_is_left_when_it_is_turned_off() {
-    let Pods { lab, a, b, _servers, .. } = &pods(start_lab_with(lab(2)).unwrap(), "vxlan", BOTH);
+    let config = LabConfig { tcx: true, ..lab(2) };
+    let Pods { lab, a, b, _servers, .. } = &pods(start_lab_with(config).unwrap(), "vxlan", BOTH);
     let h1 = &lab["h1"];
     wait_fast(h1, &["local"], || talk(a, b)).unwrap();
     let folder = h1.fast_path_pins().unwrap();
@@ -465,7 +537,9 @@ fn kernel_without_tcx_has_it_by_filters() {
     let shown = || {
         let links = h1.ip_json(&["link", "show"]).unwrap();
         let names = links.as_array().into_iter().flatten().map(|link| text(&link["ifname"]));
-        names.filter(|name| ["ove-", "ovx-", "eth0"].iter().any(|kind| name.starts_with(kind))).collect::<Vec<_>>()
+        names
+            .filter(|name| ["ove-", "ovx-", "eth0"].iter().any(|kind| name.starts_with(kind)))
+            .collect::<Vec<_>>()
     };
     let complete = || -> Result<()> {
         for device in shown() {

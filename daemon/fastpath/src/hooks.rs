@@ -369,9 +369,7 @@ impl Thread {
             let options = TcAttachOptions::TcxOrder(LinkOrder::default());
             let found = find(&mut self.object, *program)?;
             let side = if program.is_egress() { TcAttachType::Egress } else { TcAttachType::Ingress };
-            let id = found
-                .attach_with_options(device, side, options)
-                .map_err(|it| error(describe(&it)))?;
+            let id = found.attach_with_options(device, side, options).map_err(|it| error(describe(&it)))?;
             let link = found.take_link(id).map_err(|it| error(it.to_string()))?;
             let link = FdLink::try_from(link).map_err(|it| error(it.to_string()))?;
             link.pin(&pin).map_err(|it| error(describe(&it)))?;

@@ -47,7 +47,9 @@ pub(super) struct Clsact {
 }
 
 fn kind_of<'a>(message: &Message<'a>) -> &'a str {
-    attributes(message.payload, TRAFFIC_CONTROL).find(|(kind, _)| *kind == libc::TCA_KIND).map_or("", |(_, value)| text(value))
+    attributes(message.payload, TRAFFIC_CONTROL)
+        .find(|(kind, _)| *kind == libc::TCA_KIND)
+        .map_or("", |(_, value)| text(value))
 }
 
 fn number(program: Program) -> u32 {
@@ -97,11 +99,20 @@ impl Clsact {
     fn dump(&mut self, kind: u16, request: &[u8]) -> Result<Dump> {
         let mut batch = Batch::default();
         batch.push_built(kind, 0, request);
-        self.route.dump_built(batch)?.map_err(|refusal| refusal.into_error("cannot read the filters of a device"))
+        self.route
+            .dump_built(batch)?
+            .map_err(|refusal| refusal.into_error("cannot read the filters of a device"))
     }
 
     /// Sends a request. Returns the error number of a refusal that is among `fine`.
-    fn ask(&mut self, what: &str, kind: u16, flags: i32, payload: &[u8], fine: &[i32]) -> Result<Option<i32>> {
+    fn ask(
+        &mut self,
+        what: &str,
+        kind: u16,
+        flags: i32,
+        payload: &[u8],
+        fine: &[i32],
+    ) -> Result<Option<i32>> {
         let mut batch = Batch::default();
         batch.push_built(kind, flags as u16, payload);
         let (mut results, _) = self.route.execute(batch)?;
@@ -128,7 +139,8 @@ impl Clsact {
         let is_there = refused?.is_some();
         if is_there && is_new && !self.devices()?.contains(&ifindex) {
             return Err(KernelError::Other(
-                "the device has the queueing discipline `ingress` of another program, which excludes clsact".to_owned(),
+                "the device has the queueing discipline `ingress` of another program, which excludes clsact"
+                    .to_owned(),
             ));
         }
         Ok(())
@@ -136,7 +148,8 @@ impl Clsact {
 
     fn set_filter(&mut self, ifindex: u32, program: Program, loaded: BorrowedFd<'_>) -> Result<()> {
         let handle = HANDLES | number(program);
-        let mut request = Attributes::after(&traffic_control(ifindex, handle, side(program), PRIORITY_AND_PROTOCOL));
+        let mut request =
+            Attributes::after(&traffic_control(ifindex, handle, side(program), PRIORITY_AND_PROTOCOL));
         request.put_text(libc::TCA_KIND, "bpf");
         request.nest(libc::TCA_OPTIONS, |options| {
             options.put(TCA_BPF_FD, &loaded.as_raw_fd().to_ne_bytes());
@@ -158,7 +171,8 @@ impl Clsact {
                     is_used = true;
                     continue;
                 };
-                let request = traffic_control(ifindex, HANDLES | number(program), side, PRIORITY_AND_PROTOCOL);
+                let request =
+                    traffic_control(ifindex, HANDLES | number(program), side, PRIORITY_AND_PROTOCOL);
                 self.ask("cannot delete a filter of a device", libc::RTM_DELTFILTER, 0, &request, &gone)?;
             }
         }

@@ -128,7 +128,7 @@ impl FastPath {
             FastOp::SetPod(at, pod) => {
                 let ifindex = devices.get(route, pod.device)?.index;
                 let queued = has_queue(route, ifindex)?;
-                let FastPod { epoch, mac, mtu, fast, .. } = *pod;
+                let FastPod { epoch, mac, mtu, fast, switched, .. } = *pod;
                 let pod = programs::Pod {
                     ifindex,
                     epoch,
@@ -138,6 +138,7 @@ impl FastPath {
                     mtu,
                     fast,
                     queued,
+                    switched,
                 };
                 self.open()?.set_pod(*at, pod)?;
             }
@@ -148,7 +149,7 @@ impl FastPath {
                     port,
                     vni,
                     mac: mac.0,
-                    own_mac: own_mac.0,
+                    own_mac: own_mac.map(|mac| mac.0),
                 });
                 let path = programs::Path { network: number(*network), mtu: *mtu, vxlan };
                 self.open()?.set_path((to.addr(), to.prefix_len()), path)?;
@@ -213,10 +214,10 @@ impl FastPath {
             fast.host = underlay.map(|underlay| FastHost { on, underlay, vtep, port });
         }
         for (at, pod) in loaded.pods()? {
-            let programs::Pod { ifindex, epoch, network, mac, mtu, fast: is_fast, .. } = pod;
+            let programs::Pod { ifindex, epoch, network, mac, mtu, fast: is_fast, switched, .. } = pod;
             if let Some(device) = device(ifindex).or_else(gone) {
                 let (network, mac) = (network_of(network), Mac(mac));
-                fast.pods.insert(at, FastPod { device, epoch, network, mac, mtu, fast: is_fast });
+                fast.pods.insert(at, FastPod { device, epoch, network, mac, mtu, switched, fast: is_fast });
             }
         }
         for ((address, length), path) in loaded.paths()? {
@@ -227,7 +228,7 @@ impl FastPath {
                 port,
                 vni,
                 mac: Mac(mac),
-                own_mac: Mac(own_mac),
+                own_mac: own_mac.map(Mac),
             });
             fast.paths.insert(to, FastRoute { network: network_of(network), mtu, vxlan });
         }
