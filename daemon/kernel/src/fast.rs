@@ -142,7 +142,10 @@ impl FastPath {
                 };
                 self.open()?.set_pod(*at, pod)?;
             }
-            FastOp::DeletePod(at) => self.open()?.delete_pod(*at)?,
+            // What was unloaded in the meantime is not loaded again for this.
+            FastOp::DeletePod(at) => {
+                self.loaded.as_mut().map_or(Ok(()), |loaded| loaded.delete_pod(*at))?;
+            }
             FastOp::SetPath(to, FastRoute { network, mtu, vxlan }) => {
                 let vxlan = vxlan.map(|FastVxlan { vtep, port, vni, mac, own_mac }| programs::VxlanPath {
                     vtep,
@@ -154,15 +157,19 @@ impl FastPath {
                 let path = programs::Path { network: number(*network), mtu: *mtu, vxlan };
                 self.open()?.set_path((to.addr(), to.prefix_len()), path)?;
             }
-            FastOp::DeletePath(to) => self.open()?.delete_path((to.addr(), to.prefix_len()))?,
+            FastOp::DeletePath(to) => {
+                let to = (to.addr(), to.prefix_len());
+                self.loaded.as_mut().map_or(Ok(()), |loaded| loaded.delete_path(to))?;
+            }
             FastOp::Attach(device) => {
                 let ifindex = index_of(route, devices, *device)?;
                 self.open()?.attach(ifindex, device.as_str(), kind_of(*device))?;
                 self.hooks.insert(*device, ifindex);
             }
             FastOp::Detach(device) => {
-                if let Some(ifindex) = self.hooks.remove(device) {
-                    self.open()?.detach(ifindex);
+                let ifindex = self.hooks.remove(device);
+                if let (Some(ifindex), Some(loaded)) = (ifindex, self.loaded.as_mut()) {
+                    loaded.detach(ifindex);
                 }
             }
         }

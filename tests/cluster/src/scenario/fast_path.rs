@@ -137,7 +137,11 @@ fn lost_while_killed(from: &Workload<'_>, to: &Workload<'_>) -> Result<u64> {
     let (sent, lost) = (sum["packets"].as_u64(), sum["lost_packets"].as_u64());
     let (sent, lost) = (sent.context("nothing was sent")?, lost.context("no loss is known")?);
     let taken = counted(from.machine)?["direct_out"].saturating_sub(before);
-    ensure!(sent > 1000 && taken > sent / 2, "{taken} of {sent} packets took the fast path");
+    ensure!(
+        sent > 1000 && taken > sent / 2,
+        "{taken} of {sent} packets took the fast path: {before} before, {}",
+        from.machine.ctl("status")?["fast_path"]
+    );
     Ok(lost)
 }
 
