@@ -14,6 +14,12 @@ use tokio::time::Instant;
 
 /// Time beyond the interval of pings after which UDP is blocked to a host that has not answered by UDP.
 const SILENT: Duration = Duration::from_millis(400);
+/// The same if one of the two is behind NAT: when a NAT forgets a mapping, it takes a moment until it is known where the host is now.
+const SILENT_NAT: Duration = Duration::from_millis(1000);
+/// How long nothing may have come by a path that works. The other end sends something every 0.4 s.
+const FRESH: Duration = Duration::from_millis(1200);
+/// How long a path that does not work is kept.
+pub(crate) const LOST: Duration = Duration::from_secs(3);
 /// How much longer the host with the greater id waits before it dials, if both can.
 const SECOND: Duration = Duration::from_secs(2);
 /// How long a host answers by UDP before UDP is used again.
@@ -44,6 +50,8 @@ pub(crate) struct Evidence {
     pub has_stream: bool,
     /// Whether this host dials first if both can.
     pub is_first: bool,
+    /// Whether one of the two is behind NAT.
+    pub is_nat: bool,
     /// Whether relayed datagrams are exchanged with it.
     pub relayed: bool,
 }
@@ -55,6 +63,14 @@ pub(crate) struct Open {
     pub local: SocketAddr,
     /// Whether this host dialled.
     pub is_dialled: bool,
+    /// When something last came by it.
+    pub heard: Instant,
+}
+
+impl Open {
+    fn works(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.heard) < FRESH
+    }
 }
 
 /// A change of the way to a host.
@@ -149,14 +165,15 @@ impl Host {
         }
     }
 
-    fn is_open(&self) -> bool {
-        self.open.contains_key(&Datagrams::Gossip)
+    /// Whether a path works.
+    fn works(&self, kind: Datagrams, now: Instant) -> bool {
+        self.open.get(&kind).is_some_and(|open| open.works(now))
     }
 
     /// Whether UDP or TCP is to be used, of which only a change is told.
     fn judge(&mut self, is_silent: bool, now: Instant) -> Option<Turn> {
         if self.used_since.is_none() {
-            if !is_silent || !self.is_open() {
+            if !is_silent || !self.works(Datagrams::Gossip, now) {
                 return None;
             }
             let is_late = |at: Instant| now.saturating_duration_since(at) < LATELY;
@@ -171,7 +188,7 @@ impl Host {
             return None;
         }
         let steady_since = *self.steady_since.get_or_insert(now);
-        if self.is_open() && now.saturating_duration_since(steady_since) < self.steady {
+        if self.works(Datagrams::Gossip, now) && now.saturating_duration_since(steady_since) < self.steady {
             return None;
         }
         (self.used_since, self.steady_since, self.ended) = (None, None, Some(now));
@@ -225,6 +242,13 @@ impl TcpPaths {
         host.last_used = now;
         if open.is_dialled {
             host.dialling.entry(kind).or_insert_with(|| Dialling::new(now)).ended(true, now);
+        }
+    }
+
+    /// Takes when something last came by a path.
+    pub(crate) fn heard(&mut self, host: NodeId, kind: Datagrams, at: Instant) {
+        if let Some(open) = self.hosts.get_mut(&host).and_then(|host| host.open.get_mut(&kind)) {
+            open.heard = at;
         }
     }
 
@@ -282,7 +306,8 @@ impl TcpPaths {
     ) -> Work {
         self.hosts.retain(|id, host| hosts.contains_key(id) || !host.open.is_empty());
         let was_heard = hosts.values().any(|evidence| evidence.udp.is_some());
-        self.is_blocked_here = !was_heard && (self.is_blocked_here || self.hosts.values().any(Host::is_open));
+        self.is_blocked_here = !was_heard
+            && (self.is_blocked_here || self.hosts.values().any(|host| host.works(Datagrams::Gossip, now)));
         let mut work = Work::default();
         for (&id, evidence) in hosts {
             let host = self.hosts.entry(id).or_insert_with(|| Host::new(now));
@@ -290,9 +315,10 @@ impl TcpPaths {
             let silence = evidence.udp.unwrap_or(Duration::MAX);
             // One that has just become known has had no time to answer.
             let silence = if self.is_blocked_here { silence } else { silence.min(is_new) };
-            let silent_after = ping_every + SILENT;
+            let silent_after = ping_every + if evidence.is_nat { SILENT_NAT } else { SILENT };
             // The host that dialled found UDP blocked, so nothing is waited for where it never worked.
-            let is_silent = silence > silent_after || (evidence.udp.is_none() && host.is_open());
+            let is_silent =
+                silence > silent_after || (evidence.udp.is_none() && host.works(Datagrams::Gossip, now));
             if let Some(turn) = host.judge(is_silent, now) {
                 work.turns.push((id, turn));
             }
@@ -306,8 +332,9 @@ impl TcpPaths {
             let is_wanted = is_used || (silence > patience && has_stream);
             let kinds = [Some(Datagrams::Gossip), evidence.relayed.then_some(Datagrams::Relayed)];
             for kind in kinds.into_iter().flatten().filter(|_| is_wanted && evidence.may_dial) {
-                let is_open = host.open.contains_key(&kind);
-                if !is_open && host.dialling.entry(kind).or_insert_with(|| Dialling::new(now)).begins(now) {
+                if !host.works(kind, now)
+                    && host.dialling.entry(kind).or_insert_with(|| Dialling::new(now)).begins(now)
+                {
                     work.dial.push((id, kind));
                 }
             }
@@ -346,14 +373,23 @@ mod tests {
         now: Instant,
         /// When the peer last answered by UDP.
         heard: Option<Instant>,
+        /// Whether nothing comes by open paths.
+        is_cut: bool,
     }
 
     impl World {
         fn new() -> Self {
             let now = Instant::now();
-            let evidence =
-                Evidence { udp: None, may_dial: true, has_stream: true, is_first: true, relayed: true };
-            let mut world = Self { paths: TcpPaths::default(), evidence, now, heard: Some(now) };
+            let evidence = Evidence {
+                udp: None,
+                may_dial: true,
+                has_stream: true,
+                is_first: true,
+                is_nat: false,
+                relayed: true,
+            };
+            let mut world =
+                Self { paths: TcpPaths::default(), evidence, now, heard: Some(now), is_cut: false };
             assert_eq!(world.after(0), Work::default());
             world
         }
@@ -361,6 +397,9 @@ mod tests {
         /// Decides after so many milliseconds.
         fn after(&mut self, wait: u64) -> Work {
             self.now += ms(wait);
+            if !self.is_cut {
+                KINDS.into_iter().for_each(|kind| self.paths.heard(PEER, kind, self.now));
+            }
             let udp = self.heard.map(|at| self.now - at);
             self.paths.decide(&[(PEER, Evidence { udp, ..self.evidence })].into(), PING, self.now)
         }
@@ -377,7 +416,7 @@ mod tests {
 
         fn open(&mut self, is_dialled: bool) {
             for (kind, port) in KINDS.into_iter().zip([1, 2]) {
-                let open = Open { local: ([10, 0, 0, 1], port).into(), is_dialled };
+                let open = Open { local: ([10, 0, 0, 1], port).into(), is_dialled, heard: self.now };
                 self.paths.opened(PEER, kind, open, self.now);
             }
         }
@@ -461,6 +500,35 @@ mod tests {
         world.answering(130_000);
         assert_eq!(world.after(1100).turns, [(PEER, Turn::Tcp)]);
         assert_eq!(world.answering(3200), [(3000, Turn::Udp)], "long ago");
+    }
+
+    #[test]
+    fn paths_by_which_nothing_comes_are_not_used_but_dialled_again() {
+        let mut world = World::new();
+        world.evidence.is_nat = true;
+        world.after(1601);
+        world.open(true);
+        assert_eq!(world.after(0).turns, [(PEER, Turn::Tcp)]);
+        world.answering(3200);
+        // A NAT forgets all connections: neither UDP nor the paths that are open still work.
+        world.is_cut = true;
+        assert_eq!(world.after(1600), Work { tries: vec![PEER], ..Work::default() });
+        let work = world.after(1);
+        assert_eq!((work.turns, work.dial), (vec![], KINDS.map(|kind| (PEER, kind)).to_vec()));
+        world.open(true);
+        world.is_cut = false;
+        assert_eq!(world.after(1).turns, [(PEER, Turn::Tcp)]);
+        world.is_cut = true;
+        assert_eq!(world.after(1200).dial, KINDS.map(|kind| (PEER, kind)), "while it is used as well");
+        assert_eq!(world.answering(200), [(0, Turn::Udp)], "UDP is better than nothing");
+    }
+
+    #[test]
+    fn hosts_behind_nat_have_time_to_be_found_where_they_are_now() {
+        let mut world = World::new();
+        world.evidence.is_nat = true;
+        assert_eq!(world.after(1600).dial, []);
+        assert_eq!(world.after(1).dial, KINDS.map(|kind| (PEER, kind)));
     }
 
     #[test]

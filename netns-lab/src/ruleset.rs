@@ -125,6 +125,7 @@ fn filter(nat: &Nat, Family { name, icmp, .. }: &Family, translates: bool) -> St
          chain forward {{ type filter hook forward priority filter; policy drop;\n\
          {udp}iifname {LAN} meta mark set 1\n\
          ct state established,related accept\n\
+         ct state invalid drop\n\
          iifname {LAN} accept\n\
          iifname {WAN} {arrived}meta l4proto udp accept\n}}\n\
          chain learn {{\n{learn}}}\n\

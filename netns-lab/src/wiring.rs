@@ -89,7 +89,9 @@ fn create_namespace(lab: &LabState, of: &BoxState) -> Result<()> {
         set_sysctl("net/ipv6/conf/default/accept_dad", "0")?;
         // A hairpinned packet leaves as it came: that is no reason to tell its sender a shorter way.
         set_sysctl("net/ipv4/conf/all/send_redirects", "0")?;
-        set_sysctl("net/ipv4/conf/default/send_redirects", "0")
+        set_sysctl("net/ipv4/conf/default/send_redirects", "0")?;
+        // A connection that the box does not know is not taken for a new one, as when a box was switched off and on.
+        set_sysctl("net/netfilter/nf_conntrack_tcp_loose", "0")
     })??;
     ip_batch(
         Some(&namespace),

@@ -166,6 +166,45 @@ fn host_whose_udp_is_blocked_reaches_hosts_behind_all_kinds_of_nat() {
     wait_path(&lab["h2"], "h1", "tcp");
 }
 
+/// What a connection may wait for after a NAT has forgotten it: three seconds, and what TCP's backoff adds.
+const FORGOTTEN: Duration = Duration::from_secs(7);
+
+#[test]
+fn connections_survive_that_the_nat_forgets_those_that_carry_them() {
+    let config = LabConfig::hosts(3)
+        .access("h2", "udp-blocked".parse().unwrap())
+        .access("h3", "symmetric".parse().unwrap());
+    let lab = start_lab_with(config).unwrap();
+    create_networks(&lab);
+    let pods = attach_all(&lab, "pods");
+    ping_all_pairs(&pods, SOON).unwrap();
+    let (h1, h3) = (&lab["h1"], &lab["h3"]);
+    for [other, to] in [["h2", "h1"], ["h1", "h2"]] {
+        wait_path(&lab[other], to, "tcp");
+    }
+    // TCP paths to h3 stay open for a while after they were used.
+    let block = Block::new(h3, h1);
+    wait_path(h1, "h3", "tcp");
+    wait_path(h3, "h1", "tcp");
+    block.lift();
+    wait_path(h1, "h3", "");
+    wait_path(h3, "h1", "");
+
+    for index in [1, 2] {
+        let mut connection = Connection::open(&pods[0], &pods[index], FORGOTTEN).unwrap();
+        connection.echo(2000).unwrap();
+        let flow = Flow::start(&pods[0], &pods[index]).unwrap();
+        let host = &lab.hosts()[index];
+        host.renumber().unwrap();
+        host.forget_mappings().unwrap();
+        connection.echo(2000).unwrap();
+        let gap = flow.finish().unwrap().longest_gap();
+        println!("no replies for {gap:?} after {} was elsewhere", host.name());
+        assert!(gap < FORGOTTEN, "{gap:?}");
+        wait_clean(lab.hosts(), SOON).unwrap();
+    }
+}
+
 #[test]
 fn host_that_starts_with_udp_blocked_is_admitted_and_reached() {
     starts_with_udp_blocked(Underlay::V4);

@@ -19,6 +19,8 @@ pub use crate::socket::SOCKET_MARK;
 
 /// A peer that acknowledges nothing for so long is gone.
 const DEAD_AFTER: Duration = Duration::from_secs(10);
+/// The same on a host behind NAT.
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(4);
 
 /// Opens sockets.
 #[async_trait]
@@ -66,11 +68,14 @@ pub enum Side {
     Dialled,
     /// It accepted, and reads messages.
     Accepted,
+    /// It dialled, and is behind NAT.
+    Hidden,
 }
 
 /// One stream. On the side that dialled, it fails when the other one has acknowledged nothing for ten seconds. On the other
 /// side it does so within two minutes: only a descriptor depends on it, and each probe of an idle stream costs both hosts
-/// a packet, for each of their peers.
+/// a packet, for each of their peers. A host behind NAT must know soon that its NAT has forgotten a stream, because the other side
+/// cannot tell it, and cannot dial: on such a host it fails within four seconds, idle ones within six.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Sync + Unpin {
     /// Disables the delay of small writes and enables the detection of dead peers.
     fn tune(&self, side: Side) -> io::Result<()>;
@@ -176,6 +181,11 @@ impl Stream for TcpStream {
                 socket.set_tcp_keepalive(&keepalive.with_time(time).with_interval(interval))?;
                 socket.set_tcp_user_timeout(Some(DEAD_AFTER))
             }
+            Side::Hidden => {
+                let (time, interval) = (Duration::from_secs(2), Duration::from_secs(1));
+                socket.set_tcp_keepalive(&keepalive.with_time(time).with_interval(interval))?;
+                socket.set_tcp_user_timeout(Some(FORGOTTEN_AFTER))
+            }
             // Without a user timeout, which would end the stream after one lost probe.
             Side::Accepted => {
                 let (time, interval) = (Duration::from_secs(60), Duration::from_secs(10));
@@ -223,5 +233,7 @@ mod tests {
         };
         assert_eq!(options(&dialled), (8, Some(DEAD_AFTER)));
         assert_eq!(options(&accepted), (60, None));
+        dialled.tune(Side::Hidden).unwrap();
+        assert_eq!(options(&dialled), (2, Some(FORGOTTEN_AFTER)));
     }
 }

@@ -8,6 +8,9 @@
 //! frame:       length (2) | datagram, repeated
 //! ```
 //!
+//! A frame without datagrams is a sign of life: each end sends one when it has had nothing to send for a while, so both know
+//! whether the connection still works ([`TcpPath::heard`]). A NAT or a firewall may forget it without telling.
+//!
 //! TCP delays what it cannot send at once. A datagram that is late is worth less than the next one, so what has waited in the
 //! socket for too long is dropped, and little is given to the kernel that it cannot send yet (`TCP_NOTSENT_LOWAT`).
 
@@ -15,7 +18,7 @@ use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::libc;
 use nix::sys::socket::setsockopt;
@@ -37,6 +40,8 @@ const MAX_FRAME: usize = MAX_SEALED - MAX_TAG;
 const STALE: Duration = Duration::from_millis(200);
 /// The number of bytes that wait in the kernel until they are sent for the first time, at most.
 const NOT_SENT: u32 = 128 << 10;
+/// The time without a frame after which an empty one is sent.
+const IDLE: Duration = Duration::from_millis(400);
 /// All datagrams of a TCP path are of one kind.
 const KIND: Kind = Kind { channel: 0, from: [0; 10], to: [0; 10] };
 
@@ -79,6 +84,9 @@ struct Shared {
     sent: AtomicU64,
     received: AtomicU64,
     stale: AtomicU64,
+    start: Instant,
+    /// When a frame last arrived, in milliseconds since the start.
+    heard: AtomicU64,
     has_ended: AtomicBool,
     ended: Box<dyn Fn() + Send + Sync>,
 }
@@ -111,6 +119,8 @@ impl TcpPath {
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
             stale: AtomicU64::new(0),
+            start: Instant::now(),
+            heard: AtomicU64::new(0),
             has_ended: AtomicBool::new(false),
             ended: Box::new(ended),
         });
@@ -129,6 +139,11 @@ impl TcpPath {
     /// Whether the connection has failed.
     pub fn has_ended(&self) -> bool {
         self.shared.has_ended.load(Ordering::Relaxed)
+    }
+
+    /// When something last arrived from the other end. It sends something at least every 0.4 s.
+    pub fn heard(&self) -> Instant {
+        self.shared.start + Duration::from_millis(self.shared.heard.load(Ordering::Relaxed))
     }
 
     /// The numbers of datagrams since the start.
@@ -157,6 +172,7 @@ impl Shared {
     fn write_all_that_comes(&self, stop: &StopSignal) -> io::Result<()> {
         let mut batch = ReceiveBatch::new(SLOTS, MAX_COALESCED);
         let mut frame = Frame::new();
+        let mut written = self.start;
         while !stop.is_set() {
             match batch.receive(&self.socket, SLOTS) {
                 Ok(received) => {
@@ -176,10 +192,19 @@ impl Shared {
                             self.sent.fetch_add(1, Ordering::Relaxed);
                         }
                     }
-                    self.write_frame(&mut frame, stop)?;
+                    if !frame.plain.is_empty() {
+                        self.write_frame(&mut frame, stop)?;
+                        written = Instant::now();
+                    }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    stop.wait_readable(&self.socket);
+                    let idle = written.elapsed();
+                    if idle >= IDLE {
+                        self.write_frame(&mut frame, stop)?;
+                        written = Instant::now();
+                    } else {
+                        stop.wait_readable_for(&self.socket, IDLE - idle);
+                    }
                 }
                 // The local program does not listen at the moment.
                 Err(_) => {}
@@ -189,9 +214,6 @@ impl Shared {
     }
 
     fn write_frame(&self, frame: &mut Frame, stop: &StopSignal) -> io::Result<()> {
-        if frame.plain.is_empty() {
-            return Ok(());
-        }
         let mut rest = {
             let mut cipher = self.cipher.lock().unwrap_or_else(PoisonError::into_inner);
             frame.seal(&mut **cipher).ok_or(io::ErrorKind::InvalidData)?
@@ -231,6 +253,8 @@ impl Shared {
                     let mut cipher = self.cipher.lock().unwrap_or_else(PoisonError::into_inner);
                     cipher.open(sealed, &mut plain).ok_or(io::ErrorKind::InvalidData)?
                 };
+                let now = u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX);
+                self.heard.store(now, Ordering::Relaxed);
                 self.deliver(plain.get(..length).unwrap_or_default(), &mut run);
             }
         }
@@ -357,7 +381,6 @@ pub(crate) fn fuzz(bytes: &[u8]) {
 mod tests {
     use std::net::{Ipv4Addr, TcpListener};
     use std::sync::mpsc;
-    use std::time::Instant;
 
     use super::*;
 
@@ -454,6 +477,36 @@ mod tests {
             }
         }
         assert!(near_path.counters().sent < sent, "{:?}", near_path.counters());
+    }
+
+    #[test]
+    fn idle_connection_is_heard_until_it_is_cut() {
+        let (near, far) = (program(), program());
+        let (one, mut other) = connection();
+        let ((near_path, _near_ended), (middle, mut last)) = (path(one, &near), connection());
+        let (far_path, _far_ended) = path(middle, &far);
+        // Copies from the far end to the near one, as long as it is asked to.
+        let wait = |is_due: &dyn Fn() -> bool| {
+            let start = Instant::now();
+            while !is_due() {
+                assert!(start.elapsed() < Duration::from_secs(5));
+                std::thread::yield_now();
+            }
+        };
+        let start = near_path.heard();
+        let mut buffer = [0; 18];
+        for _ in 0..3 {
+            last.read_exact(&mut buffer).unwrap();
+            other.write_all(&buffer).unwrap();
+            let before = Instant::now() - IDLE;
+            wait(&|| near_path.heard() > before);
+        }
+        assert!(near_path.heard() >= start + IDLE * 2 && near_path.counters() == TcpCounters::default());
+        assert_eq!(near.recv(&mut [0; 1]).map_err(|error| error.kind()), Err(io::ErrorKind::WouldBlock));
+        let last_heard = near_path.heard();
+        last.read_exact(&mut buffer).unwrap();
+        assert_eq!(near_path.heard(), last_heard, "nothing was passed on");
+        assert!(!near_path.has_ended() && !far_path.has_ended());
     }
 
     #[test]

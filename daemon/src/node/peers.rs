@@ -50,6 +50,7 @@ impl Node {
             GossipEvent::Gone(node) => {
                 self.set_gossip_alive(node, false);
             }
+            GossipEvent::Moved(node) => self.links().moved(node),
             GossipEvent::Seen(at, knocks) => self.note_seen(Some((at, knocks))),
             GossipEvent::Knocked => self.note_seen(None),
             GossipEvent::Knock { at, datagram } => {

@@ -19,7 +19,7 @@ use super::reach::relay_at;
 use super::state::State;
 use crate::peers::Peer;
 use crate::problems::Code;
-use crate::tcp_paths::{Evidence, Open, Turn};
+use crate::tcp_paths::{Evidence, LOST, Open, Turn};
 
 /// The interval of the decisions.
 const EVERY: Duration = Duration::from_millis(200);
@@ -134,9 +134,16 @@ impl Node {
             running.told.clear();
             state.tcp.begin_anew();
         }
-        for ((peer, kind), runs) in running.paths.extract_if(.., |_, runs| runs.path.has_ended()) {
+        let now = std::time::Instant::now();
+        let is_lost = |runs: &Runs| now.saturating_duration_since(runs.path.heard()) >= LOST;
+        for ((peer, kind), runs) in
+            running.paths.extract_if(.., |_, runs| runs.path.has_ended() || is_lost(runs))
+        {
             tracing::debug!(%peer, ?kind, counters = ?runs.path.counters(), "TCP path closed");
             state.tcp.closed(peer, kind);
+        }
+        for ((peer, kind), runs) in &running.paths {
+            state.tcp.heard(*peer, *kind, runs.path.heard().into());
         }
     }
 
@@ -163,6 +170,7 @@ impl Node {
                     may_dial: !node.record.is_behind_nat(),
                     has_stream: connected.contains(&id),
                     is_first: own.record.is_behind_nat() || state.view.me < id,
+                    is_nat: own.record.is_behind_nat() || node.record.is_behind_nat(),
                     relayed: has_relay && relay_at(node).is_some(),
                 };
                 (id, evidence)
@@ -229,7 +237,7 @@ impl Node {
         let wake = Arc::clone(&self.tcp_turn);
         let ended = move || wake.notify_one();
         let path = TcpPath::start(connection, Box::new(StreamCipher(cipher)), program, ended)?;
-        let open = Open { local: path.local_addr(), is_dialled };
+        let open = Open { local: path.local_addr(), is_dialled, heard: path.heard().into() };
         self.tcp.borrow_mut().paths.insert((peer, kind), Runs { path, remote, known_as });
         self.state.borrow_mut().tcp.opened(peer, kind, open, Instant::now());
         self.take_record(record, signed);

@@ -52,6 +52,12 @@ impl StopSignal {
         self.wait(Some((source.as_fd(), PollFlags::POLLIN)), PollTimeout::NONE)
     }
 
+    /// Waits until the source is readable, for so long at most. Returns false if the thread must end.
+    pub fn wait_readable_for(&self, source: &impl AsFd, timeout: Duration) -> bool {
+        let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
+        self.wait(Some((source.as_fd(), PollFlags::POLLIN)), timeout)
+    }
+
     /// Waits until the socket is writable. Returns false if the thread must end.
     pub fn wait_writable(&self, socket: &impl AsFd) -> bool {
         self.wait(Some((socket.as_fd(), PollFlags::POLLOUT)), PollTimeout::NONE)

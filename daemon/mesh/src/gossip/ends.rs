@@ -11,9 +11,11 @@ use ovl_proto::id::NodeId;
 use ovl_proto::record::named_by;
 use tokio::time::Instant;
 
-/// How long a host must have been silent at the address that is known before another one is taken. Two paths that both work would
-/// otherwise take turns, and a copy of a datagram from elsewhere would win.
+/// How long a host must have been silent at the address that is known before another one is taken at once. Two paths that both work
+/// would otherwise take turns, and a copy of a datagram from elsewhere would win.
 const STAYS: Duration = Duration::from_secs(1);
+/// How long it must have been heard only at another one before that is taken.
+const ELSEWHERE: Duration = Duration::from_millis(200);
 
 /// The addresses of hosts behind NAT, as this host sees them.
 #[derive(Debug, Default)]
@@ -23,15 +25,41 @@ pub(super) struct Ends(HashMap<NodeId, End>);
 struct End {
     at: SocketAddr,
     heard: Instant,
+    /// Where it has been heard since, and since when.
+    other: Option<(SocketAddr, Instant)>,
+}
+
+/// Where a datagram of a host behind NAT came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Heard {
+    /// From where it is known to be.
+    There,
+    /// From another address, for the first time since it was heard there. It may be known soon whether it has moved if both addresses are
+    /// sent to.
+    Elsewhere,
+    /// From another address, where it is now.
+    Moved,
 }
 
 impl Ends {
     /// Takes that an authentic datagram of a host behind NAT has come from an address.
-    pub(super) fn heard(&mut self, host: NodeId, from: SocketAddr, now: Instant) {
-        let end = self.0.entry(host).or_insert(End { at: from, heard: now });
-        if end.at == from || now.saturating_duration_since(end.heard) >= STAYS {
-            *end = End { at: from, heard: now };
+    pub(super) fn heard(&mut self, host: NodeId, from: SocketAddr, now: Instant) -> Heard {
+        let end = self.0.entry(host).or_insert(End { at: from, heard: now, other: None });
+        if end.at == from {
+            (end.heard, end.other) = (now, None);
+            return Heard::There;
         }
+        let since = end.other.filter(|(at, _)| *at == from).map(|(_, since)| since);
+        let is_only = since.is_some_and(|since| now.saturating_duration_since(since) >= ELSEWHERE);
+        if is_only || now.saturating_duration_since(end.heard) >= STAYS {
+            *end = End { at: from, heard: now, other: None };
+            return Heard::Moved;
+        }
+        if since.is_none() {
+            end.other = Some((from, now));
+            return Heard::Elsewhere;
+        }
+        Heard::There
     }
 
     /// The address at which a host is reached that is known by this one. `None` if it is behind NAT and was not heard.
@@ -77,14 +105,17 @@ mod tests {
         let mut ends = Ends::default();
         assert_eq!(ends.of(at("192.0.2.1:7940")), Some(at("192.0.2.1:7940")));
         assert_eq!(ends.of(name), None);
-        ends.heard(host, at("198.51.100.1:4000"), now);
-        ends.heard(host, at("198.51.100.2:4000"), now + STAYS / 2);
-        assert_eq!(ends.of(name), Some(at("198.51.100.1:4000")));
-        ends.heard(host, at("198.51.100.1:4000"), now + STAYS / 2);
-        ends.heard(host, at("198.51.100.2:4000"), now + STAYS);
-        assert_eq!(ends.of(name), Some(at("198.51.100.1:4000")), "it was heard there meanwhile");
-        ends.heard(host, at("198.51.100.2:4000"), now + STAYS * 3 / 2);
-        assert_eq!(ends.of(name), Some(at("198.51.100.2:4000")));
+        let (old, new) = (at("198.51.100.1:4000"), at("198.51.100.2:4000"));
+        assert_eq!(ends.heard(host, old, now), Heard::There);
+        assert_eq!(ends.heard(host, new, now + STAYS / 2), Heard::Elsewhere);
+        assert_eq!(ends.heard(host, new, now + STAYS / 2 + ELSEWHERE / 2), Heard::There);
+        assert_eq!(ends.of(name), Some(old));
+        assert_eq!(ends.heard(host, old, now + STAYS / 2 + ELSEWHERE / 2), Heard::There);
+        assert_eq!(ends.heard(host, new, now + STAYS), Heard::Elsewhere, "it was heard there meanwhile");
+        assert_eq!(ends.of(name), Some(old));
+        assert_eq!(ends.heard(host, new, now + STAYS + ELSEWHERE), Heard::Moved);
+        assert_eq!(ends.of(name), Some(new));
+        assert_eq!(ends.heard(host, old, now + STAYS * 3), Heard::Moved, "it was silent there");
         ends.retain(|_| false);
         assert_eq!(ends.of(name), None);
     }

@@ -359,7 +359,8 @@ impl Hub {
         let packet = (version == wire::version()).then(|| Packet::decode(plain));
         // It comes from another socket than that of gossip.
         let is_check = matches!(packet, Some(Ok(Packet::Check { .. })));
-        let from = if is_check { at } else { state.name_of(state.opener.sender(&run), at, now) };
+        let from =
+            if is_check { at } else { state.name_of(&*self.socket, state.opener.sender(&run), at, now) };
         if state.sealing.selects()
             && let Some(key) = state.opener.key_of(&run)
         {
@@ -383,7 +384,7 @@ impl Hub {
         };
         let sender = state.opener.sender(&run);
         state.note_udp(sender, at, now);
-        let from = if is_check { at } else { state.name_of(sender, at, now) };
+        let from = if is_check { at } else { state.name_of(&*self.socket, sender, at, now) };
         let challenge = match sender {
             Sender::Proved(_) => None,
             Sender::Asked(at) if now.saturating_duration_since(at) < CHALLENGE_EVERY => None,
@@ -391,9 +392,7 @@ impl Hub {
         };
         let answer = pinged.or_else(|| self.answer(state, run, sender, packet, (from, at), now));
         for packet in [answer, challenge].into_iter().flatten() {
-            if let Err(error) = state.send(&*self.socket, from, &packet) {
-                debug!(%from, %error, "cannot send a reply");
-            }
+            state.reply(&*self.socket, (from, at), &packet);
         }
     }
 

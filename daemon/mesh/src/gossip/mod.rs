@@ -125,6 +125,8 @@ pub enum GossipEvent {
         /// What is not known.
         why: String,
     },
+    /// A host behind NAT is at another address now. What was connected to it before is lost.
+    Moved(NodeId),
     /// A host to join says at which address it sees this host, and whether it has knocked there.
     Seen(SocketAddr, bool),
     /// The knock of a host to join has arrived.

@@ -69,6 +69,11 @@ impl Lent {
         }
     }
 
+    /// Closes the connections of a host.
+    pub(super) fn forget(&self, host: NodeId) {
+        self.idle().remove(&host);
+    }
+
     /// Closes the connections of all hosts but these.
     pub(super) fn retain(&self, is_known: impl Fn(NodeId) -> bool) {
         self.idle().retain(|host, _| is_known(*host));
@@ -133,7 +138,7 @@ async fn lend_one(
 ) -> anyhow::Result<(Box<dyn Stream>, noise::AuthenticatedStream)> {
     let dialled = async {
         let mut stream = shared.transport.connect(to).await?;
-        stream.tune(Side::Dialled)?;
+        stream.tune(Side::Hidden)?;
         let (keyring, record) = (shared.keyring(), shared.record());
         let key = keyring.sealing();
         noise::dial(&mut *stream, key, &shared.identity, &record, Purpose::Lend).await?;

@@ -289,6 +289,16 @@ impl Streams {
         }
     }
 
+    /// Notes that a host behind NAT is at another address now, so that the connections that it has lent are lost, also those that are used
+    /// for streams which are passed on to it.
+    pub fn moved(&self, node: NodeId) {
+        self.shared.lent.forget(node);
+        self.shared.passed.moved(node);
+        if let Some(peer) = self.lock().outbound.get(&node) {
+            peer.moved();
+        }
+    }
+
     /// Notes that a peer runs with the generation of its record, so that a stream which rests does not go on where an earlier
     /// run ended.
     pub fn met(&self, node: NodeId, generation: u64) {

@@ -119,10 +119,8 @@ impl Outbound {
         let mut queue = self.lock();
         if queue.addr != addr {
             queue.addr = addr;
-            if !queue.resting {
-                self.halt.notify_one();
-            }
-            self.kick.notify_one();
+            drop(queue);
+            self.moved();
         }
     }
 
@@ -130,6 +128,14 @@ impl Outbound {
     #[cfg(test)]
     pub(super) fn replace_addr(&self, addr: SocketAddr) {
         self.lock().addr = addr;
+    }
+
+    /// Notes that the peer has moved: its connection is closed, and it is dialled at once.
+    pub(super) fn moved(&self) {
+        if !self.lock().resting {
+            self.halt.notify_one();
+        }
+        self.kick.notify_one();
     }
 
     /// Notes that the peer is reached through another member now, or directly.

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use ovl_proto::id::NodeId;
+use tokio::sync::broadcast;
 use tokio::time::timeout;
 
 use super::Shared;
@@ -24,6 +25,8 @@ const HOP_LIMIT: u8 = 3;
 const NEXT: Duration = Duration::from_secs(2);
 /// The maximum number of streams that this host passes on, each of which takes two descriptors.
 const MAX_PASSED: usize = 512;
+/// The number of hosts that may move at one moment until all streams that are passed on end.
+const MAX_MOVED: usize = 64;
 /// The maximum number of those that one host has dialled.
 const MAX_PASSED_FROM: usize = 64;
 
@@ -38,7 +41,22 @@ pub struct Ways {
 
 /// The streams that this host passes on.
 #[derive(Debug, Default)]
-pub(super) struct Passed(Mutex<BTreeMap<NodeId, usize>>);
+pub(super) struct Passed {
+    /// The number of streams of each host.
+    counts: Mutex<BTreeMap<NodeId, usize>>,
+    /// Tells of hosts that have moved.
+    moved: Moved,
+}
+
+/// Tells of hosts that have moved.
+#[derive(Debug)]
+struct Moved(broadcast::Sender<NodeId>);
+
+impl Default for Moved {
+    fn default() -> Self {
+        Self(broadcast::Sender::new(MAX_MOVED))
+    }
+}
 
 impl Passed {
     /// Counts a stream of a host until the returned place is dropped. `None` if there are too many.
@@ -54,7 +72,19 @@ impl Passed {
 
     /// The number of streams of each host.
     pub(super) fn counts(&self) -> MutexGuard<'_, BTreeMap<NodeId, usize>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the streams to a host behind NAT that is elsewhere now.
+    pub(super) fn moved(&self, host: NodeId) {
+        // Without a stream, there is no receiver.
+        let _ = self.moved.0.send(host);
+    }
+
+    /// Completes when one of these hosts has moved, or too many have.
+    fn until_moved(&self, hosts: [NodeId; 2]) -> impl Future<Output = ()> + use<> {
+        let mut moved = self.moved.0.subscribe();
+        async move { while moved.recv().await.is_ok_and(|host| !hosts.contains(&host)) {} }
     }
 }
 
@@ -100,7 +130,7 @@ async fn connect_by(
     hop_limit: u8,
 ) -> anyhow::Result<Box<dyn Stream>> {
     let mut stream = shared.connect(through.unwrap_or(direct)).await?;
-    stream.tune(Side::Dialled)?;
+    stream.tune(if shared.behind_nat { Side::Hidden } else { Side::Dialled })?;
     if through.is_some() {
         let Some(hop_limit) = hop_limit.checked_sub(1) else { bail!("it has passed too many hosts") };
         let onward = Purpose::Onward(Onward { to, hop_limit });
@@ -133,9 +163,13 @@ pub(super) async fn pass_on(
     let _place = shared.passed.enter(from).context("too many streams are passed on")?;
     let keyring = shared.keyring();
     let key = keyring.get(secured.key).context("the cluster key was dropped")?;
+    let moved = shared.passed.until_moved([from, onward.to]);
     let connecting = connect_by(shared, onward.to, direct, through, key, onward.hop_limit);
     let mut next = timeout(NEXT, connecting).await.context("the next host does not answer")??;
-    tokio::io::copy_bidirectional(&mut *stream, &mut *next).await?;
+    tokio::select! {
+        copied = tokio::io::copy_bidirectional(&mut *stream, &mut *next) => copied.map(drop)?,
+        () = moved => bail!("one of the two hosts has moved"),
+    }
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use ovl_proto::wire;
 use tokio::time::Instant;
 use tracing::debug;
 
-use super::super::ends::is_plausible;
+use super::super::ends::{Heard, is_plausible};
 use super::super::packet::{Answerer, Packet};
 use super::super::seal::Sender;
 use super::super::{GossipEvent, RelayProbe};
@@ -96,18 +96,31 @@ impl Hub {
 
 impl State {
     /// The address by which the sender of a datagram is known, which came from this one.
-    pub(super) fn name_of(&mut self, sender: Sender, at: SocketAddr, now: Instant) -> SocketAddr {
+    pub(super) fn name_of(
+        &mut self,
+        socket: &dyn Datagrams,
+        sender: Sender,
+        at: SocketAddr,
+        now: Instant,
+    ) -> SocketAddr {
         if let Some(known_as) = self.tcp.known_as(at) {
             return known_as;
         }
         let Sender::Proved(node) = sender else { return at };
-        match self.book.name(node) {
-            Some(name) => {
-                self.ends.heard(node, at, now);
-                name
+        let Some(name) = self.book.name(node) else { return at };
+        let before = self.ends.of(name);
+        match self.ends.heard(node, at, now) {
+            Heard::There => {}
+            Heard::Elsewhere => {
+                for to in before.into_iter().chain([at]) {
+                    let Some(nonce) = self.book.nonce() else { break };
+                    self.send_by_udp(socket, (name, to), &Packet::Try { nonce });
+                }
             }
-            None => at,
+            Heard::Moved if self.queue.len() < MAX_QUEUE => self.queue.push_back(GossipEvent::Moved(node)),
+            Heard::Moved => {}
         }
+        name
     }
 
     pub(in crate::gossip) fn set_knocks(&mut self, knocks: bool) {

@@ -4,6 +4,7 @@
 //! address, and what comes from there counts as if it had come from that address. Whether UDP works again is tried meanwhile.
 
 use std::collections::{BTreeMap, HashMap};
+use std::io;
 use std::net::SocketAddr;
 
 use ovl_proto::id::NodeId;
@@ -103,6 +104,21 @@ impl State {
         }
     }
 
+    /// Answers a host that is known by the first address, and whose datagram came from the second one: it may not be known yet that it is
+    /// there.
+    pub(super) fn reply(
+        &mut self,
+        socket: &dyn Datagrams,
+        (known_as, at): (SocketAddr, SocketAddr),
+        packet: &Packet,
+    ) {
+        let is_by_tcp = self.tcp.by_name.get(&known_as).is_some_and(|end| end.is_used);
+        let at = if is_by_tcp { self.way_to(known_as).unwrap_or(at) } else { at };
+        if let Err(error) = self.send_at(socket, (known_as, at), packet) {
+            debug!(%at, %error, "cannot send a reply");
+        }
+    }
+
     /// Sends a packet to a host that is known by the first address to the second one.
     pub(super) fn send_by_udp(
         &mut self,
@@ -110,12 +126,23 @@ impl State {
         (to, at): (SocketAddr, SocketAddr),
         packet: &Packet,
     ) {
-        let receiver = self.book.live_at(to);
-        let Ok(plain) = packet.encode() else { return };
-        let sealed = self.sealing.seal(to, (wire::version(), &plain), receiver, &mut self.datagram);
-        if let Err(error) = sealed.and_then(|()| socket.send(&self.datagram, at)) {
+        if let Err(error) = self.send_at(socket, (to, at), packet) {
             debug!(%at, %error, "cannot send a packet by UDP");
         }
+    }
+
+    fn send_at(
+        &mut self,
+        socket: &dyn Datagrams,
+        (to, at): (SocketAddr, SocketAddr),
+        packet: &Packet,
+    ) -> io::Result<()> {
+        let plain = packet.encode().map_err(io::Error::other)?;
+        let receiver = self.book.live_at(to);
+        self.sealing.seal(to, (wire::version(), &plain), receiver, &mut self.datagram)?;
+        socket.send(&self.datagram, at)?;
+        self.counters.sent += 1;
+        Ok(())
     }
 
     pub(in crate::gossip) fn set_tcp_ends(&mut self, ends: Vec<TcpEnd>) {
