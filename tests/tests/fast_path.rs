@@ -461,25 +461,29 @@ fn connection_that_a_policy_allows_goes_on_in_the_stack() {
 
 #[test]
 fn rules_of_other_programs_are_not_bypassed() {
+    assert_not_bypassed("auto", "inet");
+    assert_not_bypassed(SWITCHED, "bridge");
+}
+
+fn assert_not_bypassed(backend: &str, family: &str) {
     let Pods { lab, a, b, _servers, .. } =
-        &pods(start_lab_with(lab(2)).unwrap(), "auto", &["--subnet", "10.60.0.0/16"]);
+        &pods(start_lab_with(lab(2)).unwrap(), backend, &["--subnet", "10.60.0.0/16"]);
     let h1 = &lab["h1"];
     wait_fast(h1, &["local"], || talk(a, b)).unwrap();
-    h1.exec_ok([
-        "nft",
-        "add table inet mine; add chain inet mine passing { type filter hook forward priority 0; }; \
-                 add rule inet mine passing tcp dport 80 drop",
-    ])
-    .unwrap();
-    let said =
-        wait_problem(h1, &["fast path", "chain passing of the nftables table inet mine"], SOON).unwrap();
+    let rules = format!(
+        "add table {family} mine; add chain {family} mine passing {{ type filter hook forward priority 0; }}; \
+         add rule {family} mine passing tcp dport 80 drop"
+    );
+    h1.exec_ok(["nft", &rules]).unwrap();
+    let chain = format!("chain passing of the nftables table {family} mine");
+    let said = wait_problem(h1, &["fast path", &chain], SOON).unwrap();
     assert!(said.contains("bypass"), "{said}");
     wait_until(SOON, "the rule to be in force", || -> Result<()> {
         ensure!(Connection::open(&a.workload, at(&b.address(), PORT))?.is_err(), "a connection passes");
         Ok(())
     })
     .unwrap();
-    h1.exec_ok(["nft", "delete table inet mine"]).unwrap();
+    h1.exec_ok(["nft", &format!("delete table {family} mine")]).unwrap();
     wait_no_problem(h1, SOON).unwrap();
     wait_fast(h1, &["local"], || talk(a, b)).unwrap();
 }
