@@ -362,6 +362,17 @@ fn assert_same_packets_arrive(backend: &str) {
         Ok(())
     })
     .unwrap();
+    // A flow that passes only one of two programs counts as translated, so all must be attached: two at each endpoint and at the
+    // underlay. Filters, in place of links, are attached in no time.
+    let by_links = lab.hosts()[0].ctl_json(&["status"]).unwrap()["fast_path"]["attached_by"] == "tcx";
+    wait_until(SOON, "all programs", || -> Result<()> {
+        for (host, least) in lab.hosts().iter().zip([6, 4]).filter(|_| by_links) {
+            let links = std::fs::read_dir(host.fast_path_pins().unwrap().join("links"))?.count();
+            ensure!(links >= least, "{}: {links}", host.name());
+        }
+        Ok(())
+    })
+    .unwrap();
     let from_v6 = |packets: &BTreeSet<Vec<u8>>| packets.iter().filter(|frame| frame[14] >> 4 == 6).count();
     let before = lab.hosts().iter().map(fast_packets).sum::<u64>();
     let fast = run(&a, [&b, &c], packets).unwrap();
