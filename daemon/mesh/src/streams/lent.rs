@@ -3,7 +3,7 @@
 //! The hello says that the connection is lent. Then both wait, and the borrower begins with the handshake of a dialler when it has a
 //! use for it: a stream of its own, or one that it passes on.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,8 +21,6 @@ use super::noise::{self, Purpose};
 use super::{HANDSHAKE, Shared, inbound};
 use crate::transport::{Side, Stream};
 
-/// The maximum number of idle connections of one host. It lends another one when one is used.
-const MAX_IDLE: usize = 2;
 /// The maximum number of hosts that lend connections.
 const MAX_LENDERS: usize = 1024;
 /// The pause after a connection could not be lent.
@@ -31,13 +29,14 @@ const AGAIN: Duration = Duration::from_secs(1);
 /// Idle connections that other hosts have lent to this one.
 #[derive(Default)]
 pub(super) struct Lent {
-    idle: Mutex<BTreeMap<NodeId, VecDeque<Box<dyn Stream>>>>,
+    /// One of each host: it lends another one when it is used, or lost.
+    idle: Mutex<BTreeMap<NodeId, Box<dyn Stream>>>,
     /// Another one has come.
     more: Notify,
 }
 
 impl Lent {
-    fn idle(&self) -> MutexGuard<'_, BTreeMap<NodeId, VecDeque<Box<dyn Stream>>>> {
+    fn idle(&self) -> MutexGuard<'_, BTreeMap<NodeId, Box<dyn Stream>>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -47,23 +46,29 @@ impl Lent {
         if idle.len() >= MAX_LENDERS && !idle.contains_key(&from) {
             return;
         }
-        let own = idle.entry(from).or_default();
-        // The older one may have been lost by the NAT.
-        while own.len() >= MAX_IDLE {
-            own.pop_front();
-        }
-        own.push_back(stream);
+        idle.insert(from, stream);
         drop(idle);
         self.more.notify_waiters();
     }
 
-    /// The connection that a host has lent last. Waits for one.
+    /// The connection that a host has lent. Waits for one.
     async fn take(&self, from: NodeId) -> Box<dyn Stream> {
         loop {
             // Before the look, so that none is missed.
             let more = self.more.notified();
-            if let Some(stream) = self.idle().get_mut(&from).and_then(VecDeque::pop_back) {
+            if let Some(stream) = self.idle().remove(&from) {
                 return stream;
+            }
+            more.await;
+        }
+    }
+
+    /// Completes when a host has lent a connection that is not used.
+    pub(super) async fn came(&self, from: NodeId) {
+        loop {
+            let more = self.more.notified();
+            if self.idle().contains_key(&from) {
+                return;
             }
             more.await;
         }

@@ -13,6 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
 use ovl_proto::id::{ClusterKeyId, NodeId};
+use ovl_proto::record::named_by;
 use ring::rand::{SecureRandom as _, SystemRandom};
 use snow::TransportState;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -43,6 +44,8 @@ const MAX_BACKOFF: Duration = Duration::from_secs(2);
 const RESET_BACKOFF_AFTER: Duration = Duration::from_secs(5);
 /// How long the peer may take to read the rest of a connection through a member. That may be gone, and nothing goes on before.
 const CLOSE_RELAYED: Duration = Duration::from_secs(1);
+/// How long a handshake on a connection that was lent may take.
+const LENT: Duration = Duration::from_secs(2);
 const WARN_EVERY: Duration = Duration::from_secs(60);
 
 /// The dialled stream to one peer.
@@ -298,8 +301,11 @@ pub(super) async fn run(peer: Arc<Outbound>, shared: Arc<Shared>) {
         }
         let addr = peer.lock().addr;
         let start = Instant::now();
+        // One behind NAT that is reached directly has dialled already, and lends another connection soon if that one is lost.
+        let is_lent = named_by(addr.ip()).is_some() && !shared.ways().through.contains_key(&peer.node);
+        let patience = if is_lent { LENT } else { HANDSHAKE };
         let dialled = tokio::select! {
-            dialled = timeout(HANDSHAKE, dial(&peer, &shared, addr)) => dialled,
+            dialled = timeout(patience, dial(&peer, &shared, addr)) => dialled,
             () = peer.halt.notified() => {
                 Ok(Err(DialError::Connect(anyhow::anyhow!("it is reached by another way now"))))
             }
@@ -325,7 +331,7 @@ pub(super) async fn run(peer: Arc<Outbound>, shared: Arc<Shared>) {
                 }
                 Err(error)
             }
-            Err(_) => Err(anyhow::anyhow!("no answer within {HANDSHAKE:?}")),
+            Err(_) => Err(anyhow::anyhow!("no answer within {patience:?}")),
         };
         if peer.rests() {
             // It could not be dialled again.
@@ -343,8 +349,15 @@ pub(super) async fn run(peer: Arc<Outbound>, shared: Arc<Shared>) {
         tokio::select! {
             () = tokio::time::sleep(jitter(backoff)) => backoff = (backoff * 2).min(MAX_BACKOFF),
             () = peer.kick.notified() => backoff = MIN_BACKOFF,
+            () = lent_again(&shared, peer.node), if is_lent => {}
         }
     }
+}
+
+/// Completes a moment after a host behind NAT has lent another connection.
+async fn lent_again(shared: &Shared, host: NodeId) {
+    tokio::time::sleep(MIN_BACKOFF).await;
+    shared.lent.came(host).await;
 }
 
 enum DialError {
