@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR GPL-2.0 */
-/* The programs of ovl's fast path for routed networks: docs/fast-path.md says what each does, and what it leaves alone.
+/* The programs of ovl's fast path: docs/fast-path.md says what each does, and what it leaves alone.
  *
  *   from_pod       ingress of the host's interface of an endpoint: what the endpoint sends
  *   from_underlay  ingress of the device of the underlay: what other hosts send
@@ -144,9 +144,9 @@ INLINE int is_untranslated(struct __sk_buff *skb, const struct packet *packet, _
 }
 
 /* Whether a packet may pass the stack by, on a path with this MTU. If not, it is prepared for the stack. */
-INLINE int may_pass(struct __sk_buff *skb, const struct packet *packet, __u32 mtu, __u32 epoch)
+INLINE int may_pass(struct __sk_buff *skb, const struct packet *packet, int switched, __u32 mtu, __u32 epoch)
 {
-	if (packet->ttl <= 1) {
+	if (!switched && packet->ttl <= 1) {
 		leave_known(skb, packet, COUNT_HOP_LIMIT);
 		return 0;
 	}
@@ -157,15 +157,13 @@ INLINE int may_pass(struct __sk_buff *skb, const struct packet *packet, __u32 mt
 	return is_untranslated(skb, packet, epoch);
 }
 
-/* Hands a packet to a local endpoint. Its TTL must have been decremented. */
-INLINE int deliver(struct __sk_buff *skb, const struct packet *packet, const struct pod *pod)
+/* Hands a packet to a local endpoint, as it is. `queued`: by the host's interface, in place of past it. */
+INLINE int hand_over(struct __sk_buff *skb, const struct pod *pod, int queued)
 {
 	__u32 ifindex = pod->ifindex;
 	struct counter *counter;
 
-	if (!write_ethernet(skb, pod->mac, pod->gateway, packet->protocol))
-		return SHOT;
-	if (pod->flags & POD_QUEUED) {
+	if (queued) {
 		skb->mark = REDIRECTED;
 		return redirect(ifindex, 0);
 	}
@@ -175,6 +173,14 @@ INLINE int deliver(struct __sk_buff *skb, const struct packet *packet, const str
 		counter->bytes += skb->len;
 	}
 	return redirect_peer(ifindex, 0);
+}
+
+/* Hands a packet from the sender with this MAC address to a local endpoint. Its TTL must have been decremented. */
+INLINE int deliver(struct __sk_buff *skb, const struct packet *packet, const struct pod *pod, const __u8 *from, int queued)
+{
+	if (!write_ethernet(skb, pod->mac, from, packet->protocol))
+		return SHOT;
+	return hand_over(skb, pod, queued || pod->flags & POD_QUEUED);
 }
 
 /* Finds the next hop, as the host's routes have it. False if there is none by the underlay's device, or if the packet is
@@ -236,7 +242,9 @@ struct outer {
 #define ECN_CE 3
 #define TTL 64
 
-INLINE int send_vxlan(struct __sk_buff *skb, const struct packet *packet, const struct host *host, const struct path *path)
+/* Sends a packet in VXLAN, in a frame from this MAC address. */
+INLINE int send_vxlan(struct __sk_buff *skb, const struct packet *packet, const struct host *host, const struct path *path,
+		      const __u8 *from)
 {
 	struct bpf_fib_lookup hop = {};
 	struct outer *outer;
@@ -260,7 +268,7 @@ INLINE int send_vxlan(struct __sk_buff *skb, const struct packet *packet, const 
 				BPF_F_ADJ_ROOM_ENCAP_L2(ETHERNET) | BPF_F_ADJ_ROOM_ENCAP_L2_ETH))
 		return leave_known(skb, packet, COUNT_NEXT_HOP);
 	count(COUNT_VXLAN_OUT, skb->len);
-	if (!forward(skb, packet, ROOM))
+	if (path->kind == PATH_VXLAN && !forward(skb, packet, ROOM))
 		return SHOT;
 	outer = (void *)(long)skb->data;
 	if ((void *)(outer + 1) > (void *)(long)skb->data_end)
@@ -290,7 +298,7 @@ INLINE int send_vxlan(struct __sk_buff *skb, const struct packet *packet, const 
 	outer->vxlan.flags = be32(0x08000000);
 	outer->vxlan.vni = be32(path->vni << 8);
 	copy_mac(outer->inner.to, path->mac);
-	copy_mac(outer->inner.from, path->mine);
+	copy_mac(outer->inner.from, from);
 	outer->inner.protocol = packet->protocol;
 	skb->mark = REDIRECTED;
 	return redirect(hop.ifindex, 0);
@@ -304,8 +312,10 @@ int from_pod(struct __sk_buff *skb)
 	struct path *path = 0;
 	struct packet packet = {};
 	struct ethernet *ethernet;
+	int switched;
 
-	if (!host || skb->pkt_type != FOR_THIS_HOST || skb->vlan_present || !read_packet(skb, 0, &packet, 0))
+	if (!host || (skb->pkt_type != FOR_THIS_HOST && skb->pkt_type != FOR_ANOTHER_HOST) || skb->vlan_present ||
+	    !read_packet(skb, 0, &packet, 0))
 		return NEXT;
 	source = map_lookup(&pods, &packet.from);
 	ethernet = (void *)(long)skb->data;
@@ -315,28 +325,40 @@ int from_pod(struct __sk_buff *skb)
 		return leave(skb, COUNT_SOURCE);
 	if (!(source->flags & POD_FAST))
 		return NEXT;
+	/* On a routed network frames are for the gateway, on a switched one for the other endpoint. */
+	switched = (source->flags & POD_SWITCHED) != 0;
+	if (switched != (skb->pkt_type == FOR_ANOTHER_HOST))
+		return NEXT;
 	target = map_lookup(&pods, &packet.to);
 	if (target) {
 		if (!(target->flags & POD_FAST) || target->network != source->network || target == source)
 			return NEXT;
+		if (switched && !same_mac(target->mac, ethernet->to))
+			return NEXT;
 	} else {
 		path = path_to(&packet.to);
-		if (!path || path->network != source->network)
+		if (!path || path->network != source->network || (path->kind == PATH_SWITCHED) != switched)
+			return NEXT;
+		if (switched && !same_mac(path->mac, ethernet->to))
 			return NEXT;
 	}
-	if (!may_pass(skb, &packet, target ? target->mtu : path ? path->mtu : 0, epoch_of(host, source, target)))
+	if (!may_pass(skb, &packet, switched, target ? target->mtu : path ? path->mtu : 0, epoch_of(host, source, target)))
 		return NEXT;
+	if (switched)
+		change_type(skb, FOR_THIS_HOST);
 	if (target) {
 		count(COUNT_LOCAL, skb->len);
+		if (switched)
+			return hand_over(skb, target, target->flags & POD_QUEUED);
 		if (!forward(skb, &packet, 0))
 			return SHOT;
-		return deliver(skb, &packet, target);
+		return deliver(skb, &packet, target, target->gateway, 0);
 	}
 	if (!path)
 		return NEXT;
-	if (path->kind == PATH_VXLAN)
-		return send_vxlan(skb, &packet, host, path);
-	return send_direct(skb, &packet, host);
+	if (path->kind == PATH_DIRECT)
+		return send_direct(skb, &packet, host);
+	return send_vxlan(skb, &packet, host, path, switched ? source->mac : path->mine);
 }
 
 /* Takes VXLAN off a packet of another host for an endpoint of this one. */
@@ -348,6 +370,7 @@ INLINE int receive_vxlan(struct __sk_buff *skb, const struct host *host)
 	struct pod *target;
 	__u32 vni, from;
 	__u64 flags;
+	int switched, queued = 0;
 
 	/* On many devices only the outer headers are in the part that is read directly. */
 	pull_data(skb, sizeof(*outer) + IPV6 + sizeof(struct tcp) < skb->len ? sizeof(*outer) + IPV6 + sizeof(struct tcp)
@@ -363,27 +386,36 @@ INLINE int receive_vxlan(struct __sk_buff *skb, const struct host *host)
 	if (!read_packet(skb, ROOM, &packet, 0))
 		return NEXT;
 	path = path_to(&packet.from);
-	if (!path || path->kind != PATH_VXLAN || path->vtep != from || path->vni != vni)
-		return NEXT;
-	outer = (void *)(long)skb->data;
-	if ((void *)(outer + 1) > (void *)(long)skb->data_end || !same_mac(outer->inner.to, path->mine))
+	if (!path || path->kind == PATH_DIRECT || path->vtep != from || path->vni != vni)
 		return NEXT;
 	target = map_lookup(&pods, &packet.to);
 	if (!target || !(target->flags & POD_FAST) || target->network != path->network)
 		return NEXT;
-	if (!may_pass(skb, &packet, target->mtu, epoch_of(host, target, 0)))
+	outer = (void *)(long)skb->data;
+	if ((void *)(outer + 1) > (void *)(long)skb->data_end)
+		return NEXT;
+	switched = path->kind == PATH_SWITCHED;
+	if (switched) {
+		if (!same_mac(outer->inner.from, path->mac) || !same_mac(outer->inner.to, target->mac))
+			return NEXT;
+	} else if (!same_mac(outer->inner.to, path->mine)) {
+		return NEXT;
+	}
+	if (!may_pass(skb, &packet, switched, target->mtu, epoch_of(host, target, 0)))
 		return NEXT;
 	/* The checksum that a device may have verified was the outer one. */
 	flags = BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET;
-	if (is_ipv6(&packet))
-		flags |= ADJ_ROOM_DECAP_L3_IPV6;
-	if (adjust_room(skb, -ROOM, BPF_ADJ_ROOM_MAC, flags))
+	if (is_ipv6(&packet)) {
+		/* Before Linux 6.3 the packet stays one of IPv4 in the kernel's eyes, until an interface receives it. */
+		queued = adjust_room(skb, -ROOM, BPF_ADJ_ROOM_MAC, flags | ADJ_ROOM_DECAP_L3_IPV6) != 0;
+	}
+	if ((queued || !is_ipv6(&packet)) && adjust_room(skb, -ROOM, BPF_ADJ_ROOM_MAC, flags))
 		return leave_known(skb, &packet, COUNT_NEXT_HOP);
 	csum_level(skb, BPF_CSUM_LEVEL_DEC);
 	count(COUNT_VXLAN_IN, skb->len);
-	if (!forward(skb, &packet, 0))
+	if (!switched && !forward(skb, &packet, 0))
 		return SHOT;
-	return deliver(skb, &packet, target);
+	return deliver(skb, &packet, target, switched ? path->mac : target->gateway, queued);
 }
 
 SEC("classifier")
@@ -405,14 +437,14 @@ int from_underlay(struct __sk_buff *skb)
 	path = path_to(&packet.from);
 	if (!path || path->kind != PATH_DIRECT || path->network != target->network)
 		return NEXT;
-	if (!may_pass(skb, &packet, target->mtu, epoch_of(host, target, 0)))
+	if (!may_pass(skb, &packet, 0, target->mtu, epoch_of(host, target, 0)))
 		return NEXT;
 	if (!cut_padding(skb, &packet))
 		return leave_known(skb, &packet, COUNT_NEXT_HOP);
 	count(COUNT_DIRECT_IN, skb->len);
 	if (!forward(skb, &packet, 0))
 		return SHOT;
-	return deliver(skb, &packet, target);
+	return deliver(skb, &packet, target, target->gateway, 0);
 }
 
 /* Whether the fast path might send packets between these addresses: an endpoint of this host that it is for, and another

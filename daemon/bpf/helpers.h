@@ -29,6 +29,7 @@ static long (*fib_lookup)(void *context, struct bpf_fib_lookup *parameters, int 
 			  __u32 flags) = (void *)BPF_FUNC_fib_lookup;
 static long (*pull_data)(struct __sk_buff *skb, __u32 length) = (void *)BPF_FUNC_skb_pull_data;
 static long (*change_tail)(struct __sk_buff *skb, __u32 length, __u64 flags) = (void *)BPF_FUNC_skb_change_tail;
+static long (*change_type)(struct __sk_buff *skb, __u32 type) = (void *)BPF_FUNC_skb_change_type;
 static long (*set_hash)(struct __sk_buff *skb, __u32 hash) = (void *)BPF_FUNC_set_hash;
 static __u32 (*get_hash)(struct __sk_buff *skb) = (void *)BPF_FUNC_get_hash_recalc;
 static long (*csum_level)(struct __sk_buff *skb, __u64 level) = (void *)BPF_FUNC_csum_level;
@@ -45,6 +46,8 @@ static long (*csum_level)(struct __sk_buff *skb, __u64 level) = (void *)BPF_FUNC
 #define FAMILY_IPV6 10
 /* What linux/if_packet.h calls PACKET_HOST: a frame to the MAC address of the device. */
 #define FOR_THIS_HOST 0
+/* PACKET_OTHERHOST: a frame to the MAC address of another one, which a bridge passes on. */
+#define FOR_ANOTHER_HOST 3
 
 /* "Go on with what comes after this program": TCX_NEXT, and TC_ACT_UNSPEC at clsact. */
 #define NEXT (-1)

@@ -11,13 +11,13 @@ struct address {
 	__u32 word[4];
 };
 
-/* What a local endpoint of a routed network is. */
+/* What a local endpoint is. */
 struct pod {
 	__u32 ifindex; /* the host's interface of its veth pair */
 	__u32 epoch;   /* differs between endpoints that have one address after another */
 	__u64 network;
 	__u8 mac[6];	 /* of the interface inside the namespace */
-	__u8 gateway[6]; /* of the host's interface */
+	__u8 gateway[6]; /* of the host's interface; not of a switched network */
 	__u16 mtu;	 /* of both interfaces */
 	__u16 flags;
 };
@@ -26,27 +26,31 @@ struct pod {
 #define POD_FAST 1
 /* The host's interface has a queueing discipline, which packets to the endpoint must pass. */
 #define POD_QUEUED 2
+/* The endpoint is on a switched network: its host's interface is a port of a bridge, and frames keep their addresses. */
+#define POD_SWITCHED 4
 
 struct prefix {
 	__u32 length; /* of the prefix; 96 more for IPv4 */
 	struct address address;
 };
 
-/* How another host's block of a routed network is reached. */
+/* How another host's block of a routed network is reached, or another host's endpoint of a switched one. */
 struct path {
 	__u64 network;
 	__u32 kind;
-	__u32 vtep; /* IPv4, in network byte order; only for PATH_VXLAN, as all below but the MTU */
+	__u32 vtep; /* IPv4, in network byte order; not for PATH_DIRECT, as all below but the MTU */
 	__u32 vni;
 	__u16 port;   /* in network byte order */
 	__u16 mtu;    /* of the packet inside */
-	__u8 mac[6];  /* of the VXLAN device of the other host */
-	__u8 mine[6]; /* of this host's */
+	__u8 mac[6];  /* of the VXLAN device of the other host; for PATH_SWITCHED of the endpoint */
+	__u8 mine[6]; /* of this host's VXLAN device; only for PATH_VXLAN */
 	__u32 unused;
 };
 
 #define PATH_DIRECT 1
 #define PATH_VXLAN 2
+/* In VXLAN too, but the frame inside keeps its addresses. */
+#define PATH_SWITCHED 3
 
 /* This host. */
 struct host {
@@ -113,7 +117,7 @@ struct {
 	UINT(type, BPF_MAP_TYPE_LPM_TRIE);
 	TYPE(key, struct prefix);
 	TYPE(value, struct path);
-	UINT(max_entries, 65536);
+	UINT(max_entries, 262144);
 	UINT(map_flags, BPF_F_NO_PREALLOC);
 } paths SEC(".maps");
 

@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use crate::modes::{DnsMode, FastPathMode, ProxyMode, Switch};
@@ -39,9 +40,22 @@ const DEFAULT_SERVICE_RANGES: [IpNet; 2] = [
     IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0), 112)),
 ];
 
+/// Returns the long version: with the hashes of the eBPF programs, which are compiled apart.
+fn long_version() -> &'static str {
+    static TEXT: LazyLock<String> = LazyLock::new(|| {
+        let hash = |(name, object): (&str, &[u8])| {
+            let digest = ring::digest::digest(&ring::digest::SHA256, object);
+            let bytes = digest.as_ref().iter().map(|byte| format!("{byte:02x}"));
+            format!("\n{name}: sha256:{}", bytes.collect::<String>())
+        };
+        ovl_proto::VERSION.to_owned() + &ovl_kernel::ebpf_objects().map(hash).concat()
+    });
+    &TEXT
+}
+
 /// The ovl daemon: builds overlay networks on this host and shares them with its peers by gossip.
 #[derive(Debug, Parser)]
-#[command(name = "ovld", version, long_version = ovl_proto::VERSION)]
+#[command(name = "ovld", version, long_version = long_version())]
 pub(crate) struct Args {
     /// Configuration file; the default one may be missing
     #[arg(long, value_name = "FILE")]

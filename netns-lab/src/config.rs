@@ -10,6 +10,10 @@ use crate::nat::Access;
 /// test programs then run with it.
 const MORE: &str = "OVL_LAB_CONFIG";
 
+/// The environment variable that hides tcx from the daemons of every lab if it is `off`: whole test programs then run as on
+/// a kernel before 6.6.
+const TCX: &str = "OVL_LAB_TCX";
+
 /// The configuration of a lab. [`LabConfig::hosts`] returns the defaults.
 #[derive(Clone, Debug)]
 pub struct LabConfig {
@@ -31,6 +35,8 @@ pub struct LabConfig {
     pub ovlctl: Option<PathBuf>,
     /// TOML for every host's `ovld.toml`. A host's own TOML is appended.
     pub config: String,
+    /// Whether daemons find that the kernel has tcx. If not, the system calls about it are refused to them.
+    pub tcx: bool,
     /// Additional arguments of every daemon.
     pub args: Vec<String>,
     /// Timeout of [`crate::Lab::start_all`].
@@ -51,6 +57,7 @@ impl LabConfig {
             ovld: None,
             ovlctl: None,
             config: std::env::var(MORE).map(|toml| toml + "\n").unwrap_or_default(),
+            tcx: std::env::var(TCX).map_or(true, |value| value != "off"),
             args: Vec::new(),
             ready_timeout: Duration::from_secs(20),
             persistent: false,
@@ -88,6 +95,12 @@ impl LabConfig {
         if !toml.ends_with('\n') {
             self.config.push('\n');
         }
+        self
+    }
+
+    /// Hides tcx from every daemon, as on a kernel before 6.6.
+    pub fn without_tcx(mut self) -> Self {
+        self.tcx = false;
         self
     }
 

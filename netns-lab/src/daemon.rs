@@ -19,6 +19,7 @@ use crate::host::Host;
 use crate::netns::Netns;
 use crate::procs::ProcId;
 use crate::spawned::Spawned;
+use crate::tcx;
 use crate::tool::Output;
 use crate::wait::wait_until;
 
@@ -133,8 +134,14 @@ impl Host {
         let mut command = self.daemon_command()?;
         let program = command.get_program().to_owned();
         // A process inherits the namespace of the thread that starts it.
+        let hides_tcx = !self.shared.state().tcx;
         let child = self
-            .run(|| command.spawn())?
+            .run(|| {
+                if hides_tcx {
+                    tcx::hide()?;
+                }
+                Ok::<_, anyhow::Error>(command.spawn()?)
+            })?
             .with_context(|| format!("cannot start {} on {}", program.display(), self.name()))?;
         let pid = child.id().cast_signed();
         // A child that has exited already is a zombie, of which only the process id is left.

@@ -50,6 +50,7 @@ mod ruleset;
 mod spawned;
 mod state;
 mod switch;
+mod tcx;
 mod tool;
 mod topology;
 mod wait;

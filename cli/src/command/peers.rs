@@ -101,7 +101,7 @@ fn render(peers: &[PeerInfo], wide: bool) -> String {
 fn path(peer: &PeerInfo) -> String {
     let each = peer.paths.iter().map(|path| {
         let trip = path.rtt_us.map(|trip| format!(" {}", micros(trip))).unwrap_or_default();
-        format!("{}{trip}", path.encapsulation)
+        format!("{}{}{trip}", if path.fast { "fast " } else { "" }, path.encapsulation)
     });
     let crosses = match (peer.tcp, peer.via.is_empty()) {
         (false, true) => peer.nat.then(|| "nat".to_owned()),
@@ -204,6 +204,8 @@ host3    192.0.2.3:7940  dead   1m12s  0.4ms  4          0.1.0
             sent: PathDirection { state: sent, loss_percent },
             received: PathDirection { state: received, loss_percent: Some(0) },
             rtt_us: Some(300),
+            fast: false,
+            why_not_fast: None,
         };
         let own = PeerInfo { own: true, last_heard_ms: None, rtt_us: None, ..peer(1) };
         let works = path(PathVerdict::Works, PathVerdict::Works, Some(0));
@@ -217,6 +219,8 @@ host1 *  192.0.2.1:7940  alive  -      -      -            4          0.1.0
 host2    192.0.2.2:7940  alive  120ms  0.4ms  vxlan 0.3ms  4          0.1.0
 "
         );
+        let fast = PeerPath { fast: true, ..works.clone() };
+        assert!(render(&[with(2, &fast)], false).contains("  fast vxlan 0.3ms  4"));
         let text = render(&[own, with(2, &works), with(3, &blocked)], false);
         assert!(text.contains("vxlan 0.3ms  in large, out 100%  4"), "{text}");
         let moved = PeerInfo { vtep: "198.51.100.7".parse().unwrap(), ..peer(2) };

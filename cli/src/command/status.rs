@@ -59,13 +59,14 @@ fn problem(problem: &Problem) -> String {
 }
 
 fn fast_path(status: &FastPathStatus) -> String {
-    let FastPathStatus { in_use, why_not, paused, fast, slow } = status;
+    let FastPathStatus { in_use, why_not, paused, attached_by, fast, slow } = status;
     if !in_use {
         return format!("not used: {}", why_not.as_deref().unwrap_or("this release of ovld has none"));
     }
     let [fast, slow] = [fast, slow].map(|all| plural(all.values().sum(), "packet"));
     let pause = if *paused { "; it pauses, because packets are followed" } else { "" };
-    format!("{fast}, {slow} left to the stack{pause}")
+    let by = attached_by.as_deref().map(|how| format!("attached by {how}: ")).unwrap_or_default();
+    format!("{by}{fast}, {slow} left to the stack{pause}")
 }
 
 fn section(text: &mut String, title: &str, items: &[String]) {

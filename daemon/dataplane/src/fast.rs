@@ -15,9 +15,9 @@ use crate::device::Device;
 pub struct Fast {
     /// This host. `None` if the programs are not loaded.
     pub host: Option<FastHost>,
-    /// The endpoints of this host on routed networks, by address.
+    /// The endpoints of this host on routed and switched networks, by address.
     pub pods: BTreeMap<IpAddr, FastPod>,
-    /// The blocks of other hosts on routed networks.
+    /// The blocks of other hosts on routed networks, and the addresses of their endpoints on switched ones.
     pub paths: BTreeMap<IpNet, FastRoute>,
     /// The devices to which programs are attached.
     pub hooks: BTreeSet<Device>,
@@ -49,12 +49,14 @@ pub struct FastPod {
     pub mac: Mac,
     /// The MTU of both interfaces, in bytes.
     pub mtu: u16,
+    /// Whether the network is switched.
+    pub switched: bool,
     /// Whether the fast path is for this endpoint. Otherwise the entry says that the address is here, and not in the block
     /// of another host.
     pub fast: bool,
 }
 
-/// How packets to a block of another host are sent.
+/// How packets to a block or to an endpoint of another host are sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FastRoute {
     /// The network.
@@ -74,10 +76,10 @@ pub struct FastVxlan {
     pub port: u16,
     /// VXLAN network identifier.
     pub vni: u32,
-    /// The MAC address of its VXLAN device.
+    /// The MAC address that frames inside are for: of its VXLAN device, or of the endpoint on a switched network.
     pub mac: Mac,
-    /// The MAC address of this host's VXLAN device.
-    pub own_mac: Mac,
+    /// The MAC address of this host's VXLAN device. `None` on a switched network, where frames come from the endpoint's.
+    pub own_mac: Option<Mac>,
 }
 
 impl Fast {

@@ -4,7 +4,9 @@
 //! [`Hooks`] owns the devices to which programs are attached or about to be. Begin to read at [`Hooks::attach`].
 
 use std::collections::BTreeMap;
+use std::fmt::Debug;
 use std::fs;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -30,8 +32,8 @@ pub enum DeviceKind {
 }
 
 /// A program of the object.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Program {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Program {
     /// `from_pod`.
     Pod,
     /// `from_underlay`.
@@ -41,10 +43,11 @@ pub(crate) enum Program {
 }
 
 impl Program {
-    pub(crate) const ALL: [Self; 3] = [Self::Pod, Self::Underlay, Self::Stack];
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Pod, Self::Underlay, Self::Stack];
 
-    /// Its name in the object.
-    pub(crate) fn name(self) -> &'static str {
+    /// Returns its name in the object.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Pod => "from_pod",
             Self::Underlay => "from_underlay",
@@ -52,13 +55,51 @@ impl Program {
         }
     }
 
-    fn side(self) -> TcAttachType {
+    /// Whether it sees the packets that leave by a device, in place of those that enter.
+    pub fn is_egress(self) -> bool {
         match self {
-            Self::Pod | Self::Underlay => TcAttachType::Ingress,
-            Self::Stack => TcAttachType::Egress,
+            Self::Pod | Self::Underlay => false,
+            Self::Stack => true,
         }
     }
 }
+
+/// Returns whether the kernel has tcx (Linux 6.6). [`Filters`] attach the programs to devices if it has not.
+pub fn has_tcx() -> bool {
+    SchedClassifier::query_tcx("lo", TcAttachType::Ingress).is_ok()
+}
+
+/// Attaches programs to devices on a kernel without tcx.
+pub trait Filters: Debug + Send {
+    /// Returns the programs of ovl on all devices, by the indexes of the devices.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses.
+    fn list(&mut self) -> std::result::Result<Vec<(u32, Program)>, String>;
+
+    /// Attaches a program to a device. One of an earlier run is replaced at once.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses.
+    fn set(
+        &mut self,
+        ifindex: u32,
+        program: Program,
+        loaded: BorrowedFd<'_>,
+    ) -> std::result::Result<(), String>;
+
+    /// Detaches the programs of ovl from a device. It is no error if it has none.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses.
+    fn remove(&mut self, ifindex: u32) -> std::result::Result<(), String>;
+}
+
+/// Shared with the thread, which takes it for one attachment at a time.
+type SharedFilters = Arc<Mutex<Box<dyn Filters>>>;
 
 impl DeviceKind {
     /// The programs of a device, in the order in which they are attached. What the stack sends is seen before the device's
@@ -77,7 +118,8 @@ impl DeviceKind {
 enum Hook {
     /// The thread has yet to attach the programs.
     Waiting,
-    Attached,
+    /// These are attached. A run that was ended may have left fewer than the device should have.
+    Attached(Vec<Program>),
     /// Why the programs could not be attached.
     Failed(String),
 }
@@ -93,6 +135,8 @@ type States = BTreeMap<u32, Hook>;
 #[derive(Debug)]
 pub(crate) struct Hooks {
     states: Arc<Mutex<States>>,
+    /// `None`: the programs are attached by links of tcx.
+    filters: Option<SharedFilters>,
     /// None while it is being dropped.
     jobs: Option<Sender<Job>>,
     stop: Arc<AtomicBool>,
@@ -109,25 +153,41 @@ impl Drop for Hooks {
 }
 
 impl Hooks {
-    /// Takes the programs, and the links that an earlier run has left in `folder`: from now on they run these programs.
+    /// Takes the programs, and the filters that an earlier run has left, or its links in `folder`: from now on they run
+    /// these programs.
     ///
     /// # Errors
     ///
-    /// A program is not in the object, the kernel refuses one, or the folder cannot be read.
-    pub(crate) fn start(mut object: Ebpf, folder: PathBuf) -> Result<Self> {
+    /// A program is not in the object, the kernel refuses one, or what was left cannot be read.
+    pub(crate) fn start(
+        mut object: Ebpf,
+        folder: PathBuf,
+        filters: Option<Box<dyn Filters>>,
+    ) -> Result<Self> {
         for program in Program::ALL {
             find(&mut object, program)?.load().map_err(|error| Error::new("cannot load a program", error))?;
         }
-        let states = Arc::new(Mutex::new(adopt(&mut object, &folder)?));
+        let filters = filters.map(|filters| Arc::new(Mutex::new(filters)));
+        let adopted = match &filters {
+            Some(filters) => adopt_filters(&mut object, filters)?,
+            None => adopt_links(&mut object, &folder)?,
+        };
+        let states = Arc::new(Mutex::new(adopted));
         let (jobs, queue) = channel();
         let stop = Arc::new(AtomicBool::new(false));
-        let mut thread =
-            Thread { object, folder, states: Arc::clone(&states), queue, stop: Arc::clone(&stop) };
+        let mut thread = Thread {
+            object,
+            folder,
+            filters: filters.clone(),
+            states: Arc::clone(&states),
+            queue,
+            stop: Arc::clone(&stop),
+        };
         let thread = std::thread::Builder::new()
             .name("fast path".to_owned())
             .spawn(move || thread.run())
             .map_err(|error| Error::new("cannot start a thread", error))?;
-        Ok(Self { states, jobs: Some(jobs), stop, thread: Some(thread) })
+        Ok(Self { states, filters, jobs: Some(jobs), stop, thread: Some(thread) })
     }
 
     /// Attaches the programs to a device, soon.
@@ -140,7 +200,7 @@ impl Hooks {
         self.send(Job::Attach { ifindex, device: device.to_owned(), kind });
         match before {
             Some(Hook::Failed(why)) => Err(Error::of("cannot attach the programs", why)),
-            Some(Hook::Waiting | Hook::Attached) | None => Ok(()),
+            Some(Hook::Waiting | Hook::Attached(_)) | None => Ok(()),
         }
     }
 
@@ -155,11 +215,37 @@ impl Hooks {
         let _ = self.jobs.as_ref().map(|jobs| jobs.send(job));
     }
 
-    /// Returns the indexes of the devices that have the programs, or are about to.
-    pub(crate) fn attached(&self) -> Vec<u32> {
+    /// Returns the indexes of the devices that have programs, or are about to.
+    ///
+    /// # Errors
+    ///
+    /// The kernel does not say which filters there are.
+    pub(crate) fn devices(&self) -> Result<Vec<u32>> {
+        self.look_at_filters()?;
         let states = self.states();
-        let there = states.iter().filter(|(_, hook)| matches!(hook, Hook::Waiting | Hook::Attached));
-        there.map(|(ifindex, _)| *ifindex).collect()
+        let there = states.iter().filter(|(_, hook)| !matches!(hook, Hook::Failed(_)));
+        Ok(there.map(|(ifindex, _)| *ifindex).collect())
+    }
+
+    /// Whether a device has all programs for its kind, or is about to.
+    pub(crate) fn is_complete(&self, ifindex: u32, kind: DeviceKind) -> bool {
+        match self.states().get(&ifindex) {
+            Some(Hook::Waiting) => true,
+            Some(Hook::Attached(programs)) => kind.programs().iter().all(|each| programs.contains(each)),
+            Some(Hook::Failed(_)) | None => false,
+        }
+    }
+
+    /// Filters, unlike links, may be deleted by other programs.
+    fn look_at_filters(&self) -> Result<()> {
+        let Some(filters) = &self.filters else { return Ok(()) };
+        let mut filters = filters.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = by_device(filters.list().map_err(|error| Error::of("cannot read the filters", error))?);
+        let attached = |hook: &Hook| matches!(hook, Hook::Attached(_));
+        self.states().iter_mut().filter(|(_, hook)| attached(hook)).for_each(|(ifindex, hook)| {
+            *hook = Hook::Attached(found.get(ifindex).cloned().unwrap_or_default());
+        });
+        Ok(())
     }
 
     fn states(&self) -> MutexGuard<'_, States> {
@@ -168,8 +254,8 @@ impl Hooks {
 }
 
 /// Returns the files of a device's links.
-fn pins(folder: &Path, ifindex: u32) -> impl Iterator<Item = (Program, PathBuf)> {
-    Program::ALL.map(|program| (program, folder.join(format!("{ifindex}-{}", program.name())))).into_iter()
+fn pins(folder: &Path, ifindex: u32) -> [PathBuf; 3] {
+    Program::ALL.map(|program| folder.join(format!("{ifindex}-{}", program.name())))
 }
 
 fn find(object: &mut Ebpf, program: Program) -> Result<&mut SchedClassifier> {
@@ -178,10 +264,36 @@ fn find(object: &mut Ebpf, program: Program) -> Result<&mut SchedClassifier> {
     found.try_into().map_err(|error| Error::new("cannot load a program", EbpfError::ProgramError(error)))
 }
 
+fn by_device(all: Vec<(u32, Program)>) -> BTreeMap<u32, Vec<Program>> {
+    let mut devices: BTreeMap<u32, Vec<Program>> = BTreeMap::new();
+    all.into_iter().for_each(|(ifindex, program)| devices.entry(ifindex).or_default().push(program));
+    devices
+}
+
+/// Replaces the programs of all filters. Each is replaced at once, so no packet passes without a program.
+fn adopt_filters(object: &mut Ebpf, filters: &SharedFilters) -> Result<States> {
+    let mut filters = filters.lock().unwrap_or_else(PoisonError::into_inner);
+    let error = |error: String| Error::of("cannot replace a program", error);
+    let mut adopted = Vec::new();
+    for (ifindex, program) in filters.list().map_err(error)? {
+        // One that fails is attached again later, as one that is missing.
+        if set_filter(object, filters.as_mut(), ifindex, program).is_ok() {
+            adopted.push((ifindex, program));
+        }
+    }
+    Ok(by_device(adopted).into_iter().map(|(ifindex, found)| (ifindex, Hook::Attached(found))).collect())
+}
+
+fn set_filter(object: &mut Ebpf, filters: &mut dyn Filters, ifindex: u32, program: Program) -> Result<()> {
+    let error = |error: String| Error::of("cannot attach a program", error);
+    let loaded = find(object, program)?.fd().map_err(|it| error(describe(&it)))?;
+    filters.set(ifindex, program, loaded.as_fd()).map_err(error)
+}
+
 /// Replaces the programs of all links in the folder, and deletes those whose device is gone. Each link is replaced at
 /// once, so no packet passes without a program.
-fn adopt(object: &mut Ebpf, folder: &Path) -> Result<States> {
-    let mut states = States::new();
+fn adopt_links(object: &mut Ebpf, folder: &Path) -> Result<States> {
+    let mut adopted = Vec::new();
     let entries = fs::read_dir(folder).map_err(|error| Error::new("cannot read the links", error))?;
     for path in entries.flatten().map(|entry| entry.path()) {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
@@ -189,17 +301,14 @@ fn adopt(object: &mut Ebpf, folder: &Path) -> Result<States> {
             let program = Program::ALL.into_iter().find(|known| known.name() == program)?;
             Some((ifindex.parse::<u32>().ok()?, program))
         });
-        let adopted = parsed.filter(|(_, program)| replace(object, *program, &path).is_ok());
-        match adopted {
-            Some((ifindex, _)) => {
-                states.insert(ifindex, Hook::Attached);
-            }
+        match parsed.filter(|(_, program)| replace(object, *program, &path).is_ok()) {
+            Some(link) => adopted.push(link),
             None => {
                 let _ = fs::remove_file(&path);
             }
         }
     }
-    Ok(states)
+    Ok(by_device(adopted).into_iter().map(|(ifindex, found)| (ifindex, Hook::Attached(found))).collect())
 }
 
 fn replace(object: &mut Ebpf, program: Program, pin: &Path) -> Result<()> {
@@ -215,6 +324,7 @@ fn replace(object: &mut Ebpf, program: Program, pin: &Path) -> Result<()> {
 struct Thread {
     object: Ebpf,
     folder: PathBuf,
+    filters: Option<SharedFilters>,
     states: Arc<Mutex<States>>,
     queue: Receiver<Job>,
     stop: Arc<AtomicBool>,
@@ -234,22 +344,23 @@ impl Thread {
                     // It may be detached again by now.
                     if let Some(state) = states.get_mut(&ifindex) {
                         *state = match result {
-                            Ok(()) => Hook::Attached,
+                            Ok(()) => Hook::Attached(kind.programs().to_vec()),
                             Err(error) => Hook::Failed(error.to_string()),
                         };
                     }
                 }
-                Job::Detach { ifindex } => {
-                    for (_, pin) in pins(&self.folder, ifindex) {
-                        let _ = fs::remove_file(pin);
-                    }
-                }
+                Job::Detach { ifindex } => self.detach(ifindex),
             }
         }
     }
 
     fn attach(&mut self, ifindex: u32, device: &str, kind: DeviceKind) -> Result<()> {
         for program in kind.programs() {
+            if let Some(filters) = &self.filters {
+                let mut filters = filters.lock().unwrap_or_else(PoisonError::into_inner);
+                set_filter(&mut self.object, filters.as_mut(), ifindex, *program)?;
+                continue;
+            }
             let pin = self.folder.join(format!("{ifindex}-{}", program.name()));
             if pin.exists() {
                 continue;
@@ -257,13 +368,21 @@ impl Thread {
             let error = |why: String| Error::of("cannot attach a program", format!("{device}: {why}"));
             let options = TcAttachOptions::TcxOrder(LinkOrder::default());
             let found = find(&mut self.object, *program)?;
-            let id = found
-                .attach_with_options(device, program.side(), options)
-                .map_err(|it| error(describe(&it)))?;
+            let side = if program.is_egress() { TcAttachType::Egress } else { TcAttachType::Ingress };
+            let id = found.attach_with_options(device, side, options).map_err(|it| error(describe(&it)))?;
             let link = found.take_link(id).map_err(|it| error(it.to_string()))?;
             let link = FdLink::try_from(link).map_err(|it| error(it.to_string()))?;
             link.pin(&pin).map_err(|it| error(describe(&it)))?;
         }
         Ok(())
+    }
+    fn detach(&self, ifindex: u32) {
+        if let Some(filters) = &self.filters {
+            // The device may be gone, and its filters with it.
+            let _ = filters.lock().unwrap_or_else(PoisonError::into_inner).remove(ifindex);
+        }
+        for pin in pins(&self.folder, ifindex) {
+            let _ = fs::remove_file(pin);
+        }
     }
 }

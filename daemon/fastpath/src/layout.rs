@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// The number of this layout. A change of a structure, of a limit or of a map's type is a new number: maps of another one
 /// are not adopted.
-pub(crate) const LAYOUT: u32 = 1;
+pub(crate) const LAYOUT: u32 = 2;
 
 pub(crate) type AddressKey = [u8; 16];
 pub(crate) type HostValue = [u8; 20];
@@ -31,7 +31,7 @@ pub struct Host {
     pub port: u16,
 }
 
-/// A local endpoint of a routed network.
+/// A local endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pod {
     /// The index of the host's interface.
@@ -50,9 +50,11 @@ pub struct Pod {
     pub fast: bool,
     /// Whether the host's interface has a queueing discipline.
     pub queued: bool,
+    /// Whether the network is switched: the host's interface is a port of a bridge.
+    pub switched: bool,
 }
 
-/// How a block of another host is reached.
+/// How a block of another host, or an endpoint of another host on a switched network, is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Path {
     /// The number of the network.
@@ -72,16 +74,19 @@ pub struct VxlanPath {
     pub port: u16,
     /// VXLAN network identifier.
     pub vni: u32,
-    /// The MAC address of its VXLAN device.
+    /// The MAC address that frames inside are for: of its VXLAN device, or of the endpoint on a switched network.
     pub mac: [u8; 6],
-    /// The MAC address of this host's VXLAN device.
-    pub own_mac: [u8; 6],
+    /// The MAC address of this host's VXLAN device. `None` on a switched network, where frames come from the endpoint's.
+    pub own_mac: Option<[u8; 6]>,
 }
 
 const DIRECT: u32 = 1;
 const VXLAN: u32 = 2;
+const SWITCHED: u32 = 3;
 const FAST: u16 = 1;
 const QUEUED: u16 = 2;
+/// The flag of an endpoint on a switched network.
+const BRIDGED: u16 = 4;
 
 /// Fields of a structure, one after another.
 struct Fields<const N: usize> {
@@ -160,7 +165,8 @@ impl Host {
 
 impl Pod {
     pub(crate) fn encode(&self) -> PodValue {
-        let flags = if self.fast { FAST } else { 0 } | if self.queued { QUEUED } else { 0 };
+        let flags = [(self.fast, FAST), (self.queued, QUEUED), (self.switched, BRIDGED)];
+        let flags: u16 = flags.into_iter().filter(|(is_set, _)| *is_set).map(|(_, flag)| flag).sum();
         Fields::new()
             .put(self.ifindex.to_ne_bytes())
             .put(self.epoch.to_ne_bytes())
@@ -178,8 +184,8 @@ impl Pod {
         let network = u64::from_ne_bytes(fields.take());
         let (mac, gateway) = (fields.take(), fields.take());
         let (mtu, flags) = (u16::from_ne_bytes(fields.take()), u16::from_ne_bytes(fields.take()));
-        let (fast, queued) = (flags & FAST != 0, flags & QUEUED != 0);
-        Self { ifindex, epoch, network, mac, gateway, mtu, fast, queued }
+        let (fast, queued, switched) = (flags & FAST != 0, flags & QUEUED != 0, flags & BRIDGED != 0);
+        Self { ifindex, epoch, network, mac, gateway, mtu, fast, queued, switched }
     }
 }
 
@@ -189,13 +195,13 @@ impl Path {
         match &self.vxlan {
             None => fields.put(DIRECT.to_ne_bytes()).put([0; 10]).put(self.mtu.to_ne_bytes()),
             Some(VxlanPath { vtep, port, vni, mac, own_mac }) => fields
-                .put(VXLAN.to_ne_bytes())
+                .put(if own_mac.is_some() { VXLAN } else { SWITCHED }.to_ne_bytes())
                 .put(vtep.octets())
                 .put(vni.to_ne_bytes())
                 .put(port.to_be_bytes())
                 .put(self.mtu.to_ne_bytes())
                 .put(*mac)
-                .put(*own_mac),
+                .put(own_mac.unwrap_or_default()),
         }
         .bytes
     }
@@ -208,8 +214,8 @@ impl Path {
         let vni = u32::from_ne_bytes(fields.take());
         let port = u16::from_be_bytes(fields.take());
         let mtu = u16::from_ne_bytes(fields.take());
-        let (mac, own_mac) = (fields.take(), fields.take());
-        let vxlan = (kind == VXLAN).then_some(VxlanPath { vtep, port, vni, mac, own_mac });
+        let (mac, own_mac) = (fields.take(), (kind != SWITCHED).then_some(fields.take()));
+        let vxlan = (kind != DIRECT).then_some(VxlanPath { vtep, port, vni, mac, own_mac });
         Self { network, mtu, vxlan }
     }
 }
@@ -233,8 +239,9 @@ mod tests {
             mtu: 1450,
             fast: true,
             queued: false,
+            switched: false,
         };
-        for pod in [pod, Pod { fast: false, queued: true, ..pod }] {
+        for pod in [pod, Pod { fast: false, queued: true, ..pod }, Pod { switched: true, ..pod }] {
             assert_eq!(Pod::decode(pod.encode()), pod);
         }
         let vxlan = VxlanPath {
@@ -242,11 +249,11 @@ mod tests {
             port: 4790,
             vni: 0x0012_3456,
             mac: [6; 6],
-            own_mac: [7; 6],
+            own_mac: Some([7; 6]),
         };
-        for path in
-            [Path { network: 5, mtu: 1450, vxlan: Some(vxlan) }, Path { network: 5, mtu: 1500, vxlan: None }]
-        {
+        let switched = VxlanPath { own_mac: None, ..vxlan };
+        for vxlan in [Some(vxlan), Some(switched), None] {
+            let path = Path { network: 5, mtu: 1450, vxlan };
             assert_eq!(Path::decode(path.encode()), path);
         }
     }

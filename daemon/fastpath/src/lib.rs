@@ -22,7 +22,6 @@ use std::path::{Path as FilePath, PathBuf};
 
 use aya::maps::lpm_trie::Key;
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuHashMap};
-use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfLoader};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
@@ -30,7 +29,7 @@ use self::hooks::Hooks;
 use self::layout::{AddressKey, CounterValue, HostValue, LAYOUT, PathValue, PodValue};
 
 pub use self::error::{Error, Result};
-pub use self::hooks::DeviceKind;
+pub use self::hooks::{DeviceKind, Filters, Program, has_tcx};
 pub use self::layout::{Host, Path, Pod, VxlanPath};
 
 /// Where the BPF file system is mounted.
@@ -103,7 +102,8 @@ pub fn is_there(folder: &FilePath) -> bool {
     folder.join("links").exists()
 }
 
-/// Deletes what an earlier run has left in a folder: the programs are detached, and the maps end.
+/// Deletes what an earlier run has left in a folder: programs with links are detached, and the maps end with the last
+/// program.
 pub fn remove(folder: &FilePath) {
     for inner in fs::read_dir(folder).into_iter().flatten().flatten() {
         remove_all(&inner.path());
@@ -134,19 +134,13 @@ where
 }
 
 impl FastPath {
-    /// Loads the programs, with the maps and links that an earlier run has left in `folder`.
+    /// Loads the programs, with the maps and attachments that an earlier run has left in `folder`. `filters` attach them;
+    /// if there are none, links of tcx do.
     ///
     /// # Errors
     ///
     /// There is no BPF file system, the process may not load programs, or the kernel is too old for them.
-    pub fn open(folder: PathBuf) -> Result<Self> {
-        // Attachments are links of tcx.
-        if KernelVersion::current().is_ok_and(|version| version < KernelVersion::new(6, 6, 0)) {
-            return Err(Error::of(
-                "this kernel is too old",
-                "it has no tcx, which is in Linux 6.6 and later",
-            ));
-        }
+    pub fn open(folder: PathBuf, filters: Option<Box<dyn Filters>>) -> Result<Self> {
         let mounted = statfs(MOUNT_POINT).is_ok_and(|found| found.filesystem_type() == BPF_FS_MAGIC);
         if !mounted {
             return Err(Error::of(
@@ -170,7 +164,7 @@ impl FastPath {
         let (host, pods, paths) =
             (take(&mut object, "host")?, take(&mut object, "pods")?, take(&mut object, "paths")?);
         let (counters, delivered) = (take(&mut object, "counters")?, take(&mut object, "delivered")?);
-        let hooks = Hooks::start(object, links)?;
+        let hooks = Hooks::start(object, links, filters)?;
         // No link leads to maps of another layout now.
         for other in fs::read_dir(&folder).into_iter().flatten().flatten() {
             let name = other.file_name();
@@ -181,7 +175,7 @@ impl FastPath {
         Ok(Self { folder, host, pods, paths, counters, delivered, hooks })
     }
 
-    /// Detaches and deletes everything.
+    /// Ends the thread that attaches the programs, and deletes everything but filters.
     pub fn close(self) {
         let Self { folder, hooks, .. } = self;
         // Its thread may be about to attach something.
@@ -301,8 +295,17 @@ impl FastPath {
     }
 
     /// Returns the indexes of the devices to which programs are attached, or are about to be.
-    pub fn attached(&self) -> Vec<u32> {
-        self.hooks.attached()
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses.
+    pub fn devices(&self) -> Result<Vec<u32>> {
+        self.hooks.devices()
+    }
+
+    /// Whether a device has all programs for its kind, or is about to. [`Self::devices`] looks.
+    pub fn is_complete(&self, ifindex: u32, kind: DeviceKind) -> bool {
+        self.hooks.is_complete(ifindex, kind)
     }
 
     /// Returns what the programs counted, in the order of [`COUNTERS`].

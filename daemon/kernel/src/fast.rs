@@ -14,6 +14,7 @@ use ovl_fastpath as programs;
 use ovl_proto::id::{Mac, NetworkId};
 
 use super::apply::Devices;
+use super::clsact::Clsact;
 use super::dump::DeviceNames;
 use super::error::{KernelError, Result};
 use super::link::{LinkView, Traffic};
@@ -34,6 +35,32 @@ pub struct FastCounters {
     pub fast: Vec<(&'static str, u64, u64)>,
     /// Packets and bytes that the programs left to the stack, by the name of the reason.
     pub slow: Vec<(&'static str, u64, u64)>,
+    /// How the programs are attached to devices: `tcx` or `clsact`.
+    pub attached_by: &'static str,
+}
+
+/// How programs are attached to devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Attachment {
+    /// By links of tcx.
+    Tcx,
+    /// As filters of the queueing discipline `clsact`.
+    Clsact,
+}
+
+impl Attachment {
+    /// Returns what this kernel allows.
+    pub(super) fn of_kernel() -> Self {
+        if programs::has_tcx() { Self::Tcx } else { Self::Clsact }
+    }
+
+    /// Returns its name.
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Tcx => "tcx",
+            Self::Clsact => "clsact",
+        }
+    }
 }
 
 /// Returns the folder of the BPF file system in which the programs of this thread's network namespace are pinned. `None` if
@@ -47,6 +74,7 @@ pub fn fast_path_folder() -> Option<PathBuf> {
 pub(super) struct FastPath {
     /// Where they are pinned. `None` if the network namespace has no cookie.
     folder: Option<PathBuf>,
+    attachment: Attachment,
     loaded: Option<programs::FastPath>,
     /// The indexes of the devices with programs. A device may be gone when its programs are to be forgotten.
     hooks: BTreeMap<Device, u32>,
@@ -60,8 +88,8 @@ impl From<programs::Error> for KernelError {
 
 impl FastPath {
     /// Of the network namespace of the calling thread. Loads nothing.
-    pub(super) fn new() -> Self {
-        Self { folder: fast_path_folder(), loaded: None, hooks: BTreeMap::new() }
+    pub(super) fn new(attachment: Attachment) -> Self {
+        Self { folder: fast_path_folder(), attachment, loaded: None, hooks: BTreeMap::new() }
     }
 
     /// Loads the programs if they are not loaded.
@@ -74,7 +102,11 @@ impl FastPath {
             let folder = self.folder.clone().ok_or_else(|| {
                 KernelError::Other("the kernel does not number network namespaces (Linux 5.14)".to_owned())
             })?;
-            self.loaded = Some(programs::FastPath::open(folder)?);
+            let filters: Option<Box<dyn programs::Filters>> = match self.attachment {
+                Attachment::Tcx => None,
+                Attachment::Clsact => Some(Box::new(Clsact::open(&folder)?)),
+            };
+            self.loaded = Some(programs::FastPath::open(folder, filters)?);
         }
         self.loaded
             .as_mut()
@@ -91,16 +123,12 @@ impl FastPath {
             }
             FastOp::Unload => {
                 self.hooks.clear();
-                if let Some(loaded) = self.loaded.take() {
-                    loaded.close();
-                } else if let Some(folder) = &self.folder {
-                    programs::remove(folder);
-                }
+                self.unload()?;
             }
             FastOp::SetPod(at, pod) => {
                 let ifindex = devices.get(route, pod.device)?.index;
                 let queued = has_queue(route, ifindex)?;
-                let FastPod { epoch, mac, mtu, fast, .. } = *pod;
+                let FastPod { epoch, mac, mtu, fast, switched, .. } = *pod;
                 let pod = programs::Pod {
                     ifindex,
                     epoch,
@@ -110,35 +138,38 @@ impl FastPath {
                     mtu,
                     fast,
                     queued,
+                    switched,
                 };
                 self.open()?.set_pod(*at, pod)?;
             }
-            FastOp::DeletePod(at) => self.open()?.delete_pod(*at)?,
+            // What was unloaded in the meantime is not loaded again for this.
+            FastOp::DeletePod(at) => {
+                self.loaded.as_mut().map_or(Ok(()), |loaded| loaded.delete_pod(*at))?;
+            }
             FastOp::SetPath(to, FastRoute { network, mtu, vxlan }) => {
                 let vxlan = vxlan.map(|FastVxlan { vtep, port, vni, mac, own_mac }| programs::VxlanPath {
                     vtep,
                     port,
                     vni,
                     mac: mac.0,
-                    own_mac: own_mac.0,
+                    own_mac: own_mac.map(|mac| mac.0),
                 });
                 let path = programs::Path { network: number(*network), mtu: *mtu, vxlan };
                 self.open()?.set_path((to.addr(), to.prefix_len()), path)?;
             }
-            FastOp::DeletePath(to) => self.open()?.delete_path((to.addr(), to.prefix_len()))?,
+            FastOp::DeletePath(to) => {
+                let to = (to.addr(), to.prefix_len());
+                self.loaded.as_mut().map_or(Ok(()), |loaded| loaded.delete_path(to))?;
+            }
             FastOp::Attach(device) => {
                 let ifindex = index_of(route, devices, *device)?;
-                let kind = match device.role() {
-                    Some(Role::Endpoint(_)) => programs::DeviceKind::Pod,
-                    Some(Role::Vxlan(_)) => programs::DeviceKind::Vxlan,
-                    Some(Role::Bridge(_) | Role::Tunnel(_)) | None => programs::DeviceKind::Underlay,
-                };
-                self.open()?.attach(ifindex, device.as_str(), kind)?;
+                self.open()?.attach(ifindex, device.as_str(), kind_of(*device))?;
                 self.hooks.insert(*device, ifindex);
             }
             FastOp::Detach(device) => {
-                if let Some(ifindex) = self.hooks.remove(device) {
-                    self.open()?.detach(ifindex);
+                let ifindex = self.hooks.remove(device);
+                if let (Some(ifindex), Some(loaded)) = (ifindex, self.loaded.as_mut()) {
+                    loaded.detach(ifindex);
                 }
             }
         }
@@ -154,10 +185,29 @@ impl FastPath {
         }
         self.read(names).unwrap_or_else(|error| {
             tracing::warn!(%error, "the fast path cannot be read, and is unloaded");
-            self.loaded = None;
-            self.folder.iter().for_each(|folder| programs::remove(folder));
+            if let Err(error) = self.unload() {
+                tracing::warn!(%error, "programs of the fast path are left");
+            }
             Fast::default()
         })
+    }
+
+    /// Detaches and deletes everything.
+    fn unload(&mut self) -> Result<()> {
+        let Some(folder) = &self.folder else { return Ok(()) };
+        match self.loaded.take() {
+            Some(loaded) => loaded.close(),
+            None => programs::remove(folder),
+        }
+        match self.attachment {
+            Attachment::Tcx => Ok(()),
+            Attachment::Clsact => {
+                Clsact::open(folder)?.remove_all()?;
+                // The marks of clsact were in it.
+                programs::remove(folder);
+                Ok(())
+            }
+        }
     }
 
     fn read(&mut self, names: &DeviceNames) -> Result<Fast> {
@@ -171,10 +221,10 @@ impl FastPath {
             fast.host = underlay.map(|underlay| FastHost { on, underlay, vtep, port });
         }
         for (at, pod) in loaded.pods()? {
-            let programs::Pod { ifindex, epoch, network, mac, mtu, fast: is_fast, .. } = pod;
+            let programs::Pod { ifindex, epoch, network, mac, mtu, fast: is_fast, switched, .. } = pod;
             if let Some(device) = device(ifindex).or_else(gone) {
                 let (network, mac) = (network_of(network), Mac(mac));
-                fast.pods.insert(at, FastPod { device, epoch, network, mac, mtu, fast: is_fast });
+                fast.pods.insert(at, FastPod { device, epoch, network, mac, mtu, switched, fast: is_fast });
             }
         }
         for ((address, length), path) in loaded.paths()? {
@@ -185,16 +235,17 @@ impl FastPath {
                 port,
                 vni,
                 mac: Mac(mac),
-                own_mac: Mac(own_mac),
+                own_mac: own_mac.map(Mac),
             });
             fast.paths.insert(to, FastRoute { network: network_of(network), mtu, vxlan });
         }
         let mut hooks = BTreeMap::new();
-        for ifindex in loaded.attached() {
+        for ifindex in loaded.devices()? {
             match device(ifindex) {
-                Some(device) => {
+                Some(device) if loaded.is_complete(ifindex, kind_of(device)) => {
                     hooks.insert(device, ifindex);
                 }
+                Some(_) => {}
                 // The kernel has detached the programs, and their files are left.
                 None => loaded.detach(ifindex),
             }
@@ -228,7 +279,16 @@ impl FastPath {
             .map(|(name, counter)| (name, counter.packets, counter.bytes))
             .collect();
         let (fast, slow) = named.split_at_checked(programs::FAST_COUNTERS)?;
-        Some(FastCounters { fast: fast.to_vec(), slow: slow.to_vec() })
+        let attached_by = self.attachment.as_str();
+        Some(FastCounters { fast: fast.to_vec(), slow: slow.to_vec(), attached_by })
+    }
+}
+
+fn kind_of(device: Device) -> programs::DeviceKind {
+    match device.role() {
+        Some(Role::Endpoint(_)) => programs::DeviceKind::Pod,
+        Some(Role::Vxlan(_)) => programs::DeviceKind::Vxlan,
+        Some(Role::Bridge(_) | Role::Tunnel(_)) | None => programs::DeviceKind::Underlay,
     }
 }
 

@@ -29,8 +29,13 @@ pub fn look() -> Result<Foreign> {
     for chain in listed().filter(|chain| chain["type"] == "filter") {
         let text = |key: &str| chain[key].as_str().unwrap_or_default().to_owned();
         let (family, table, name, hook) = (text("family"), text("table"), text("name"), text("hook"));
-        let passed = ["prerouting", "postrouting", "ingress", "egress"].contains(&hook.as_str());
-        if passed && ["ip", "ip6", "inet", "netdev"].contains(&family.as_str()) && !table.starts_with(OURS) {
+        let passed: &[&str] = match family.as_str() {
+            "ip" | "ip6" | "inet" | "netdev" => &["prerouting", "postrouting", "ingress", "egress"],
+            // Frames of switched networks pass these; those of ebtables-nft are among them.
+            "bridge" => &["prerouting", "forward", "postrouting"],
+            _ => &[],
+        };
+        if passed.contains(&hook.as_str()) && !table.starts_with(OURS) {
             let text = output("nft", &["-s", "list", "table", &family, &table])?;
             foreign.others.push(Chain { family, table, name, drops: chain["policy"] == "drop", text });
         }

@@ -11,6 +11,7 @@ mod announce;
 mod apply;
 mod attribute;
 mod capture;
+mod clsact;
 mod conntrack;
 mod dump;
 mod duplicate;
@@ -305,6 +306,11 @@ pub struct HostConnections {
     pub connected: BTreeMap<IpNet, String>,
     /// The gateways of default routes of both address families, in all tables.
     pub gateways: BTreeSet<IpAddr>,
+}
+
+/// Returns the compiled eBPF programs that this build may load, by the names of their files in `daemon/bpf`.
+pub fn ebpf_objects() -> [(&'static str, &'static [u8]); 2] {
+    [("drops.bpf.o", trace::DROPS_OBJECT), ("fastpath.bpf.o", ovl_fastpath::OBJECT)]
 }
 
 /// Starts the kernel worker in the network namespace of the calling thread. `tunnel_keys` are the private keys

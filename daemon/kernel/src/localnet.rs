@@ -23,9 +23,9 @@ use super::message::{TRAFFIC_CONTROL, traffic_control};
 use super::socket::{Batch, Refusal, Route};
 
 /// The parent of a `clsact` queueing discipline, and of the filters at the ingress of its device (`linux/pkt_sched.h`).
-const CLSACT: u32 = 0xffff_fff1;
-const INGRESS: u32 = 0xffff_fff2;
-const CLSACT_HANDLE: u32 = 0xffff_0000;
+pub(super) const CLSACT: u32 = 0xffff_fff1;
+pub(super) const INGRESS: u32 = 0xffff_fff2;
+pub(super) const CLSACT_HANDLE: u32 = 0xffff_0000;
 /// The place of ovl's filter: before those of other programs.
 const PRIORITY: u32 = 1;
 const HANDLE: u32 = 1;
@@ -36,9 +36,9 @@ const INFO: u32 = PRIORITY << 16 | (libc::ETH_P_ALL as u16).to_be() as u32;
 /// Attributes of a filter of the kind `bpf` (`linux/pkt_cls.h`); `libc` does not define them.
 const TCA_BPF_OPS_LEN: u16 = 4;
 const TCA_BPF_OPS: u16 = 5;
-const TCA_BPF_FLAGS: u16 = 8;
+pub(super) const TCA_BPF_FLAGS: u16 = 8;
 /// The value that the program returns is the verdict.
-const TCA_BPF_FLAG_ACT_DIRECT: u32 = 1;
+pub(super) const TCA_BPF_FLAG_ACT_DIRECT: u32 = 1;
 
 /// The filter in classic BPF, with the fields of `struct sock_filter`: drops IPv4 packets to 127.0.0.0/8, and passes all
 /// others on to the next filter, as well as packets with the mark [`ANSWERS_LOCALHOST`] and queries to the resolver, whose

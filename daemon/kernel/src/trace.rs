@@ -46,6 +46,7 @@ use self::rules::RuleTrace;
 pub(super) use self::dropped::DroppedPackets;
 pub use self::dropped::{DroppedBy, DroppedPacket};
 pub use self::inside::listens;
+pub(super) use self::kernel::PROGRAM as DROPS_OBJECT;
 pub use self::probe::TraceProbe;
 pub(super) use self::rules::{change as change_tables, deletion as deletion_of};
 

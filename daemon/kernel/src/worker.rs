@@ -22,7 +22,7 @@ use super::announce::Announcer;
 use super::apply::{self, Devices};
 use super::error::{KernelError, Result};
 use super::event_queue::EventQueue;
-use super::fast::{FastCounters, FastPath};
+use super::fast::{Attachment, FastCounters, FastPath};
 use super::filter::Filter;
 use super::groups::PortGroups;
 use super::known::KernelModel;
@@ -118,7 +118,7 @@ impl Worker {
             netns_worker: NetnsWorker::default(),
             sweeper,
             tunnels,
-            fast: FastPath::new(),
+            fast: FastPath::new(Attachment::of_kernel()),
             announcer: Announcer::open()?,
             event_queue,
         })

@@ -96,7 +96,7 @@ impl Node {
         let mut state = self.state.borrow_mut();
         let why_not = state.local.fast.why_not().map(str::to_owned);
         let message = match &why_not {
-            None => "packets of routed networks take the fast path".to_owned(),
+            None => "packets of unencrypted networks take the fast path".to_owned(),
             Some(why) => format!("packets take the stack: {why}"),
         };
         let problem = why_not.filter(|_| self.config.fast_path == FastPathMode::On);
@@ -148,6 +148,7 @@ impl Node {
             };
             status.fast = packets(counters.fast);
             status.slow = packets(counters.slow);
+            status.attached_by = Some(counters.attached_by.to_owned());
         }
         status
     }
@@ -167,8 +168,12 @@ impl Node {
     /// Adds what the programs of the fast path have counted.
     pub(super) async fn add_fast_path(&self, page: &mut Page) {
         let in_use = self.fast_path_use().in_use;
-        page.gauge("fast_path_in_use", In::Numbers, "1 if packets of routed networks take the fast path")
-            .is(in_use);
+        page.gauge(
+            "fast_path_in_use",
+            In::Numbers,
+            "1 if packets of unencrypted networks take the fast path",
+        )
+        .is(in_use);
         let Some(counters) = self.kernel.fast_counters().await else { return };
         let help = "Packets that took the fast path, by their way";
         let family = page.counter("fast_path_packets", In::Numbers, help);

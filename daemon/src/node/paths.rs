@@ -331,6 +331,7 @@ impl Node {
         let (now, networks) = (state.clock.elapsed(), &state.subsystems.networks);
         let shown = |encapsulation: &str, network, mtu, path: PathState| {
             let network = state.view.networks.get(&network).map(|found| found.network.name.clone());
+            let why_not_fast = why_not_fast(state, encapsulation).map(str::to_owned);
             PeerPath {
                 encapsulation: encapsulation.to_owned(),
                 network: network.unwrap_or_default(),
@@ -338,6 +339,8 @@ impl Node {
                 sent: direction(path.sent),
                 received: direction(path.received),
                 rtt_us: path.round_trip.map(|trip| u64::try_from(trip.as_micros()).unwrap_or(u64::MAX)),
+                fast: why_not_fast.is_none(),
+                why_not_fast,
             }
         };
         let vxlan = self.paths.borrow().state(host, now).and_then(|path| {
@@ -400,6 +403,15 @@ fn key_to(state: &State, host: NodeId) -> Option<&ClusterKey> {
     let (ring, peer) = (state.keys.ring(), state.view.nodes.get(&host)?);
     let mut opened = ring.all().filter(|key| peer.record.keys.has(key.id()));
     Some(opened.next().unwrap_or(ring.sealing()))
+}
+
+/// Returns why packets to other hosts do not take the fast path by this encapsulation.
+fn why_not_fast<'a>(state: &'a State, encapsulation: &str) -> Option<&'a str> {
+    let is_ipv6 = state.record().is_some_and(|own| own.vtep.is_ipv6());
+    let over_ipv6 =
+        (is_ipv6 && encapsulation == "vxlan").then_some("the kernel's device writes VXLAN over IPv6");
+    let paused = state.local.fast.is_paused().then_some("it pauses, because packets are followed");
+    state.local.fast.why_not().or(over_ipv6).or(paused)
 }
 
 fn direction(of: Direction) -> PathDirection {

@@ -1,6 +1,6 @@
 //! The subsystem of the fast path: which endpoints, blocks of other hosts and devices the programs in the kernel know.
 //!
-//! Only unencrypted routed networks, and no endpoint that a network policy selects. What the programs do not know takes
+//! Only unencrypted networks between hosts, and no endpoint that a network policy selects. What the programs do not know takes
 //! the host's IP stack, so what is missing here is slower and nothing else: entries of an endpoint come after its attach
 //! was answered. docs/fast-path.md says what the programs do.
 //!
@@ -13,13 +13,14 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use ovl_cluster::view::Placed;
 use ovl_dataplane::device::Device;
 use ovl_dataplane::diff::fast_changes;
 use ovl_dataplane::fast::Fast;
-use ovl_dataplane::op::{LinkOp, Op};
+use ovl_dataplane::op::{LinkOp, Op, SysctlOp};
 use ovl_dataplane::state::Dataplane;
-use ovl_proto::id::{EndpointId, NetworkId};
-use ovl_proto::object::Encrypt;
+use ovl_proto::id::{EndpointId, NetworkId, NodeId};
+use ovl_proto::object::{Encrypt, Mode};
 use ovl_proto::resource::Kind;
 use ovl_proto::table::{Endpoint, Entry};
 
@@ -28,6 +29,13 @@ use crate::policy::Policies;
 use crate::rejected::Rejected;
 use crate::services::allocation::Ranges;
 use crate::subsystem::{Change, Cluster, Outcome, Subsystem};
+
+/// Makes connection tracking take a TCP segment outside of the window that it knows of. It does not see what takes the fast
+/// path, so it would call a connection invalid that it has followed before, as soon as a policy or a pause brings it back.
+const LIBERAL: &str = "net.netfilter.nf_conntrack_tcp_be_liberal";
+
+/// An endpoint, by its host.
+type Holder = (NodeId, EndpointId);
 
 /// What the programs were last told, and what may have changed since.
 #[derive(Debug)]
@@ -39,11 +47,13 @@ pub struct FastPath {
     policies: Arc<Policies>,
     policies_changed: bool,
     sent: Fast,
-    /// The addresses of each endpoint in `sent`.
-    addresses: BTreeMap<EndpointId, Vec<IpAddr>>,
+    /// Whether [`LIBERAL`] was set. It stays.
+    liberal: bool,
+    /// The addresses of each endpoint in `sent`: of this host's as endpoints, of other hosts' as paths.
+    addresses: BTreeMap<Holder, Vec<IpAddr>>,
     all_changed: bool,
     /// Endpoints that may have changed.
-    touched: BTreeSet<EndpointId>,
+    touched: BTreeSet<Holder>,
     /// The first reason since the last full pass why the programs may not know what they were told.
     refused: Rejected,
 }
@@ -58,6 +68,7 @@ impl FastPath {
             policies: Arc::default(),
             policies_changed: true,
             sent: Fast::default(),
+            liberal: false,
             addresses: BTreeMap::new(),
             all_changed: true,
             touched: BTreeSet::new(),
@@ -67,6 +78,21 @@ impl FastPath {
 
     fn wanted(&self, cluster: &Cluster<'_>, policies: &Policies) -> Fast {
         part(cluster, Context { policies, services: &self.services })
+    }
+
+    /// Returns the data plane with these programs.
+    fn dataplane(&self, fast: Fast) -> Dataplane {
+        let liberal = self.liberal || !fast.pods.is_empty();
+        let sysctls = liberal.then(|| (LIBERAL.to_owned(), "1".to_owned())).into_iter().collect();
+        Dataplane { fast, sysctls, ..Dataplane::default() }
+    }
+
+    /// Returns operations with those before them that the first endpoint needs.
+    fn with_settings(&mut self, ops: impl Iterator<Item = Op>) -> Vec<Op> {
+        let is_new = !self.liberal && !self.sent.pods.is_empty();
+        self.liberal |= is_new;
+        let set = SysctlOp::Set { name: LIBERAL.to_owned(), value: "1".to_owned() };
+        is_new.then_some(Op::Sysctl(set)).into_iter().chain(ops).collect()
     }
 
     fn compiled(&self, cluster: &Cluster<'_>) -> Policies {
@@ -85,9 +111,14 @@ impl FastPath {
         self.sent = wanted;
         self.addresses.clear();
         if self.sent.host.is_some() {
-            let own = cluster.view.own().into_iter().flat_map(|own| own.table.endpoints());
-            for endpoint in own {
-                self.note_addresses(endpoint);
+            let view = cluster.view;
+            let own = view
+                .own()
+                .into_iter()
+                .flat_map(|node| node.table.endpoints().map(move |endpoint| Placed { node, endpoint }));
+            let others = view.switched().flat_map(|network| view.endpoints(network.id));
+            for placed in own.chain(others.filter(|placed| placed.node.record.id != view.me)) {
+                self.note_addresses(view.me, placed);
             }
         }
         self.all_changed = false;
@@ -97,7 +128,29 @@ impl FastPath {
     fn touch_pod(&mut self, cluster: &Cluster<'_>, endpoint: &Endpoint) {
         let pod = endpoint.pod_name();
         let placed = cluster.view.all_of_pod(&pod);
-        self.touched.extend(placed.map(|placed| placed.endpoint.id));
+        self.touched.extend(placed.map(|placed| holder(&placed)));
+    }
+
+    /// Marks an endpoint of a switched network, and those whose frames may be for it or its for them.
+    fn touch_switched(&mut self, cluster: &Cluster<'_>, host: NodeId, endpoint: &Endpoint) {
+        let (view, network) = (cluster.view, endpoint.network);
+        let is_switched = view.networks.get(&network).is_some_and(|state| state.network.mode == Mode::L2);
+        if !is_switched || self.sent.host.is_none() {
+            return;
+        }
+        let node = view.nodes.get(&host);
+        if node.is_none_or(|node| node.table.endpoints_on(network).nth(1).is_none()) {
+            // Another host on a network may mean another MTU for all of it.
+            self.all_changed = true;
+            return;
+        }
+        self.touched.insert((host, endpoint.id));
+        let macs = endpoint.allowed_macs.iter().chain([&endpoint.mac]);
+        let others = macs.flat_map(|mac| view.all_with_mac(network, *mac));
+        self.touched.extend(others.map(|placed| holder(&placed)));
+        let addresses = endpoint.addresses.iter().map(IpNet::addr);
+        let others = addresses.flat_map(|address| view.all_with_address(network, address));
+        self.touched.extend(others.map(|placed| holder(&placed)));
     }
 
     fn send_nothing(&mut self) {
@@ -107,41 +160,64 @@ impl FastPath {
         self.all_changed = true;
     }
 
-    fn note_addresses(&mut self, endpoint: &Endpoint) {
+    fn note_addresses(&mut self, me: NodeId, placed: Placed<'_>) {
+        let Placed { node, endpoint } = placed;
         let device = Device::endpoint(endpoint.id);
-        let all = endpoint.addresses.iter().map(IpNet::addr);
-        let sent = all.filter(|at| self.sent.pods.get(at).is_some_and(|pod| pod.device == device));
-        let sent: Vec<IpAddr> = sent.collect();
+        let is_sent = |at: &IpAddr| match node.record.id == me {
+            true => self.sent.pods.get(at).is_some_and(|pod| pod.device == device),
+            false => {
+                let path = self.sent.paths.get(&IpNet::from(*at)).and_then(|path| path.vxlan);
+                path.is_some_and(|vxlan| vxlan.own_mac.is_none() && vxlan.mac == endpoint.mac)
+            }
+        };
+        let sent: Vec<IpAddr> = endpoint.addresses.iter().map(IpNet::addr).filter(is_sent).collect();
         if sent.is_empty() {
-            self.addresses.remove(&endpoint.id);
+            self.addresses.remove(&holder(&placed));
         } else {
-            self.addresses.insert(endpoint.id, sent);
+            self.addresses.insert(holder(&placed), sent);
         }
     }
 
     /// Returns the operations for the endpoints that are marked.
     fn plan_touched(&mut self, cluster: &Cluster<'_>) -> Vec<Op> {
-        let mut ops = Vec::new();
-        for id in std::mem::take(&mut self.touched) {
-            let device = Device::endpoint(id);
-            let mut before = Fast { host: self.sent.host, ..Fast::default() };
-            for at in self.addresses.remove(&id).unwrap_or_default() {
-                before.pods.extend(self.sent.pods.remove(&at).map(|pod| (at, pod)));
+        let view = cluster.view;
+        let nothing = Fast { host: self.sent.host, ..Fast::default() };
+        let (mut before, mut after) = (nothing.clone(), nothing);
+        let touched = std::mem::take(&mut self.touched);
+        for (host, id) in &touched {
+            let device = Device::endpoint(*id);
+            for at in self.addresses.remove(&(*host, *id)).unwrap_or_default() {
+                if *host == view.me {
+                    before.pods.extend(self.sent.pods.remove(&at).map(|pod| (at, pod)));
+                } else {
+                    let to = IpNet::from(at);
+                    before.paths.extend(self.sent.paths.remove(&to).map(|path| (to, path)));
+                }
             }
-            before.hooks.extend(self.sent.hooks.take(&device));
-            let endpoint = cluster.view.own().and_then(|own| own.table.endpoint(id));
-            let context = Context { policies: &self.policies, services: &self.services };
-            let mut after = endpoint.map(|it| of_endpoint(cluster, context, it)).unwrap_or_default();
-            after.host = before.host;
-            let (first, last) = fast_changes(&before, &after, true);
-            ops.extend(first.into_iter().chain(last));
-            self.sent.merge(after);
-            if let Some(endpoint) = endpoint {
-                self.note_addresses(endpoint);
+            if *host == view.me {
+                before.hooks.extend(self.sent.hooks.take(&device));
+            }
+            if let Some(placed) = find(cluster, *host, *id) {
+                let context = Context { policies: &self.policies, services: &self.services };
+                after.merge(of_endpoint(cluster, context, placed));
             }
         }
-        ops
+        let (first, last) = fast_changes(&before, &after, true);
+        self.sent.merge(after);
+        for placed in touched.iter().filter_map(|(host, id)| find(cluster, *host, *id)) {
+            self.note_addresses(view.me, placed);
+        }
+        self.with_settings(first.into_iter().chain(last))
     }
+}
+
+fn holder(placed: &Placed<'_>) -> Holder {
+    (placed.node.record.id, placed.endpoint.id)
+}
+
+fn find<'a>(cluster: &Cluster<'a>, host: NodeId, id: EndpointId) -> Option<Placed<'a>> {
+    let node = cluster.view.nodes.get(&host)?;
+    Some(Placed { node, endpoint: node.table.endpoint(id)? })
 }
 
 impl Subsystem for FastPath {
@@ -149,8 +225,9 @@ impl Subsystem for FastPath {
         match *change {
             Change::Entry { host, entry: Entry::Endpoint(endpoint) } => {
                 if host == cluster.view.me {
-                    self.touched.insert(endpoint.id);
+                    self.touched.insert((host, endpoint.id));
                 }
+                self.touch_switched(cluster, host, endpoint);
                 // Another endpoint may stand for a pod, and so for the labels of this host's.
                 if endpoint.pod.is_some() && !self.policies.is_empty() {
                     self.touch_pod(cluster, endpoint);
@@ -178,7 +255,7 @@ impl Subsystem for FastPath {
                         }
                         Kind::Pod => {
                             let placed = cluster.view.all_of_pod(&key.name);
-                            self.touched.extend(placed.map(|placed| placed.endpoint.id));
+                            self.touched.extend(placed.map(|placed| holder(&placed)));
                         }
                         Kind::Service | Kind::EndpointSlice | Kind::ServiceCidr => {}
                     }
@@ -193,8 +270,7 @@ impl Subsystem for FastPath {
     }
 
     fn desired(&self, cluster: &Cluster<'_>) -> Dataplane {
-        let fast = self.wanted(cluster, &self.compiled(cluster));
-        Dataplane { fast, ..Dataplane::default() }
+        self.dataplane(self.wanted(cluster, &self.compiled(cluster)))
     }
 
     fn resync(&mut self, cluster: &Cluster<'_>) -> Dataplane {
@@ -202,7 +278,8 @@ impl Subsystem for FastPath {
         self.refresh_policies(cluster);
         let wanted = self.wanted(cluster, &Arc::clone(&self.policies));
         self.send(cluster, wanted);
-        Dataplane { fast: self.sent.clone(), ..Dataplane::default() }
+        self.liberal |= !self.sent.pods.is_empty();
+        self.dataplane(self.sent.clone())
     }
 
     fn plan(&mut self, cluster: &Cluster<'_>) -> Vec<Op> {
@@ -216,12 +293,11 @@ impl Subsystem for FastPath {
         let wanted = self.wanted(cluster, &Arc::clone(&self.policies));
         let (first, last) = fast_changes(&self.sent, &wanted, cluster.caught_up);
         self.send(cluster, wanted);
-        first.into_iter().chain(last).collect()
+        self.with_settings(first.into_iter().chain(last))
     }
 
     fn sent(&self) -> Option<Dataplane> {
-        let fast = self.sent.clone();
-        self.refused.reason().is_none().then(|| Dataplane { fast, ..Dataplane::default() })
+        self.refused.reason().is_none().then(|| self.dataplane(self.sent.clone()))
     }
 
     fn detached(&mut self, _: NetworkId, cluster: &Cluster<'_>) -> Vec<Op> {

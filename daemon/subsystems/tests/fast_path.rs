@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use ovl_cluster::addresses;
 use ovl_dataplane::device::Device;
 use ovl_dataplane::fast::Fast;
-use ovl_proto::id::EndpointId;
+use ovl_proto::id::{EndpointId, Mac};
 use ovl_proto::object::{Backend, Mode};
 use ovl_proto::record::{PeerState, Signature};
 use ovl_proto::resource::{Kind, Labels};
@@ -32,6 +32,13 @@ fn routed(backend: Backend) -> World {
     world
 }
 
+fn switched() -> World {
+    let subnet = addresses::new_subnet(net("10.60.0.0/16")).unwrap();
+    let mut world = World::new();
+    world.view = view_of(Mode::L2, Backend::Vxlan, subnet, |n| net(&format!("10.60.{n}.0/24")));
+    world
+}
+
 /// A host on which nothing stands in the way.
 fn usable() -> Local {
     let mut local = Local { underlay: underlay(net("192.168.77.0/24")), ..Local::default() };
@@ -50,11 +57,24 @@ fn desired(world: &World, local: &Local) -> Fast {
 
 /// Adds an endpoint of a host, or changes it, or removes it. Returns the entries to tell.
 fn set_endpoint(world: &mut World, host: u8, n: u8, there: bool, label: bool) -> Vec<Entry> {
+    set_sharing(world, host, n, there, label, None)
+}
+
+/// The same for an endpoint that may send from the MAC address of another one.
+fn set_sharing(
+    world: &mut World,
+    host: u8,
+    n: u8,
+    there: bool,
+    label: bool,
+    shared: Option<Mac>,
+) -> Vec<Entry> {
     let Entry::Endpoint(bare) = endpoint(10 * host + n, &format!("10.60.{host}.{}/32", n + 2)) else {
         panic!()
     };
     let labels = if label { Labels::from([("app".into(), "web".into())]) } else { Labels::new() };
-    let new = Entry::Endpoint(Endpoint { labels, ..bare });
+    let allowed_macs = shared.into_iter().collect();
+    let new = Entry::Endpoint(Endpoint { labels, allowed_macs, ..bare });
     let key = EndpointId([10 * host + n; 5]);
     let table = &mut world.view.nodes.get_mut(&id(host)).unwrap().table;
     let old = table.endpoint(key).cloned().map(Entry::Endpoint);
@@ -105,11 +125,35 @@ fn endpoints_blocks_and_devices_are_known() {
     let vxlan = paths[&net("10.60.2.0/24")].vxlan.unwrap();
     assert_eq!(IpAddr::V4(vxlan.vtep), at("192.168.77.2"));
     assert_eq!(vxlan.mac, addresses::mac_of_host(NET, id(2)));
-    assert_eq!(vxlan.own_mac, addresses::mac_of_host(NET, id(1)));
+    assert_eq!(vxlan.own_mac, Some(addresses::mac_of_host(NET, id(1))));
     for device in [own, Device::vxlan(NET), Device::new("eth0").unwrap()] {
         assert!(hooks.contains(&device), "{hooks:?}");
     }
     assert_eq!(hooks.len(), 3, "{hooks:?}");
+}
+
+#[test]
+fn endpoints_of_switched_networks_are_known_one_by_one() {
+    let mut world = switched();
+    let local = usable();
+    set_endpoint(&mut world, 2, 1, true, false);
+    // Without an endpoint of its own, the host has no part of the network.
+    assert!(desired(&world, &local).paths.is_empty());
+    set_endpoint(&mut world, 1, 1, true, false);
+    let Fast { pods, paths, hooks, .. } = desired(&world, &local);
+    let pod = pods[&at("10.60.1.3")];
+    assert!(pod.fast && pod.switched);
+    assert_eq!(pods.len(), 1);
+    assert_eq!(paths.keys().copied().collect::<Vec<_>>(), [net("10.60.2.3/32")]);
+    let vxlan = paths[&net("10.60.2.3/32")].vxlan.unwrap();
+    assert_eq!(IpAddr::V4(vxlan.vtep), at("192.168.77.2"));
+    assert_eq!((vxlan.mac, vxlan.own_mac), (addresses::mac_of(NET, at("10.60.2.3")), None));
+    assert!(hooks.contains(&Device::vxlan(NET)) && hooks.contains(&Device::endpoint(EndpointId([11; 5]))));
+    // Another endpoint may send from its MAC address: frames for it are flooded.
+    let mac = addresses::mac_of(NET, at("10.60.2.3"));
+    set_sharing(&mut world, 3, 1, true, false, Some(mac));
+    let paths = desired(&world, &local).paths;
+    assert_eq!(paths.keys().copied().collect::<Vec<_>>(), [net("10.60.3.3/32")]);
 }
 
 #[test]
@@ -171,7 +215,7 @@ fn a_network_with_addresses_of_services_takes_the_stack() {
 /// Something that happens to the host.
 #[derive(Debug, Clone)]
 enum Event {
-    Endpoint { host: u8, n: u8, there: bool, label: bool },
+    Endpoint { host: u8, n: u8, there: bool, label: bool, shared: Option<u8> },
     Host { host: u8, alive: bool },
     Policy(bool),
     Isolated(bool),
@@ -183,8 +227,8 @@ enum Event {
 
 fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
-        8 => (1..=3_u8, 0..4_u8, any::<bool>(), any::<bool>())
-            .prop_map(|(host, n, there, label)| Event::Endpoint { host, n, there, label }),
+        8 => (1..=3_u8, 0..4_u8, any::<bool>(), any::<bool>(), prop::option::weighted(0.2, 1..=3_u8))
+            .prop_map(|(host, n, there, label, shared)| Event::Endpoint { host, n, there, label, shared }),
         2 => (2..=3_u8, any::<bool>()).prop_map(|(host, alive)| Event::Host { host, alive }),
         2 => any::<bool>().prop_map(Event::Policy),
         1 => any::<bool>().prop_map(Event::Isolated),
@@ -198,11 +242,13 @@ fn event() -> impl Strategy<Value = Event> {
 proptest! {
     #[test]
     fn quick_plans_lead_to_what_a_full_one_wants(
+        is_switched: bool,
         events in prop::collection::vec(event(), 1..40),
         // Whether packets are sealed to hosts without a path in plain text.
         auto: bool,
     ) {
-        let (mut world, mut local, mut real) = (routed(Backend::Vxlan), usable(), fast_path());
+        let (mut local, mut real) = (usable(), fast_path());
+        let mut world = if is_switched { switched() } else { routed(Backend::Vxlan) };
         if auto {
             encrypt_if_needed(&mut world.view, false);
         }
@@ -211,8 +257,9 @@ proptest! {
             let mut told: Vec<Entry> = Vec::new();
             let (mut keys, mut changes) = (Vec::new(), Vec::new());
             match event {
-                Event::Endpoint { host, n, there, label } => {
-                    told = set_endpoint(&mut world, host, n, there, label);
+                Event::Endpoint { host, n, there, label, shared } => {
+                    let shared = shared.map(|host| addresses::mac_of(NET, at(&format!("10.60.{host}.3"))));
+                    told = set_sharing(&mut world, host, n, there, label, shared);
                     let all = told.iter().map(|entry| Change::Entry { host: id(host), entry });
                     let cluster = seen(&world.view, &local, &world.backends);
                     all.for_each(|change| real.changed(&change, &cluster));

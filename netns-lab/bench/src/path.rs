@@ -16,7 +16,7 @@ use super::Bench;
 use super::by_hand;
 use super::client::{self, Client};
 use super::cluster::address_of;
-use super::cni::ground::network;
+use super::cni::ground::{create_network, network};
 use super::report::{Bar, Figure, Row};
 use super::stats::Samples;
 use super::tunnel::processes::pin_this_thread;
@@ -179,9 +179,12 @@ fn raw(host: &Host) -> Result<Way> {
 fn overlay(lab: &Lab, kind: &str) -> Result<Vec<Way>> {
     lab.start_all()?;
     let mut ways = Vec::new();
-    for (number, backend) in ["direct", "vxlan"].into_iter().enumerate() {
+    for (number, backend) in ["direct", "vxlan", "switched"].into_iter().enumerate() {
         let subnet = format!("10.{}.0.0/16", 80 + number);
-        network(lab, backend, &["--subnet", &subnet, "--backend", backend])?;
+        match backend {
+            "switched" => create_network(lab, backend, &["--subnet", &subnet])?,
+            _ => network(lab, backend, &["--subnet", &subnet, "--backend", backend])?,
+        }
         let attach = |index: usize, name: &str| -> Result<(Workload, IpAddr)> {
             let host = lab.hosts().get(index).context("no such host")?;
             let name = format!("{name}-{backend}");
@@ -196,9 +199,10 @@ fn overlay(lab: &Lab, kind: &str) -> Result<Vec<Way>> {
         for target in [near_at, far_at] {
             from.ping_until(target, PATIENCE)?;
         }
-        if number == 0 {
+        if backend != "vxlan" {
+            let how = if backend == "switched" { ", switched" } else { "" };
             ways.push(Way {
-                name: format!("{kind}, one host"),
+                name: format!("{kind}, one host{how}"),
                 from: from.clone(),
                 to: near,
                 target: near_at,
@@ -268,9 +272,9 @@ fn figure(ways: &[Way], turns: &[Vec<Turn>], rounds: usize, turn: Duration) -> F
         };
         let name = &way.name;
         let bars = match name.as_str() {
-            "fast path, one host" => [Some(1.10), Some(0.85)],
+            "fast path, one host" | "fast path, one host, switched" => [Some(1.10), Some(0.85)],
             "fast path, direct" => [Some(1.20), Some(0.70)],
-            "fast path, vxlan" => [Some(1.30), Some(0.60)],
+            "fast path, vxlan" | "fast path, switched" => [Some(1.30), Some(0.60)],
             _ => [None, None],
         };
         let row = |what: String, value: f64, bar: Option<Bar>| match bar {

@@ -208,6 +208,9 @@ pub struct FastPathStatus {
     pub why_not: Option<String>,
     /// Whether it pauses, because `capture`, `flows` or `trace` look at packets in the stack.
     pub paused: bool,
+    /// How its programs are attached to devices: `tcx` or `clsact`. `None` if they are not loaded.
+    #[serde(default)]
+    pub attached_by: Option<String>,
     /// Packets that took it, by their way: `local`, `direct_out`, `vxlan_out`, `direct_in`, `vxlan_in`. Empty if the programs
     /// are not loaded.
     pub fast: BTreeMap<String, u64>,
@@ -470,6 +473,12 @@ pub struct PeerPath {
     pub received: PathDirection,
     /// The smoothed round-trip time, in microseconds. `None` before the first.
     pub rtt_us: Option<u64>,
+    /// Whether this host sends packets of workloads to it by the fast path, if it is for them.
+    #[serde(default)]
+    pub fast: bool,
+    /// Why it does not, in a sentence.
+    #[serde(default)]
+    pub why_not_fast: Option<String>,
 }
 
 /// What is known of one direction of a path.

@@ -61,6 +61,7 @@ mod tests {
             network: NetworkId([1; 5]),
             mac: Mac([2; 6]),
             mtu: 1450,
+            switched: false,
             fast,
         }
     }

@@ -21,7 +21,7 @@ use super::wall_ns;
 const PLACES: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
 
 /// The program, compiled. `tests/bpf` compares it with its source.
-static PROGRAM: &[u8] = aya::include_bytes_aligned!("../../../bpf/drops.bpf.o");
+pub(crate) static PROGRAM: &[u8] = aya::include_bytes_aligned!("../../../bpf/drops.bpf.o");
 /// Where the parts of `struct dropped` are.
 const REASON: usize = 8;
 const PACKET: usize = 16;

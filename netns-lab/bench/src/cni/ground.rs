@@ -26,8 +26,13 @@ pub(crate) fn start(lab: &Lab) -> Result<()> {
 
 /// Creates a routed network and waits until all hosts know it.
 pub(crate) fn network(lab: &Lab, name: &str, options: &[&str]) -> Result<()> {
+    create_network(lab, name, &[&["--mode", "l3"], options].concat())
+}
+
+/// Creates a network, switched unless the options say otherwise, and waits until all hosts know it.
+pub(crate) fn create_network(lab: &Lab, name: &str, options: &[&str]) -> Result<()> {
     let first = lab.hosts().first().context("a lab without hosts")?;
-    first.ctl_ok(&[&["network", "create", name, "--mode", "l3"], options].concat())?;
+    first.ctl_ok(&[&["network", "create", name], options].concat())?;
     for host in lab.hosts() {
         let what = format!("network {name} on {}", host.name());
         wait_until(SETTLE_TIMEOUT, &what, || host.ctl_ok(&["network", "inspect", name]).map(drop))?;

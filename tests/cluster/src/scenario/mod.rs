@@ -1,6 +1,7 @@
 //! The scenarios, in order. Each one finds the cluster intact, as the previous ones have left it.
 
 mod encryption;
+mod fast_path;
 mod faults;
 mod host;
 mod network;
@@ -36,6 +37,7 @@ pub(crate) const ALL: &[Scenario] = &[
     Scenario { name: "sandbox", run: service::sandbox, ci: false },
     Scenario { name: "pods", run: network::pods, ci: false },
     Scenario { name: "direct", run: network::direct, ci: false },
+    Scenario { name: "fast_path", run: fast_path::fast_path, ci: false },
     Scenario { name: "link-managers", run: network::link_managers, ci: false },
     Scenario { name: "restart", run: service::restart, ci: false },
     Scenario { name: "kill", run: service::kill, ci: false },

@@ -133,7 +133,7 @@ pub(super) fn watchdog(world: &World<'_>) -> Result<String> {
     none_lost(load)
 }
 
-fn wait_other_daemon(machine: &dyn Machine, last: &str) -> Result<()> {
+pub(super) fn wait_other_daemon(machine: &dyn Machine, last: &str) -> Result<()> {
     wait_until(SOON, "another ovld that is ready", || {
         let shown = machine.ok("systemctl show -P MainPID -P ActiveState ovld")?;
         ensure!(
