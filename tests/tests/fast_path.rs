@@ -523,7 +523,13 @@ fn filters(host: &Host, device: &str) -> usize {
 }
 
 #[test]
-fn kernel_without_tcx_has_it_by_filters() {
+fn kernel_without_tcx_has_it_by_filters_if_it_is_asked_for() {
+    let config = LabConfig::hosts(1).config("fast_path = \"auto\"").without_tcx();
+    let automatic = start_lab_with(config).unwrap();
+    let status = automatic["h1"].ctl_json(&["status"]).unwrap();
+    let why = status["fast_path"]["why_not"].as_str().unwrap_or_default();
+    assert!(status["fast_path"]["in_use"] == false && why.contains("tcx"), "{status}");
+    drop(automatic);
     let Pods { lab, a, b, c, _servers } =
         &pods(start_lab_with(lab(2).without_tcx()).unwrap(), "vxlan", &["--subnet", "10.60.0.0/16"]);
     let h1 = &lab["h1"];

@@ -91,6 +91,7 @@ pub use foreign::{look as foreign_firewalls, run_commands};
 pub use link::Traffic;
 pub use message::port_mac;
 pub use netns::{Netns, open_netns};
+pub use ovl_fastpath::has_tcx;
 pub use ovl_tunnel::Offload;
 pub use path::PathSocket;
 pub use probe::{Probe, Prober};

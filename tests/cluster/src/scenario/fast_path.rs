@@ -31,7 +31,7 @@ pub(super) fn fast_path(world: &World<'_>) -> Result<String> {
     let link = last.link();
     last.ok(&format!("tc qdisc add dev {link} clsact; tc filter add dev {link} ingress {FOREIGN}"))?;
     world.on_all(|machine| {
-        machine.ok(&format!("sed -i '1i fast_path = \"auto\"' {CONFIG}; systemctl restart ovld")).map(drop)
+        machine.ok(&format!("sed -i '1i fast_path = \"on\"' {CONFIG}; systemctl restart ovld")).map(drop)
     })?;
     world.wait_settled()?;
     world.network("boxed", "--mode l3 --backend vxlan --subnet 10.75.0.0/16 --subnet fd75::/48")?;
