@@ -512,7 +512,7 @@ mod tests {
         world.answering(3200);
         // A NAT forgets all connections: neither UDP nor the paths that are open still work.
         world.is_cut = true;
-        assert_eq!(world.after(1600), Work { tries: vec![PEER], ..Work::default() });
+        assert_eq!(world.after(1400), Work { tries: vec![PEER], ..Work::default() });
         let work = world.after(1);
         assert_eq!((work.turns, work.dial), (vec![], KINDS.map(|kind| (PEER, kind)).to_vec()));
         world.open(true);

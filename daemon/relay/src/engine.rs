@@ -502,6 +502,12 @@ mod tests {
         assert_eq!(b.receive(), (b"hello".to_vec(), to_a));
         b.wireguard.send_to(b"answer", to_a).unwrap();
         assert_eq!(a.receive(), (b"answer".to_vec(), to_b));
+        // The last one is counted after it was sent.
+        let start = Instant::now();
+        while c.relay.counters().forwarded < 3 {
+            assert!(start.elapsed() < Duration::from_secs(5));
+            std::thread::yield_now();
+        }
         let counters = c.relay.counters();
         assert_eq!((counters.forwarded, counters.received, counters.no_path), (3, 0, 0));
     }

@@ -87,6 +87,16 @@ impl Node {
         }
     }
 
+    /// Records whether the fast path is used where it can be: not while everything of ovl is being removed.
+    pub(super) fn use_fast_path(&self, is_used: bool) {
+        if self.config.fast_path != FastPathMode::Off {
+            let why_not = (!is_used).then(|| "everything of ovl is being removed from this host".to_owned());
+            let mut state = self.state.borrow_mut();
+            state.local.fast.set_obstacle(Obstacle::Configured, why_not);
+            state.changed(Change::FastPath);
+        }
+    }
+
     /// Records the device of the underlay.
     pub(super) fn note_underlay_device(&self, device: &str) {
         let changed = {

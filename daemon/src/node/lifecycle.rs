@@ -338,6 +338,7 @@ impl Node {
         {
             // The daemon keeps running, so that the request can be repeated.
             self.state.borrow_mut().phase.stay();
+            self.use_fast_path(true);
             self.underlay.notify_one();
             self.recompute_networks();
             return Err(failed);
@@ -365,6 +366,7 @@ impl Node {
             state.workloads.clear();
             state.subsystems.all().into_iter().for_each(|subsystem| subsystem.withdraw());
         }
+        self.use_fast_path(false);
         let found = self.kernel.dump().await.map_err(Failed::from)?;
         // Programs of the fast path, and some routes, are not removed with a device.
         let fast = found.fast.host.map(|_| Op::Fast(FastOp::Unload));
