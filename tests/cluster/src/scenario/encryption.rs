@@ -75,7 +75,7 @@ pub(super) fn mixed(world: &World<'_>) -> Result<String> {
     last.wait("timeout 120 ovlctl key rotate")?;
     let lost = none_lost(flows)?;
     world.on_all(ensure_nothing_unencrypted)?;
-    last.ok(&format!("cp /run/ovld.toml {CONFIG}; systemctl restart ovld"))?;
+    last.ok(&format!("mv /run/ovld.toml {CONFIG}; systemctl restart ovld"))?;
     world.ping_all(&switched)?;
     world.wait_settled()?;
     Ok(format!("TCP {:.0} and {:.0} Mbit/s; two keys rotated: {lost}", rates.0, rates.1))
