@@ -34,7 +34,7 @@ pub(super) fn fast_path(world: &World<'_>) -> Result<String> {
         machine.ok(&format!("sed -i '1i fast_path = \"on\"' {CONFIG}; systemctl restart ovld")).map(drop)
     })?;
     world.wait_settled()?;
-    world.network("boxed", "--mode l3 --backend vxlan --subnet 10.75.0.0/16 --subnet fd75::/48")?;
+    world.network("boxed", "--mode l3 --backend vxlan --subnet 10.77.0.0/16 --subnet fd77::/48")?;
     world.network("straight", super::network::DIRECT)?;
     let (boxed, straight) = (world.workloads("boxed")?, world.workloads("straight")?);
     let (Some(boxed_last), Some(straight_last)) = (boxed.last(), straight.last()) else {

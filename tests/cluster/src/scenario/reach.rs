@@ -10,8 +10,8 @@ use crate::world::{Undo, Workload, World};
 fn workloads<'a>(world: &World<'a>) -> Result<[Vec<Workload<'a>>; 4]> {
     world.network("secret", "--subnet 10.73.0.0/16 --encrypted")?;
     world.network("secret-pods", "--mode l3 --subnet 10.74.0.0/16 --encrypted")?;
-    world.network("either", "--subnet 10.75.0.0/16 --encrypt auto")?;
-    world.network("either-pods", "--mode l3 --subnet 10.76.0.0/16 --encrypt auto")?;
+    world.network("either", "--subnet 10.78.0.0/16 --encrypt auto")?;
+    world.network("either-pods", "--mode l3 --subnet 10.79.0.0/16 --encrypt auto")?;
     let of = |network| world.workloads(network);
     Ok([of("secret")?, of("secret-pods")?, of("either")?, of("either-pods")?])
 }
