@@ -708,6 +708,17 @@ impl State {
     ) -> io::Result<()> {
         let unheard = || io::Error::new(io::ErrorKind::HostUnreachable, "the host behind NAT was not heard");
         let at = self.way_to(to).ok_or_else(unheard)?;
+        self.send_sealed(socket, (to, at), plain, receiver)
+    }
+
+    /// Seals a datagram for a host that is known by the first address, and sends it to the second one.
+    fn send_sealed(
+        &mut self,
+        socket: &dyn Datagrams,
+        (to, at): (SocketAddr, SocketAddr),
+        plain: (u8, &[u8]),
+        receiver: Option<NodeId>,
+    ) -> io::Result<()> {
         self.sealing.seal(to, plain, receiver, &mut self.datagram)?;
         socket.send(&self.datagram, at)?;
         self.counters.sent += 1;

@@ -54,18 +54,17 @@ impl Lent {
     /// The connection that a host has lent. Waits for one.
     async fn take(&self, from: NodeId) -> Box<dyn Stream> {
         loop {
-            // Before the look, so that none is missed.
-            let more = self.more.notified();
+            self.came(from).await;
             if let Some(stream) = self.idle().remove(&from) {
                 return stream;
             }
-            more.await;
         }
     }
 
     /// Completes when a host has lent a connection that is not used.
     pub(super) async fn came(&self, from: NodeId) {
         loop {
+            // Before the look, so that none is missed.
             let more = self.more.notified();
             if self.idle().contains_key(&from) {
                 return;

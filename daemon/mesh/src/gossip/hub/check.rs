@@ -29,7 +29,7 @@ impl Hub {
         let Some(known_as) = known_as.filter(|_| state.checks.take(now)) else { return };
         match packet {
             Packet::Check { nonce, by: Answerer::SamePort } => {
-                state.send_by_udp(&*self.socket, (known_as, at), &Packet::Checked { nonce, at });
+                state.send_to_end(&*self.socket, (known_as, at), &Packet::Checked { nonce, at });
             }
             Packet::Check { nonce, by: Answerer::OtherPort } => {
                 let datagram = state.sealed(known_as, &Packet::Checked { nonce, at }, Some(node));
@@ -49,7 +49,7 @@ impl Hub {
             }
             Packet::CheckFor { node, nonce, at } if is_plausible(at) => {
                 if let Some(known_as) = state.book.address(node) {
-                    state.send_by_udp(&*self.socket, (known_as, at), &Packet::Checked { nonce, at });
+                    state.send_to_end(&*self.socket, (known_as, at), &Packet::Checked { nonce, at });
                 }
             }
             _ => {}

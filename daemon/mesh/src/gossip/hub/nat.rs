@@ -76,15 +76,15 @@ impl Hub {
             }
             Packet::SeenAt { nonce, at: own, knocks } => {
                 let is_asked = state.asked.get(&nonce).is_some_and(|asked| state.tcp.is(*asked, at));
-                if is_asked && state.queue.len() < MAX_QUEUE {
-                    state.queue.push_back(GossipEvent::Seen(own, knocks));
+                if is_asked {
+                    state.tell(GossipEvent::Seen(own, knocks));
                     self.news.notify_one();
                 }
                 None
             }
             Packet::Knock { nonce } => {
-                if state.asked.remove(&nonce).is_some() && state.queue.len() < MAX_QUEUE {
-                    state.queue.push_back(GossipEvent::Knocked);
+                if state.asked.remove(&nonce).is_some() {
+                    state.tell(GossipEvent::Knocked);
                     self.news.notify_one();
                 }
                 None
@@ -108,19 +108,24 @@ impl State {
         }
         let Sender::Proved(node) = sender else { return at };
         let Some(name) = self.book.name(node) else { return at };
-        let before = self.ends.of(name);
         match self.ends.heard(node, at, now) {
             Heard::There => {}
             Heard::Elsewhere => {
-                for to in before.into_iter().chain([at]) {
+                for to in self.ends.of(name).into_iter().chain([at]) {
                     let Some(nonce) = self.book.nonce() else { break };
-                    self.send_by_udp(socket, (name, to), &Packet::Try { nonce });
+                    self.send_to_end(socket, (name, to), &Packet::Try { nonce });
                 }
             }
-            Heard::Moved if self.queue.len() < MAX_QUEUE => self.queue.push_back(GossipEvent::Moved(node)),
-            Heard::Moved => {}
+            Heard::Moved => self.tell(GossipEvent::Moved(node)),
         }
         name
+    }
+
+    /// Queues an event for the daemon. It is lost if too many wait.
+    fn tell(&mut self, event: GossipEvent) {
+        if self.queue.len() < MAX_QUEUE {
+            self.queue.push_back(event);
+        }
     }
 
     pub(in crate::gossip) fn set_knocks(&mut self, knocks: bool) {
@@ -130,9 +135,7 @@ impl State {
     /// Has a datagram sent to an address from another socket.
     pub(super) fn knock(&mut self, nonce: u64, at: SocketAddr) {
         let Some(datagram) = self.sealed(at, &Packet::Knock { nonce }, None) else { return };
-        if self.queue.len() < MAX_QUEUE {
-            self.queue.push_back(GossipEvent::Knock { at, datagram });
-        }
+        self.tell(GossipEvent::Knock { at, datagram });
     }
 
     /// Seals a packet that another socket than that of gossip sends.

@@ -52,6 +52,11 @@ impl TcpEnds {
         from == known_as || self.by_local.get(&from).is_some_and(|end| end.known_as.contains(&known_as))
     }
 
+    /// The local socket to which datagrams for the host are sent that is known by an address. `None` if they are sent by UDP.
+    fn used(&self, known_as: SocketAddr) -> Option<SocketAddr> {
+        self.by_name.get(&known_as).filter(|end| end.is_used).map(|end| end.local)
+    }
+
     /// Where a host is seen to which there is a TCP path.
     pub(super) fn seen_as(&self, known_as: SocketAddr) -> Option<SocketAddr> {
         self.by_name.get(&known_as).map(|end| end.remote)
@@ -67,11 +72,8 @@ impl TcpEnds {
 impl State {
     /// Where a datagram is sent to that is for the host which is known by an address. `None` if it is behind NAT and was not heard.
     pub(super) fn way_to(&self, known_as: SocketAddr) -> Option<SocketAddr> {
-        let tcp = self.tcp.by_name.get(&known_as);
-        if let Some(end) = tcp.filter(|end| end.is_used) {
-            return Some(end.local);
-        }
-        self.ends.of(known_as).or_else(|| tcp.map(|end| end.local))
+        let unused = || self.tcp.by_name.get(&known_as).map(|end| end.local);
+        self.tcp.used(known_as).or_else(|| self.ends.of(known_as)).or_else(unused)
     }
 
     /// Takes that a host has just answered a ping, if it has, and if its answer came by UDP.
@@ -96,7 +98,7 @@ impl State {
             return;
         }
         match packet {
-            Packet::Try { nonce } => self.send_by_udp(socket, (from, at), &Packet::Tried { nonce }),
+            Packet::Try { nonce } => self.send_to_end(socket, (from, at), &Packet::Tried { nonce }),
             Packet::Tried { nonce } if self.tcp.tries.get(&node) == Some(&nonce) => {
                 self.tcp.udp.insert(node, now);
             }
@@ -112,37 +114,23 @@ impl State {
         (known_as, at): (SocketAddr, SocketAddr),
         packet: &Packet,
     ) {
-        let is_by_tcp = self.tcp.by_name.get(&known_as).is_some_and(|end| end.is_used);
-        let at = if is_by_tcp { self.way_to(known_as).unwrap_or(at) } else { at };
-        if let Err(error) = self.send_at(socket, (known_as, at), packet) {
-            debug!(%at, %error, "cannot send a reply");
-        }
+        self.send_to_end(socket, (known_as, self.tcp.used(known_as).unwrap_or(at)), packet);
     }
 
     /// Sends a packet to a host that is known by the first address to the second one.
-    pub(super) fn send_by_udp(
+    pub(super) fn send_to_end(
         &mut self,
         socket: &dyn Datagrams,
         (to, at): (SocketAddr, SocketAddr),
         packet: &Packet,
     ) {
-        if let Err(error) = self.send_at(socket, (to, at), packet) {
-            debug!(%at, %error, "cannot send a packet by UDP");
-        }
-    }
-
-    fn send_at(
-        &mut self,
-        socket: &dyn Datagrams,
-        (to, at): (SocketAddr, SocketAddr),
-        packet: &Packet,
-    ) -> io::Result<()> {
-        let plain = packet.encode().map_err(io::Error::other)?;
         let receiver = self.book.live_at(to);
-        self.sealing.seal(to, (wire::version(), &plain), receiver, &mut self.datagram)?;
-        socket.send(&self.datagram, at)?;
-        self.counters.sent += 1;
-        Ok(())
+        let plain = packet.encode().map_err(io::Error::other);
+        let sent =
+            plain.and_then(|plain| self.send_sealed(socket, (to, at), (wire::version(), &plain), receiver));
+        if let Err(error) = sent {
+            debug!(%at, %error, "cannot send a packet");
+        }
     }
 
     pub(in crate::gossip) fn set_tcp_ends(&mut self, ends: Vec<TcpEnd>) {
@@ -161,6 +149,6 @@ impl Hub {
         let (Some(to), Some(nonce)) = (state.book.address(node), state.book.nonce()) else { return };
         let Some(at) = state.ends.of(to) else { return };
         state.tcp.tries.insert(node, nonce);
-        state.send_by_udp(&*self.socket, (to, at), &Packet::Try { nonce });
+        state.send_to_end(&*self.socket, (to, at), &Packet::Try { nonce });
     }
 }
