@@ -17,6 +17,7 @@ pub mod routed;
 pub mod runtime;
 pub mod sctp;
 pub mod service;
+pub mod storm;
 
 use std::sync::Barrier;
 use std::thread;

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Lab, LabConfig, wait_until};
 use ovl_tests::random::Random;
-use ovl_tests::routed::create_routed_network;
-use ovl_tests::{Attached, Connection, SOON, attach, peer, ping_all_pairs, rows, start_lab_with, wait_clean};
+use ovl_tests::storm::{Pair, Way, Ways, connect_pairs, for_long, use_steadily, ways};
+use ovl_tests::{SOON, peer, start_lab_with, wait_clean};
 
 const HOSTS: usize = 5;
 /// The most members that a path goes through.
@@ -18,8 +18,6 @@ const MOST_RELAYS: usize = 3;
 /// What a connection may wait for, while TCP sends again what was lost during a cut: 2 s without a path, and what TCP's backoff
 /// adds to that.
 const STALL: Duration = Duration::from_secs(8);
-
-type Pair = (usize, usize);
 
 fn pairs() -> impl Iterator<Item = Pair> {
     (0..HOSTS).flat_map(|one| (one + 1..HOSTS).map(move |other| (one, other)))
@@ -52,28 +50,13 @@ fn random_cut(random: &mut Random) -> BTreeSet<Pair> {
     }
 }
 
-/// The members between all hosts, as they say themselves.
-fn ways(lab: &Lab) -> Result<BTreeMap<(String, String), Vec<String>>> {
-    let mut ways = BTreeMap::new();
-    for host in lab.hosts() {
-        for row in rows(host, &["peers"])?.iter().filter(|row| row["name"] != host.name()) {
-            ensure!(row["state"] == "alive", "{} says {row}", host.name());
-            let via = row["via"].as_array().context("no path")?;
-            let via = via.iter().filter_map(|name| Some(name.as_str()?.to_owned())).collect();
-            ways.insert((host.name().to_owned(), row["name"].as_str().unwrap_or_default().to_owned()), via);
-        }
-    }
-    ensure!(ways.len() == HOSTS * (HOSTS - 1), "{ways:?}");
-    Ok(ways)
-}
-
 /// Waits until each host has a path to each other one over links that are there.
-fn wait_for_ways(lab: &Lab, cut: &BTreeSet<Pair>) -> BTreeMap<(String, String), Vec<String>> {
-    let mut found = BTreeMap::new();
+fn wait_for_ways(lab: &Lab, cut: &BTreeSet<Pair>) -> Ways {
+    let mut found = Ways::new();
     let number = |name: &str| name[1..].parse::<usize>().unwrap() - 1;
     wait_until(SOON, &format!("paths without {cut:?}"), || -> Result<()> {
         found = ways(lab)?;
-        for ((from, to), via) in &found {
+        for ((from, to), Way { via, .. }) in &found {
             let hops: Vec<usize> =
                 [from].into_iter().chain(via).chain([to]).map(|name| number(name)).collect();
             let is_cut = |pair: &[usize]| cut.contains(&(pair[0].min(pair[1]), pair[0].max(pair[1])));
@@ -107,17 +90,7 @@ fn said(lab: &Lab, (one, other): Pair) -> Result<String> {
 
 fn storm(length: Duration, least: usize, seed: u64) {
     let lab = start_lab_with(LabConfig::hosts(HOSTS)).unwrap();
-    let options = ["--encrypted", "--subnet", "10.60.0.0/16", "--subnet", "fd60::/48"];
-    create_routed_network(&lab, "pods", &options).unwrap();
-    let pods: Vec<Attached> = lab
-        .hosts()
-        .iter()
-        .map(|host| attach(host, &format!("p{}", host.name()), "pods", &[]).unwrap())
-        .collect();
-    ping_all_pairs(&pods, SOON).unwrap();
-    let mut connections: Vec<(Pair, Connection)> = pairs()
-        .map(|(one, other)| ((one, other), Connection::open(&pods[one], &pods[other], STALL).unwrap()))
-        .collect();
+    let (_pods, mut connections) = connect_pairs(&lab, STALL).unwrap();
     let (mut random, start, mut round) = (Random::new(seed), Instant::now(), 0);
     let mut longest = Duration::ZERO;
     while start.elapsed() < length || round < least {
@@ -141,15 +114,9 @@ fn storm(length: Duration, least: usize, seed: u64) {
         }
         let before = wait_for_ways(&lab, &cut);
         // Nothing changes while nothing happens.
-        let steady = Instant::now();
-        while steady.elapsed() < Duration::from_secs(2) {
-            for ((one, other), connection) in &mut connections {
-                let took = connection.echo(2000).unwrap();
-                assert!(took < Duration::from_secs(1), "{one} to {other}: {took:?} on a steady path");
-            }
-        }
-        for (pair, via) in ways(&lab).unwrap() {
-            let was = &before[&pair];
+        use_steadily(&mut connections).unwrap();
+        for (pair, Way { via, .. }) in ways(&lab).unwrap() {
+            let was = &before[&pair].via;
             let is_better = via.len() < was.len();
             assert!(
                 via == *was || is_better,
@@ -171,8 +138,5 @@ fn connections_survive_random_cuts_and_paths_change_only_for_them() {
 #[test]
 #[ignore = "takes OVL_STORM_MINUTES"]
 fn connections_survive_random_cuts_for_long() {
-    let number = |name: &str, default: u64| {
-        std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
-    };
-    storm(Duration::from_secs(60 * number("OVL_STORM_MINUTES", 30)), 1, number("OVL_STORM_SEED", 1));
+    for_long(storm);
 }

@@ -2,14 +2,14 @@
 
 #![allow(clippy::unwrap_used, reason = "tests, and helpers of tests")]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Lab, LabConfig, wait_until};
 use ovl_tests::random::Random;
-use ovl_tests::routed::create_routed_network;
-use ovl_tests::{Attached, Connection, SOON, attach, ping_all_pairs, rows, start_lab_with, wait_clean};
+use ovl_tests::storm::{Way, Ways, connect_pairs, for_long, use_steadily, ways};
+use ovl_tests::{SOON, start_lab_with, wait_clean};
 
 /// The hosts that others can dial.
 const PUBLIC: [&str; 2] = ["h1", "h2"];
@@ -59,39 +59,19 @@ impl Faults {
     }
 }
 
-/// How a host reaches another one: the members between them, and whether it begins with TCP.
-type Way = (Vec<String>, bool);
-
-/// The ways between all hosts, as they say themselves.
-fn ways(lab: &Lab) -> Result<BTreeMap<(String, String), Way>> {
-    let mut ways = BTreeMap::new();
-    for host in lab.hosts() {
-        for row in rows(host, &["peers"])?.iter().filter(|row| row["name"] != host.name()) {
-            ensure!(row["state"] == "alive", "{} says {row}", host.name());
-            let via = row["via"].as_array().context("no path")?;
-            let via = via.iter().filter_map(|name| Some(name.as_str()?.to_owned())).collect();
-            let name = row["name"].as_str().unwrap_or_default().to_owned();
-            ways.insert((host.name().to_owned(), name), (via, row["tcp"] == true));
-        }
-    }
-    let hosts = lab.hosts().len();
-    ensure!(ways.len() == hosts * (hosts - 1), "{ways:?}");
-    Ok(ways)
-}
-
 /// How long paths stay as they are until nothing follows from what happened before.
 const QUIET: Duration = Duration::from_secs(2);
 
 /// Waits until each host has a path to each other one over links that are there, and has kept it for a while: when hosts have moved,
 /// paths follow one after the other.
-fn wait_for_ways(lab: &Lab, faults: &Faults) -> BTreeMap<(String, String), Way> {
-    let (mut found, mut since) = (BTreeMap::new(), Instant::now());
+fn wait_for_ways(lab: &Lab, faults: &Faults) -> Ways {
+    let (mut found, mut since) = (Ways::new(), Instant::now());
     wait_until(SOON, &format!("paths after {faults:?}"), || -> Result<()> {
         let now = ways(lab)?;
         if now != found {
             (found, since) = (now, Instant::now());
         }
-        for ((from, to), (via, _)) in &found {
+        for ((from, to), Way { via, .. }) in &found {
             let hops: Vec<&String> = [from].into_iter().chain(via).chain([to]).collect();
             let is_there = hops.windows(2).all(|pair| !faults.cuts(pair[0], pair[1]));
             ensure!(is_there, "{from} reaches {to} via {via:?}");
@@ -112,18 +92,7 @@ fn storm(length: Duration, least: usize, seed: u64) {
     let config =
         HIDDEN.iter().fold(config, |config, (host, kind)| config.access(host, kind.parse().unwrap()));
     let lab = start_lab_with(config).unwrap();
-    let options = ["--encrypted", "--subnet", "10.60.0.0/16", "--subnet", "fd60::/48"];
-    create_routed_network(&lab, "pods", &options).unwrap();
-    let pods: Vec<Attached> = lab
-        .hosts()
-        .iter()
-        .map(|host| attach(host, &format!("p{}", host.name()), "pods", &[]).unwrap())
-        .collect();
-    ping_all_pairs(&pods, SOON).unwrap();
-    let pairs = (0..pods.len()).flat_map(|one| (one + 1..pods.len()).map(move |other| (one, other)));
-    let mut connections: Vec<((usize, usize), Connection)> = pairs
-        .map(|(one, other)| ((one, other), Connection::open(&pods[one], &pods[other], STALL).unwrap()))
-        .collect();
+    let (_pods, mut connections) = connect_pairs(&lab, STALL).unwrap();
     let (mut random, start, mut round) = (Random::new(seed), Instant::now(), 0);
     let mut longest = Duration::ZERO;
     while start.elapsed() < length || round < least {
@@ -140,20 +109,13 @@ fn storm(length: Duration, least: usize, seed: u64) {
         }
         let before = wait_for_ways(&lab, &faults);
         // Nothing changes while nothing happens.
-        let steady = Instant::now();
-        while steady.elapsed() < Duration::from_secs(2) {
-            for ((one, other), connection) in &mut connections {
-                let took = connection.echo(2000).unwrap();
-                assert!(took < Duration::from_secs(1), "{one} to {other}: {took:?} on a steady path");
-            }
-        }
-        for (pair, (via, tcp)) in ways(&lab).unwrap() {
-            let (was_via, was_tcp) = &before[&pair];
-            let is_better = via.len() < was_via.len() || (*was_tcp && !tcp);
+        use_steadily(&mut connections).unwrap();
+        for (pair, way) in ways(&lab).unwrap() {
+            let was = &before[&pair];
+            let is_better = way.via.len() < was.via.len() || (was.tcp && !way.tcp);
             assert!(
-                (&via, tcp) == (was_via, *was_tcp) || is_better,
-                "round {round} (seed {seed}), {faults:?}: {pair:?} had {was_via:?} (TCP: {was_tcp}) and now has {via:?} \
-                 (TCP: {tcp}) without a cause"
+                way == *was || is_better,
+                "round {round} (seed {seed}), {faults:?}: {pair:?} had {was:?} and now has {way:?} without a cause"
             );
         }
     }
@@ -170,8 +132,5 @@ fn connections_survive_that_hosts_behind_nat_move_and_are_forgotten() {
 #[test]
 #[ignore = "takes OVL_STORM_MINUTES"]
 fn connections_survive_that_for_long() {
-    let number = |name: &str, default: u64| {
-        std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
-    };
-    storm(Duration::from_secs(60 * number("OVL_STORM_MINUTES", 30)), 1, number("OVL_STORM_SEED", 1));
+    for_long(storm);
 }
