@@ -13,9 +13,9 @@ use tokio::time::Instant;
 
 use crate::links::Links;
 
-/// Time beyond the interval of pings after which a peer that does not answer is not reached directly.
+/// Time beyond that of the next answer after which a peer that does not answer is not reached directly.
 const SILENT: Duration = Duration::from_millis(400);
-/// Time beyond the interval of pings after which a member that does not answer relays no more.
+/// Time beyond that of the next answer after which a member that does not answer relays no more.
 const RELAY_SILENT: Duration = Duration::from_secs(1);
 /// How long the answer that a member passed on shows that it reaches the peer.
 const FRESH: Duration = Duration::from_secs(3);
@@ -45,9 +45,9 @@ pub(crate) struct Evidence {
 }
 
 impl Evidence {
-    /// Whether the peer does not answer directly, with pings at this interval.
-    pub(crate) fn is_silent(&self, ping_every: Duration) -> bool {
-        self.heard.is_none_or(|heard| heard > ping_every + SILENT)
+    /// Whether the peer does not answer directly, which may take so long for its next answer.
+    pub(crate) fn is_silent(&self, patience: Duration) -> bool {
+        self.heard.is_none_or(|heard| heard > patience + SILENT)
     }
 }
 
@@ -135,19 +135,19 @@ impl Detours {
         (!self.open.contains_key(&peer)).then(|| self.begin(peer, relay, now))
     }
 
-    /// Decides for all live peers, of which `relays` offer to relay. `paths` are those of `links` from this host. `ping_every` is
-    /// the interval of pings.
+    /// Decides for all live peers, of which `relays` offer to relay. `paths` are those of `links` from this host. `patience` is
+    /// how long a peer may take for its next answer.
     pub(crate) fn decide(
         &mut self,
         peers: &BTreeMap<NodeId, Evidence>,
         relays: &BTreeSet<NodeId>,
         (links, paths): (&Links, &BTreeMap<NodeId, Vec<NodeId>>),
-        ping_every: Duration,
+        patience: Duration,
         now: Instant,
     ) -> Vec<(NodeId, Turn)> {
         let is_heard = |relay: &NodeId, silence: Duration| {
             let heard = peers.get(relay).and_then(|evidence| evidence.heard);
-            relays.contains(relay) && heard.is_some_and(|heard| heard <= ping_every + silence)
+            relays.contains(relay) && heard.is_some_and(|heard| heard <= patience + silence)
         };
         let is_reached = |relay: &NodeId| is_heard(relay, RELAY_SILENT);
         let first = |peer: &NodeId| paths.get(peer).and_then(|path| path.first().copied());
@@ -177,7 +177,7 @@ impl Detours {
         self.open.retain(|peer, _| peers.contains_key(peer));
         self.ended.retain(|_, (at, _)| now.saturating_duration_since(*at) < LATELY);
         for (&peer, evidence) in peers {
-            let is_silent = evidence.is_silent(ping_every);
+            let is_silent = evidence.is_silent(patience);
             let answers = evidence.through.filter(|(_, ago)| *ago < FRESH);
             let is_tried_in_vain = |relay: NodeId| refused.contains(&(peer, relay));
             let pick = |is_usable: &dyn Fn(NodeId) -> bool| {

@@ -12,10 +12,13 @@ use ovl_mesh::streams::Datagrams;
 use ovl_proto::id::NodeId;
 use tokio::time::Instant;
 
-/// Time beyond the interval of pings after which UDP is blocked to a host that has not answered by UDP.
+/// Time beyond that of the next answer after which UDP is blocked to a host that has not answered by UDP.
 const SILENT: Duration = Duration::from_millis(400);
 /// The same if one of the two is behind NAT: when a NAT forgets a mapping, it takes a moment until it is known where the host is now.
 const SILENT_NAT: Duration = Duration::from_millis(1000);
+/// How much longer it may not answer while something comes from it by UDP: datagrams are lost then, for which TCP is no remedy, or blocked
+/// in one direction.
+const LOSSY: Duration = Duration::from_secs(2);
 /// How long nothing may have come by a path that works. The other end sends something every 0.4 s.
 const FRESH: Duration = Duration::from_millis(1200);
 /// How long a path that does not work is kept.
@@ -32,6 +35,10 @@ const LINGER: Duration = Duration::from_secs(15);
 /// The time between attempts to dial: it doubles with each that fails.
 const MIN_BACKOFF: Duration = Duration::from_millis(250);
 const MAX_BACKOFF: Duration = Duration::from_secs(30);
+/// How often UDP is tried to a host that answers by it, or does not at all.
+const TRY_EVERY: Duration = Duration::from_millis(600);
+/// How long UDP is tried at each decision, with two datagrams, after a host has last answered by it: if some are lost, it is not blocked.
+const HURRY: Duration = Duration::from_secs(3);
 /// How long a host to join may take to answer by UDP before it is dialled.
 const SEED_SILENT: Duration = Duration::from_millis(500);
 /// How long others have to dial this host, once they know it.
@@ -44,6 +51,8 @@ const MAX_HOSTS: usize = 256;
 pub(crate) struct Evidence {
     /// The time since it last answered by UDP. `None` if it never did.
     pub udp: Option<Duration>,
+    /// The time since anything last came from it by UDP. `None` if nothing did.
+    pub heard: Option<Duration>,
     /// Whether this host can dial it.
     pub may_dial: bool,
     /// Whether there is a stream of messages to it, so that it is there.
@@ -90,8 +99,8 @@ pub(crate) struct Work {
     pub dial: Vec<(NodeId, Datagrams)>,
     /// Hosts whose paths are to be closed.
     pub close: Vec<NodeId>,
-    /// Hosts to which UDP is to be tried.
-    pub tries: Vec<NodeId>,
+    /// Hosts to which UDP is to be tried, each with the number of datagrams.
+    pub tries: Vec<(NodeId, u32)>,
 }
 
 /// The TCP paths of this host.
@@ -297,11 +306,11 @@ impl TcpPaths {
         self.is_blocked_here && self.hosts.values().any(is_long)
     }
 
-    /// Decides for all hosts. `ping_every` is the interval of pings.
+    /// Decides for all hosts. `patience` is how long a host may take for its next answer.
     pub(crate) fn decide(
         &mut self,
         hosts: &BTreeMap<NodeId, Evidence>,
-        ping_every: Duration,
+        patience: Duration,
         now: Instant,
     ) -> Work {
         self.hosts.retain(|id, host| hosts.contains_key(id) || !host.open.is_empty());
@@ -315,7 +324,9 @@ impl TcpPaths {
             let silence = evidence.udp.unwrap_or(Duration::MAX);
             // One that has just become known has had no time to answer.
             let silence = if self.is_blocked_here { silence } else { silence.min(is_new) };
-            let silent_after = ping_every + if evidence.is_nat { SILENT_NAT } else { SILENT };
+            let silent_after = patience + if evidence.is_nat { SILENT_NAT } else { SILENT };
+            let is_heard = evidence.heard.is_some_and(|heard| heard <= silent_after);
+            let silent_after = if is_heard { silent_after + LOSSY } else { silent_after };
             // The host that dialled found UDP blocked, so nothing is waited for where it never worked.
             let is_silent =
                 silence > silent_after || (evidence.udp.is_none() && host.works(Datagrams::Gossip, now));
@@ -323,13 +334,13 @@ impl TcpPaths {
                 work.turns.push((id, turn));
             }
             let is_used = host.used_since.is_some();
-            let patience = if evidence.is_first { silent_after } else { silent_after + SECOND };
+            let wait = if evidence.is_first { silent_after } else { silent_after + SECOND };
             // A host that was started again answers by UDP a moment after its streams are back.
             host.stream_since = host.stream_since.or(Some(now)).filter(|_| evidence.has_stream);
             let has_stream = host
                 .stream_since
-                .is_some_and(|since| self.is_blocked_here || now.saturating_duration_since(since) > patience);
-            let is_wanted = is_used || (silence > patience && has_stream);
+                .is_some_and(|since| self.is_blocked_here || now.saturating_duration_since(since) > wait);
+            let is_wanted = is_used || (silence > wait && has_stream);
             let kinds = [Some(Datagrams::Gossip), evidence.relayed.then_some(Datagrams::Relayed)];
             for kind in kinds.into_iter().flatten().filter(|_| is_wanted && evidence.may_dial) {
                 if !host.works(kind, now)
@@ -338,11 +349,14 @@ impl TcpPaths {
                     work.dial.push((id, kind));
                 }
             }
-            let is_due = host.last_try.is_none_or(|at| now.saturating_duration_since(at) >= ping_every);
+            // Where nothing comes by TCP either, all is lost alike.
+            let is_stuck = is_used && !host.works(Datagrams::Gossip, now);
+            let is_hurried = is_stuck || (TRY_EVERY / 2..HURRY).contains(&silence);
+            let is_due = |at: Instant| is_hurried || now.saturating_duration_since(at) >= TRY_EVERY;
             // Also while UDP is used: the other host may still answer pings by TCP.
-            if !host.open.is_empty() && is_due {
+            if !host.open.is_empty() && host.last_try.is_none_or(is_due) {
                 host.last_try = Some(now);
-                work.tries.push(id);
+                work.tries.push((id, 1 + u32::from(is_hurried)));
             }
             let is_ours = host.open.values().all(|open| open.is_dialled);
             let linger = if is_ours { LINGER } else { LINGER * 2 };
@@ -382,6 +396,7 @@ mod tests {
             let now = Instant::now();
             let evidence = Evidence {
                 udp: None,
+                heard: None,
                 may_dial: true,
                 has_stream: true,
                 is_first: true,
@@ -438,10 +453,20 @@ mod tests {
         world.open(true);
         assert_eq!(world.after(10).turns, [(PEER, Turn::Tcp)]);
         assert!(world.paths.is_used(PEER) && world.paths.relayed(PEER).is_some());
-        assert_eq!(world.after(100).tries, [], "it was tried just now");
-        assert_eq!(world.after(500).tries, [PEER]);
+        assert_eq!(world.after(100).tries, [(PEER, 2)], "some may be lost");
+        assert_eq!(world.after(2000).tries, [(PEER, 1)]);
+        assert_eq!(world.after(500).tries, [], "it was tried just now");
+        assert_eq!(world.after(100).tries, [(PEER, 1)]);
         world.paths.closed(PEER, Datagrams::Gossip);
         assert_eq!(world.after(0).dial, [(PEER, Datagrams::Gossip)], "again");
+    }
+
+    #[test]
+    fn host_that_is_heard_by_udp_has_longer_to_answer() {
+        let mut world = World::new();
+        world.evidence.heard = Some(ms(900));
+        assert_eq!(world.after(3000).dial, []);
+        assert_eq!(world.after(1).dial, KINDS.map(|kind| (PEER, kind)), "it is blocked on the way there");
     }
 
     #[test]
@@ -512,7 +537,7 @@ mod tests {
         world.answering(3200);
         // A NAT forgets all connections: neither UDP nor the paths that are open still work.
         world.is_cut = true;
-        assert_eq!(world.after(1400), Work { tries: vec![PEER], ..Work::default() });
+        assert_eq!(world.after(1400), Work { tries: vec![(PEER, 2)], ..Work::default() });
         let work = world.after(1);
         assert_eq!((work.turns, work.dial), (vec![], KINDS.map(|kind| (PEER, kind)).to_vec()));
         world.open(true);
@@ -520,6 +545,7 @@ mod tests {
         assert_eq!(world.after(1).turns, [(PEER, Turn::Tcp)]);
         world.is_cut = true;
         assert_eq!(world.after(1200).dial, KINDS.map(|kind| (PEER, kind)), "while it is used as well");
+        assert_eq!([world.after(1).tries, world.after(1).tries], [[(PEER, 2)], [(PEER, 2)]], "UDP may work");
         assert_eq!(world.answering(200), [(0, Turn::Udp)], "UDP is better than nothing");
     }
 

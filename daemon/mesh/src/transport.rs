@@ -77,7 +77,7 @@ pub enum Side {
 /// a packet, for each of their peers. A host behind NAT must know soon that its NAT has forgotten a stream, because the other side
 /// cannot tell it, and cannot dial: on such a host it fails within four seconds, idle ones within six.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Sync + Unpin {
-    /// Disables the delay of small writes and enables the detection of dead peers.
+    /// Disables the delay of small writes, has what is lost sent again soon, and enables the detection of dead peers.
     fn tune(&self, side: Side) -> io::Result<()>;
 
     /// The TCP connection itself, for threads that read and write it. `None` if there is none below.
@@ -174,6 +174,8 @@ impl Stream for TcpStream {
     fn tune(&self, side: Side) -> io::Result<()> {
         self.set_nodelay(true)?;
         let socket = SockRef::from(self);
+        // Where many packets are lost, waits that double with each of them last for seconds.
+        socket.set_tcp_thin_linear_timeouts(true)?;
         let keepalive = TcpKeepalive::new().with_retries(3);
         match side {
             Side::Dialled => {
@@ -229,6 +231,7 @@ mod tests {
         let options = |stream: &TcpStream| {
             let socket = SockRef::from(stream);
             assert!(socket.keepalive().unwrap() && stream.nodelay().unwrap());
+            assert!(socket.tcp_thin_linear_timeouts().unwrap());
             (socket.tcp_keepalive_time().unwrap().as_secs(), socket.tcp_user_timeout().unwrap())
         };
         assert_eq!(options(&dialled), (8, Some(DEAD_AFTER)));

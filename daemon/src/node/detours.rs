@@ -167,15 +167,15 @@ impl Node {
         let (wanted, turned, hops, ways, silent) = {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
-            let (now, ping_every) = (Instant::now(), self.gossip().ping_every());
+            let (now, patience) = (Instant::now(), self.gossip().patience());
             let evidence = self.evidence(state, now);
             let relays = live_members(state).filter(|node| is_relay(node)).map(|node| node.record.id);
             let relays: BTreeSet<NodeId> = relays.filter(|id| *id != state.view.me).collect();
-            let is_silent = |(_, peer): &(&NodeId, &Evidence)| peer.is_silent(ping_every);
+            let is_silent = |(_, peer): &(&NodeId, &Evidence)| peer.is_silent(patience);
             let silent: Vec<NodeId> = evidence.iter().filter(is_silent).map(|(id, _)| *id).collect();
             let links = links(state, silent.iter().copied());
             let paths = links.paths(state.view.me, |id| self.gossip().rtt(id).unwrap_or(Duration::MAX));
-            let turns = state.detours.decide(&evidence, &relays, (&links, &paths), ping_every, now);
+            let turns = state.detours.decide(&evidence, &relays, (&links, &paths), patience, now);
             for &(peer, turn) in &turns {
                 self.tell_turn(state, peer, turn);
             }

@@ -79,7 +79,7 @@ impl Node {
             let mut guard = self.state.borrow_mut();
             let state = &mut *guard;
             let evidence = self.tcp_evidence(state, now);
-            let work = state.tcp.decide(&evidence, self.gossip().ping_every(), now);
+            let work = state.tcp.decide(&evidence, self.gossip().patience(), now);
             let seeds = state.tcp.dial_seeds(&self.gossip().missing_seeds(), now);
             for (peer, turn) in &work.turns {
                 let message = match turn {
@@ -108,8 +108,8 @@ impl Node {
             }
         }
         self.tell_tcp_ends();
-        for peer in work.tries {
-            self.gossip().try_udp(peer);
+        for (peer, copies) in work.tries {
+            self.gossip().try_udp(peer, copies);
         }
         for (peer, kind) in work.dial {
             let address = self.state.borrow().view.nodes.get(&peer).map(|node| node.record.address);
@@ -150,7 +150,9 @@ impl Node {
     /// What is known of the way to each host that may be dialled, or has dialled.
     fn tcp_evidence(&self, state: &State, now: Instant) -> BTreeMap<NodeId, Evidence> {
         let Some(own) = state.view.own() else { return BTreeMap::new() };
-        let (answers, connected) = (self.gossip().udp_answers(), self.links().connected());
+        let (answers, heard) = (self.gossip().udp_answers(), self.gossip().udp_heard());
+        let connected = self.links().connected();
+        let since = |at: &Instant| now.saturating_duration_since(*at);
         let members = &state.view.alloc.members;
         let is_wanted = |node: &&Host| {
             let id = node.record.id;
@@ -166,7 +168,8 @@ impl Node {
             .map(|node| {
                 let id = node.record.id;
                 let evidence = Evidence {
-                    udp: answers.get(&id).map(|at| now.saturating_duration_since(*at)),
+                    udp: answers.get(&id).map(since),
+                    heard: heard.get(&id).map(since),
                     may_dial: !node.record.is_behind_nat(),
                     has_stream: connected.contains(&id),
                     is_first: own.record.is_behind_nat() || state.view.me < id,

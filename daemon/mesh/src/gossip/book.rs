@@ -29,12 +29,18 @@ const PING_EACH: Duration = Duration::from_micros(33_333);
 const MAX_PING_EVERY: Duration = Duration::from_secs(2);
 /// The minimum time in which a peer can answer repeated pings before it counts as silent.
 const TO_ANSWER: Duration = Duration::from_secs(1);
-/// The minimum interval between pings to a live peer that are not answered, so that a lost datagram or two do not count.
+/// The minimum interval between the first pings to a live peer that are not answered. In the time after which it counts as silent it
+/// gets some eight of them: if a third of all datagrams is lost, none is answered once in several hundred times.
+const HURRY: Duration = Duration::from_millis(50);
+/// The number of these pings.
+const HURRIED: usize = 8;
+/// The minimum interval between the later ones. A peer that has answered none of them is pinged no more often than one that answers:
+/// it is dead, or reached through others.
 const PING_AGAIN: Duration = Duration::from_millis(200);
 /// The maximum number of pending pings to a peer. Older ones count as lost.
-const MAX_PINGS: usize = 8;
+const MAX_PINGS: usize = 16;
 /// The number of pending pings after which an answer to the next one has to be signed again.
-const SIGNED_AFTER: usize = 3;
+const SIGNED_AFTER: usize = HURRIED;
 /// The number of pings to a new peer that are sent with the record of the local host, in case the first one is lost.
 const INTRODUCTIONS: u8 = 2;
 /// The time after the next ping was due, after which a live peer that does not answer is pinged through others.
@@ -46,7 +52,7 @@ const MISSED_EVERY: Duration = Duration::from_secs(2);
 const RELAYS: usize = 3;
 /// The maximum number of pings a second that are sent sooner than the interval, because earlier ones were not answered.
 /// Where many peers are silent at once, this host or the network is overloaded, and more pings make that worse.
-const EARLY_PINGS: u32 = 30;
+const EARLY_PINGS: u32 = 60;
 /// The number of members that are asked at once to introduce two hosts.
 const INTRODUCERS: usize = 2;
 /// The maximum number of requests a second to ping a peer, beside those to the hosts on known ways. Each costs four datagrams
@@ -186,9 +192,15 @@ impl PeerBook {
         self.ping_every
     }
 
+    /// How long a live peer may take for its next answer: the interval, and longer on a host that is late itself, which has sent few of
+    /// the pings that it repeats.
+    pub(super) fn patience(&self) -> Duration {
+        self.ping_every + self.late_for / 4
+    }
+
     /// The time after which a peer that has not answered directly is silent.
     fn silent_after(&self) -> Duration {
-        self.ping_every + RELAY_AFTER
+        self.patience() + RELAY_AFTER
     }
 
     /// The number of peers.
@@ -290,12 +302,12 @@ impl PeerBook {
     /// The nonce of a ping to a live peer that is sent with the answer to its ping, in place of the next one. `None` if that is
     /// not due soon.
     pub(super) fn ping_along(&mut self, node: NodeId, now: Instant) -> Option<u64> {
-        let (soon, nonce) = (now + self.ping_every / 2, self.nonce()?);
+        let (every, nonce) = (self.ping_every, self.nonce()?);
         let peer = self.peers.get_mut(&node)?;
-        if !peer.alive || !peer.pings.is_empty() || peer.next_ping > soon {
+        if !peer.alive || !peer.pings.is_empty() || peer.next_ping > now + every / 2 {
             return None;
         }
-        peer.next_ping = now + peer.again();
+        peer.next_ping = now + peer.again(every);
         peer.pinged(nonce, now);
         Some(nonce)
     }
@@ -576,7 +588,7 @@ impl PeerBook {
                 let last = peer.pings.back().map(|(_, sent)| *sent);
                 let early = last.is_some_and(|sent| now < sent + self.ping_every);
                 if !early || self.early_pings.take(now) {
-                    peer.next_ping = now + if peer.alive { peer.again() } else { PING_EVERY };
+                    peer.next_ping = now + if peer.alive { peer.again(self.ping_every) } else { PING_EVERY };
                     due.push(peer.pinged(nonce, now));
                 }
             }
@@ -628,6 +640,12 @@ impl PeerBook {
         let calls = (self.peers.len() / 4).max(5);
         let now = self.turn.is_multiple_of(calls);
         known.get(self.turn / calls % known.len().max(1)).copied().filter(|_| now)
+    }
+
+    /// When the next unanswered ping to a live peer is to be repeated. `None` if all were answered.
+    pub(super) fn next_hurry(&self) -> Option<Instant> {
+        let is_missed = |peer: &&Peer| peer.alive && (1..=HURRIED).contains(&peer.pings.len());
+        self.peers.values().filter(is_missed).map(|peer| peer.next_ping).min()
     }
 
     /// Whether a path MTU search is in progress.
@@ -747,9 +765,15 @@ impl Peer {
         Due::Ping { to: self.addr, nonce, pair, introduce }
     }
 
-    /// The interval after which an unanswered ping is repeated.
-    fn again(&self) -> Duration {
-        PING_AGAIN.max(self.rtt.unwrap_or_default() * 2)
+    /// The interval after which the next ping is repeated if it is not answered.
+    fn again(&self, ping_every: Duration) -> Duration {
+        match self.pings.len() {
+            // It has its time to be answered.
+            0 => HURRY.max(self.rtt.unwrap_or_default() * 5 / 4),
+            1..HURRIED => HURRY,
+            HURRIED..MAX_PINGS => PING_AGAIN,
+            _ => ping_every,
+        }
     }
 
     fn is_alive(&self, now: Instant, alive_for: Duration) -> bool {

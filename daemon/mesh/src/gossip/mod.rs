@@ -342,6 +342,11 @@ impl Gossip {
         self.hub.lock().book.ping_every()
     }
 
+    /// How long a live peer may take for its next answer to a ping: the interval of pings, and longer while this host is late itself.
+    pub fn patience(&self) -> Duration {
+        self.hub.lock().book.patience()
+    }
+
     /// When a peer last said that its hints are those of its last [`GossipEvent::Peer`]. `None` if it never did.
     pub fn hinted(&self, node: NodeId) -> Option<Instant> {
         self.hub.lock().book.hinted(node)
@@ -426,9 +431,14 @@ impl Gossip {
         self.hub.lock().udp_answers()
     }
 
-    /// Tries whether UDP works to a peer, whatever way gossip with it takes.
-    pub fn try_udp(&self, peer: NodeId) {
-        self.hub.try_udp(peer);
+    /// When anything last came from each peer by UDP.
+    pub fn udp_heard(&self) -> BTreeMap<NodeId, Instant> {
+        self.hub.lock().udp_heard()
+    }
+
+    /// Tries whether UDP works to a peer, whatever way gossip with it takes, with so many datagrams.
+    pub fn try_udp(&self, peer: NodeId, copies: u32) {
+        self.hub.try_udp(peer, copies);
     }
 
     /// Asks a host to join where it sees this host.

@@ -12,7 +12,7 @@ use super::cluster::Cluster;
 use super::hub::Hub;
 
 const TICK: Duration = Duration::from_millis(200);
-/// The interval during a path MTU search.
+/// The interval during a path MTU search, and the shortest one while pings are repeated.
 const SHORT_TICK: Duration = Duration::from_millis(20);
 /// The maximum number of dials in one tick: 20 a second.
 const MAX_DIALS: usize = 4;
@@ -145,7 +145,9 @@ pub(super) async fn run(hub: Arc<Hub>, cluster: Arc<Cluster>, seeds: Arc<Seeds>)
             hub.lock().expire(now);
             hub.news.notify_one();
         }
-        let wait = if searching { SHORT_TICK } else { next_tick.saturating_duration_since(now) };
+        let tick = next_tick.saturating_duration_since(now);
+        let hurry = hub.lock().book.next_hurry().map(|at| at.saturating_duration_since(now).max(SHORT_TICK));
+        let wait = if searching { SHORT_TICK } else { hurry.map_or(tick, |hurry| hurry.min(tick)) };
         tokio::select! {
             () = tokio::time::sleep(wait) => {}
             () = seeds.changed.notified() => {}

@@ -45,7 +45,7 @@ fn ping_that_is_due_soon_is_sent_with_an_answer_and_no_other_one() {
     let again = sent + PING_EVERY + Duration::from_millis(1);
     book.answered(peer, sent + PING_EVERY, again);
     assert!(book.ping_along(peer, again + PING_EVERY).is_some());
-    assert!(is_due(&mut book, again + PING_EVERY + PING_AGAIN));
+    assert!(is_due(&mut book, again + PING_EVERY + HURRY));
 }
 
 #[test]
@@ -151,4 +151,36 @@ fn dead_peer_is_searched_for_through_others_only_while_some_are_reached_through_
         (4..=6).contains(&found.len()) && found.windows(2).all(|pair| pair[1] - pair[0] >= 2000),
         "{found:?}"
     );
+}
+
+#[test]
+fn live_peer_that_misses_a_ping_gets_many_at_once_and_later_no_more_than_others() {
+    let start = Instant::now();
+    let mut book = PeerBook::new(1500, start);
+    let (peer, addr) = (NodeId([1; 10]), SocketAddr::from(([192, 0, 2, 1], 7940)));
+    book.list(peer, (addr, None), 1500, (true, true), start);
+    book.answered(peer, start, start);
+    let pings = |book: &mut PeerBook, now: Instant| {
+        book.due(now).iter().filter(|due| matches!(due, Due::Ping { .. })).count()
+    };
+    let mut sent = Vec::new();
+    let mut now = start;
+    while now < start + Duration::from_secs(6) {
+        sent.extend((0..pings(&mut book, now)).map(|_| (now - start).as_millis()));
+        now += book.next_hurry().map_or(Duration::from_millis(200), |at| {
+            at.saturating_duration_since(now).min(Duration::from_millis(200))
+        });
+    }
+    assert_eq!(sent[..9], [600, 650, 700, 750, 800, 850, 900, 950, 1000], "{sent:?}");
+    let intervals: Vec<u128> = sent.windows(2).map(|pair| pair[1] - pair[0]).collect();
+    assert_eq!(intervals[8..15], [200; 7], "{intervals:?}");
+    assert!(intervals[16..].iter().all(|wait| *wait == 600), "{intervals:?}");
+    // One that takes long to answer has the time for it, and one that answers is not hurried.
+    let mut book = PeerBook::new(1500, start);
+    book.list(peer, (addr, None), 1500, (true, true), start);
+    book.answered(peer, start, start + Duration::from_millis(400));
+    let next = start + Duration::from_millis(600);
+    assert_eq!((pings(&mut book, next), book.next_hurry()), (1, Some(next + Duration::from_millis(500))));
+    book.answered(peer, next, next + Duration::from_millis(400));
+    assert_eq!(book.next_hurry(), None);
 }

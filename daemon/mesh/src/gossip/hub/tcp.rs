@@ -27,6 +27,8 @@ pub(super) struct TcpEnds {
     by_local: HashMap<SocketAddr, TcpEnd>,
     /// When a host last answered by UDP.
     udp: BTreeMap<NodeId, Instant>,
+    /// When anything last came from a host by UDP.
+    heard: BTreeMap<NodeId, Instant>,
     /// The last trial of each host.
     tries: BTreeMap<NodeId, u64>,
 }
@@ -65,6 +67,7 @@ impl TcpEnds {
     /// Forgets all hosts but these.
     pub(super) fn retain(&mut self, is_known: impl Fn(NodeId) -> bool) {
         self.udp.retain(|host, _| is_known(*host));
+        self.heard.retain(|host, _| is_known(*host));
         self.tries.retain(|host, _| is_known(*host));
     }
 }
@@ -76,13 +79,15 @@ impl State {
         self.tcp.used(known_as).or_else(|| self.ends.of(known_as)).or_else(unused)
     }
 
-    /// Takes that a host has just answered a ping, if it has, and if its answer came by UDP.
+    /// Takes a datagram of a host, if it came by UDP, and that the host has just answered a ping, if it has.
     pub(super) fn note_udp(&mut self, sender: Sender, at: SocketAddr, now: Instant) {
         if let Sender::Proved(node) = sender
             && self.tcp.remote(at).is_none()
-            && self.book.last_heard(node) == Some(now)
         {
-            self.tcp.udp.insert(node, now);
+            self.tcp.heard.insert(node, now);
+            if self.book.last_heard(node) == Some(now) {
+                self.tcp.udp.insert(node, now);
+            }
         }
     }
 
@@ -140,15 +145,21 @@ impl State {
     pub(in crate::gossip) fn udp_answers(&self) -> BTreeMap<NodeId, Instant> {
         self.tcp.udp.clone()
     }
+
+    pub(in crate::gossip) fn udp_heard(&self) -> BTreeMap<NodeId, Instant> {
+        self.tcp.heard.clone()
+    }
 }
 
 impl Hub {
-    /// Tries whether UDP works to a host.
-    pub(in crate::gossip) fn try_udp(&self, node: NodeId) {
+    /// Tries whether UDP works to a host, with so many datagrams.
+    pub(in crate::gossip) fn try_udp(&self, node: NodeId, copies: u32) {
         let mut state = self.lock();
         let (Some(to), Some(nonce)) = (state.book.address(node), state.book.nonce()) else { return };
         let Some(at) = state.ends.of(to) else { return };
         state.tcp.tries.insert(node, nonce);
-        state.send_to_end(&*self.socket, (to, at), &Packet::Try { nonce });
+        for _ in 0..copies {
+            state.send_to_end(&*self.socket, (to, at), &Packet::Try { nonce });
+        }
     }
 }
