@@ -195,6 +195,10 @@ fn kill_under_traffic(Pods { lab, a, b, c, .. }: &Pods) -> [Flow; 3] {
     let flows = [Flow::start(a, b).unwrap(), Flow::start(a, c).unwrap(), Flow::start(c, b).unwrap()];
     let mut connection = Connection::open(&a.workload, at(&c.address(), PORT)).unwrap().unwrap();
     connection.read_answer().unwrap();
+    // More than they count after the start, if that begins at zero.
+    for _ in 0..4 {
+        flows.iter().for_each(|flow| flow.run_for_a_second().unwrap());
+    }
     let before = counted(h1, "fast");
     h1.kill9().unwrap();
     flows.iter().for_each(|flow| flow.run_for_a_second().unwrap());
@@ -225,8 +229,6 @@ fn assert_killed_daemon_loses_nothing(backend: &str) {
         flow.finish_without_loss().unwrap();
     }
     wait_clean(pods.lab.hosts(), SOON).unwrap();
-    let events = pods.lab["h1"].ctl_ok(&["events"]).unwrap();
-    assert!(!events.contains("unload the programs"), "{events}");
 }
 
 #[test]
@@ -419,16 +421,9 @@ fn filters(host: &Host, device: &str) -> usize {
 }
 
 #[test]
-fn kernel_without_tcx_has_it_by_filters_if_it_is_asked_for() {
-    let config = LabConfig::hosts(1).config("fast_path = \"auto\"").without_tcx();
-    let automatic = start_lab_with(config).unwrap();
-    let status = automatic["h1"].ctl_json(&["status"]).unwrap();
-    let why = status["fast_path"]["why_not"].as_str().unwrap_or_default();
-    assert!(status["fast_path"]["in_use"] == false && why.contains("tcx"), "{status}");
-    drop(automatic);
-    let pods =
-        &Pods::start(start_lab_with(lab(2).without_tcx()).unwrap(), "vxlan", &["--subnet", "10.60.0.0/16"])
-            .unwrap();
+fn kernel_without_tcx_has_it_by_filters() {
+    let config = LabConfig::hosts(2).config("fast_path = \"auto\"").without_tcx();
+    let pods = &Pods::start(start_lab_with(config).unwrap(), "vxlan", &["--subnet", "10.60.0.0/16"]).unwrap();
     let Pods { lab, a, b, c, .. } = pods;
     let h1 = &lab["h1"];
     // Of another program, with a filter that lets everything on, before ovl's and after them.
@@ -463,9 +458,9 @@ fn kernel_without_tcx_has_it_by_filters_if_it_is_asked_for() {
     assert_eq!(text(&h1.ctl_json(&["status"]).unwrap()["fast_path"]["attached_by"]), "clsact");
 
     // Without a daemon packets go on, and the next one takes over what is there.
-    let flows = kill_under_traffic(pods);
-    // Single datagrams are lost at the start (docs/fast-path.md, Limits), so the loss is not compared with zero as it is with links.
-    drop(flows);
+    for flow in kill_under_traffic(pods) {
+        flow.finish_without_loss().unwrap();
+    }
     complete().unwrap();
 
     // What another program deletes is missed.

@@ -113,6 +113,15 @@ impl FastPath {
             .ok_or_else(|| KernelError::Other("the programs of the fast path are not loaded".to_owned()))
     }
 
+    /// Loads the programs if they are not loaded. Returns whether an earlier run has left them in use.
+    ///
+    /// # Errors
+    ///
+    /// They cannot be loaded here.
+    pub(super) fn adopt(&mut self) -> Result<bool> {
+        Ok(self.open()?.host()?.is_some())
+    }
+
     /// Applies an operation.
     pub(super) fn apply(&mut self, route: &mut Route, devices: &mut Devices, op: &FastOp) -> Result<()> {
         match op {

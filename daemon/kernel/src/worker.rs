@@ -65,7 +65,7 @@ pub(super) enum Request {
     Counts(Table, Vec<String>, oneshot::Sender<Result<Vec<Vec<CountedElement>>>>),
     Timed(Table, String, oneshot::Sender<Result<Vec<TimedElement>>>),
     ChangeTimed(Table, Vec<TimedChange>, oneshot::Sender<Result<()>>),
-    OpenFastPath(oneshot::Sender<Result<()>>),
+    OpenFastPath(oneshot::Sender<Result<bool>>),
     FastCounters(oneshot::Sender<Option<FastCounters>>),
     Traffic(oneshot::Sender<Result<BTreeMap<Device, Traffic>>>),
     Groups(oneshot::Sender<BTreeMap<Device, BTreeSet<IpAddr>>>),
@@ -216,7 +216,7 @@ impl Worker {
                 let _ = reply.send(self.traffic());
             }
             Request::OpenFastPath(reply) => {
-                let _ = reply.send(self.fast.open().map(drop));
+                let _ = reply.send(self.fast.adopt());
             }
             Request::FastCounters(reply) => {
                 let _ = reply.send(self.fast.counters());
