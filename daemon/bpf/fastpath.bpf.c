@@ -12,7 +12,12 @@
  * the fast path. `flows` remembers of a flow that the stack does not translate it. That is known when one of its packets
  * leaves the stack as it entered: from_pod and from_underlay give it a hash of its addresses and ports (skb->hash, which
  * goes with it), and from_stack compares. It is also known of a TCP connection that begins: the SYN is to an endpoint's
- * own address. A flow that is forgotten is one that is not known yet: its next packet takes the stack. */
+ * own address. A flow that is forgotten is one that is not known yet: its next packet takes the stack.
+ *
+ * The stack judges flows of endpoints that a network policy selects (POD_SELECTED). from_stack sees only what the stack has let
+ * through, so such a flow is remembered together with host->verdicts, which increases after each change of policies. Connection
+ * tracking has to go on knowing it: what begins and ends a connection takes the stack, and so does one packet of each direction
+ * every second or two. */
 
 #include "packet.h"
 
@@ -47,6 +52,22 @@ INLINE struct host *this_host(void)
 	return found && found->on ? found : 0;
 }
 
+/* Read once: what a packet is remembered with must be what it was compared with. */
+INLINE __u32 verdicts_of(const struct host *host)
+{
+	return *(const volatile __u32 *)&host->verdicts;
+}
+
+/* The time that `struct memory` has, in units of 2^30 ns. Never near 0, which stands for "never". */
+INLINE __u32 ticks(void)
+{
+	return (__u32)(coarse_time() >> 30) + 16;
+}
+
+/* How old the last packet in the stack may be. Connection tracking forgets UDP after 30 s. Sequence numbers must not have gone
+ * half way round since, or it takes a RST for an old one: 2 GiB in 2 s are 8 Gbit/s. */
+#define RECENT 1
+
 INLINE struct path *path_to(const struct address *address)
 {
 	struct prefix key = { .length = 128, .address = *address };
@@ -54,8 +75,8 @@ INLINE struct path *path_to(const struct address *address)
 	return map_lookup(&paths, &key);
 }
 
-/* The entry of a flow: the same for both directions. */
-INLINE void flow_of(const struct packet *packet, struct flow *flow)
+/* Finds the entry of a flow: the same for both directions. Returns which one this is, 0 or 1. */
+INLINE int flow_of(const struct packet *packet, struct flow *flow)
 {
 	int later = 0;
 
@@ -81,6 +102,7 @@ found:
 		flow->b_port = packet->to_port;
 	}
 	flow->protocol = packet->transport;
+	return later;
 }
 
 /* What `flows` has of a flow that the stack does not translate. Never FLOW_SLOW. */
@@ -95,10 +117,17 @@ INLINE __u32 mix(__u32 hash, __u32 word)
 	return hash ^ (hash >> 15);
 }
 
-/* A hash of the addresses and ports as they are in this packet. */
+/* Whether a network policy selects one of the ends that are endpoints of this host. */
+INLINE int is_selected(const struct pod *a, const struct pod *b)
+{
+	return ((a ? a->flags : 0) | (b ? b->flags : 0)) & POD_SELECTED;
+}
+
+/* A hash of the addresses and ports as they are in this packet. Of the verdicts too: a packet that was in the stack while they
+ * changed may have been let through by the old ones. */
 INLINE __u32 token_of(const struct packet *packet)
 {
-	__u32 hash = mix(packet->transport, packet->from_port << 16 | packet->to_port);
+	__u32 hash = mix(packet->transport ^ packet->verdicts << 8, packet->from_port << 16 | packet->to_port);
 
 	hash = mix(mix(hash, packet->from.word[3]), packet->to.word[3]);
 	if (is_ipv6(packet)) {
@@ -122,29 +151,48 @@ INLINE int begins_connection(const struct packet *packet)
 	return packet->transport == PROTOCOL_TCP && (packet->tcp_flags & all) == TCP_SYN;
 }
 
-/* Whether the stack leaves the flow of this packet untranslated. If that is not known, the packet is prepared so that
- * from_stack sees it. */
-INLINE int is_untranslated(struct __sk_buff *skb, const struct packet *packet, __u32 epoch)
+/* Whether connection tracking has to see a packet: it begins or ends a connection, or has flags that belong to none. */
+INLINE int is_for_tracking(const struct packet *packet)
+{
+	__u8 all = TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN;
+
+	return packet->transport == PROTOCOL_TCP && (packet->tcp_flags & all) != TCP_ACK;
+}
+
+/* Whether the stack leaves the flow of this packet untranslated and lets it through. If that is not known, the packet is
+ * prepared so that from_stack sees it. */
+INLINE int is_known(struct __sk_buff *skb, const struct packet *packet, __u32 epoch, int selected)
 {
 	struct flow key = {};
-	__u32 *known;
+	struct memory *known, new = { .epoch = epoch };
+	int direction = flow_of(packet, &key), is_slow, is_current;
 
-	flow_of(packet, &key);
 	known = map_lookup(&flows, &key);
-	if (known && *known == epoch) {
+	is_slow = known && known->epoch == FLOW_SLOW;
+	is_current = known && known->epoch == epoch;
+	if (selected) {
+		if (is_current && is_for_tracking(packet))
+			map_delete(&flows, &key);
+		else if (is_current && known->verdicts == packet->verdicts &&
+			 ticks() - (direction ? known->seen[1] : known->seen[0]) <= RECENT)
+			return 1;
+		leave_known(skb, packet, is_slow ? COUNT_TRANSLATED : COUNT_POLICY);
+		return 0;
+	}
+	if (is_current) {
 		/* What comes next with these addresses and ports is another connection. */
 		if (packet->tcp_flags & TCP_RST)
 			map_delete(&flows, &key);
 		return 1;
 	}
-	if (begins_connection(packet) && !(known && *known == FLOW_SLOW))
-		return map_update(&flows, &key, &epoch, BPF_ANY) == 0;
-	leave_known(skb, packet, known && *known == FLOW_SLOW ? COUNT_TRANSLATED : COUNT_NEW_FLOW);
+	if (begins_connection(packet) && !is_slow)
+		return map_update(&flows, &key, &new, BPF_ANY) == 0;
+	leave_known(skb, packet, is_slow ? COUNT_TRANSLATED : COUNT_NEW_FLOW);
 	return 0;
 }
 
 /* Whether a packet may pass the stack by, on a path with this MTU. If not, it is prepared for the stack. */
-INLINE int may_pass(struct __sk_buff *skb, const struct packet *packet, int switched, __u32 mtu, __u32 epoch)
+INLINE int may_pass(struct __sk_buff *skb, const struct packet *packet, int switched, __u32 mtu, __u32 epoch, int selected)
 {
 	if (!switched && packet->ttl <= 1) {
 		leave_known(skb, packet, COUNT_HOP_LIMIT);
@@ -154,7 +202,7 @@ INLINE int may_pass(struct __sk_buff *skb, const struct packet *packet, int swit
 		leave_known(skb, packet, COUNT_TOO_BIG);
 		return 0;
 	}
-	return is_untranslated(skb, packet, epoch);
+	return is_known(skb, packet, epoch, selected);
 }
 
 /* Hands a packet to a local endpoint, as it is. `queued`: by the host's interface, in place of past it. */
@@ -317,6 +365,7 @@ int from_pod(struct __sk_buff *skb)
 	if (!host || (skb->pkt_type != FOR_THIS_HOST && skb->pkt_type != FOR_ANOTHER_HOST) || skb->vlan_present ||
 	    !read_packet(skb, 0, &packet, 0))
 		return NEXT;
+	packet.verdicts = verdicts_of(host);
 	source = map_lookup(&pods, &packet.from);
 	ethernet = (void *)(long)skb->data;
 	if ((void *)(ethernet + 1) > (void *)(long)skb->data_end)
@@ -342,7 +391,8 @@ int from_pod(struct __sk_buff *skb)
 		if (switched && !same_mac(path->mac, ethernet->to))
 			return NEXT;
 	}
-	if (!may_pass(skb, &packet, switched, target ? target->mtu : path ? path->mtu : 0, epoch_of(host, source, target)))
+	if (!may_pass(skb, &packet, switched, target ? target->mtu : path ? path->mtu : 0, epoch_of(host, source, target),
+		      is_selected(source, target)))
 		return NEXT;
 	if (switched)
 		change_type(skb, FOR_THIS_HOST);
@@ -385,6 +435,7 @@ INLINE int receive_vxlan(struct __sk_buff *skb, const struct host *host)
 	from = outer->ip.from;
 	if (!read_packet(skb, ROOM, &packet, 0))
 		return NEXT;
+	packet.verdicts = verdicts_of(host);
 	path = path_to(&packet.from);
 	if (!path || path->kind == PATH_DIRECT || path->vtep != from || path->vni != vni)
 		return NEXT;
@@ -401,7 +452,7 @@ INLINE int receive_vxlan(struct __sk_buff *skb, const struct host *host)
 	} else if (!same_mac(outer->inner.to, path->mine)) {
 		return NEXT;
 	}
-	if (!may_pass(skb, &packet, switched, target->mtu, epoch_of(host, target, 0)))
+	if (!may_pass(skb, &packet, switched, target->mtu, epoch_of(host, target, 0), is_selected(target, 0)))
 		return NEXT;
 	/* The checksum that a device may have verified was the outer one. */
 	flags = BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET;
@@ -431,13 +482,14 @@ int from_underlay(struct __sk_buff *skb)
 	if (packet.transport == PROTOCOL_UDP && packet.to_port == host->port && !is_ipv6(&packet) && host->vtep &&
 	    packet.to.word[3] == host->vtep)
 		return receive_vxlan(skb, host);
+	packet.verdicts = verdicts_of(host);
 	target = map_lookup(&pods, &packet.to);
 	if (!target || !(target->flags & POD_FAST))
 		return NEXT;
 	path = path_to(&packet.from);
 	if (!path || path->kind != PATH_DIRECT || path->network != target->network)
 		return NEXT;
-	if (!may_pass(skb, &packet, 0, target->mtu, epoch_of(host, target, 0)))
+	if (!may_pass(skb, &packet, 0, target->mtu, epoch_of(host, target, 0), is_selected(target, 0)))
 		return NEXT;
 	if (!cut_padding(skb, &packet))
 		return leave_known(skb, &packet, COUNT_NEXT_HOP);
@@ -464,6 +516,29 @@ INLINE int is_between_endpoints(const struct packet *packet, const struct pod *f
 	return 0;
 }
 
+/* Remembers a flow of which the stack has let a packet through as it was. */
+INLINE void remember(const struct packet *packet, const struct flow *key, int direction, struct memory *known, __u32 epoch,
+		     int selected)
+{
+	struct memory new = { .epoch = epoch };
+
+	if (selected) {
+		if (is_for_tracking(packet))
+			return;
+		new.verdicts = packet->verdicts;
+		new.seen[0] = direction ? 0 : ticks();
+		new.seen[1] = direction ? ticks() : 0;
+	}
+	if (!known || known->epoch != epoch || (selected && known->verdicts != packet->verdicts)) {
+		map_update(&flows, key, &new, BPF_ANY);
+	} else if (selected) {
+		if (direction)
+			known->seen[1] = new.seen[1];
+		else
+			known->seen[0] = new.seen[0];
+	}
+}
+
 SEC("classifier")
 int from_stack(struct __sk_buff *skb)
 {
@@ -471,7 +546,8 @@ int from_stack(struct __sk_buff *skb)
 	struct packet packet = {};
 	struct flow key = {};
 	struct pod *from, *to;
-	__u32 value, *known;
+	struct memory *known, slow = { .epoch = FLOW_SLOW };
+	int direction;
 
 	if (skb->mark == REDIRECTED) {
 		skb->mark = 0;
@@ -479,16 +555,16 @@ int from_stack(struct __sk_buff *skb)
 	}
 	if (!host || skb->vlan_present || !read_packet(skb, 0, &packet, 1))
 		return NEXT;
-	flow_of(&packet, &key);
+	packet.verdicts = verdicts_of(host);
+	direction = flow_of(&packet, &key);
 	known = map_lookup(&flows, &key);
 	if (skb->hash != token_of(&packet)) {
-		if (known ? *known == FLOW_SLOW : packet.transport == PROTOCOL_TCP && !begins_connection(&packet))
+		if (known ? known->epoch == FLOW_SLOW : packet.transport == PROTOCOL_TCP && !begins_connection(&packet))
 			return NEXT;
 		from = map_lookup(&pods, &packet.from);
 		to = map_lookup(&pods, &packet.to);
-		value = FLOW_SLOW;
 		if (known || is_between_endpoints(&packet, from, to))
-			map_update(&flows, &key, &value, BPF_ANY);
+			map_update(&flows, &key, &slow, BPF_ANY);
 		return NEXT;
 	}
 	from = map_lookup(&pods, &packet.from);
@@ -498,8 +574,6 @@ int from_stack(struct __sk_buff *skb)
 		if (!to)
 			return NEXT;
 	}
-	value = epoch_of(host, from, to);
-	if (!known || *known != value)
-		map_update(&flows, &key, &value, BPF_ANY);
+	remember(&packet, &key, direction, known, epoch_of(host, from, to), is_selected(from, to));
 	return NEXT;
 }

@@ -28,6 +28,8 @@ struct pod {
 #define POD_QUEUED 2
 /* The endpoint is on a switched network: its host's interface is a port of a bridge, and frames keep their addresses. */
 #define POD_SWITCHED 4
+/* A network policy selects the endpoint: the stack judges its flows, and the programs remember what it has let through. */
+#define POD_SELECTED 8
 
 struct prefix {
 	__u32 length; /* of the prefix; 96 more for IPv4 */
@@ -60,6 +62,7 @@ struct host {
 	__u32 vtep;	  /* IPv4, in network byte order; 0: VXLAN is left to the kernel's devices */
 	__u16 port;	  /* of VXLAN, in network byte order */
 	__u16 unused;
+	__u32 verdicts;	  /* increases after each change of policies: the stack judges flows of selected endpoints again */
 };
 
 /* The two ends of a flow, the smaller one first, so that both directions have one entry. */
@@ -71,7 +74,13 @@ struct flow {
 	__u32 protocol;
 };
 
-/* What is remembered of a flow: that the stack translates it, or the epoch of its ends, if it does not. */
+/* What is remembered of a flow. */
+struct memory {
+	__u32 epoch;	/* of its ends, or FLOW_SLOW if the stack translates it */
+	__u32 verdicts; /* of the host when the stack let a packet through; only if an end is selected */
+	__u32 seen[2];	/* when that was, for each direction, in TICKs; only if an end is selected */
+};
+
 #define FLOW_SLOW 0
 
 struct counter {
@@ -91,6 +100,7 @@ enum count {
 	COUNT_TOO_BIG,	   /* left to the stack, which says so to the sender */
 	COUNT_HOP_LIMIT,   /* left to the stack, which says so to the sender */
 	COUNT_NEXT_HOP,	   /* left to the stack: the next hop is not known yet, or not by the underlay's device */
+	COUNT_POLICY,	   /* left to the stack, which judges the flow of a selected endpoint, or has to see it again */
 	COUNTS,
 };
 
@@ -124,7 +134,7 @@ struct {
 struct {
 	UINT(type, BPF_MAP_TYPE_LRU_HASH);
 	TYPE(key, struct flow);
-	TYPE(value, __u32);
+	TYPE(value, struct memory);
 	UINT(max_entries, 65536);
 } flows SEC(".maps");
 

@@ -78,6 +78,7 @@ struct packet {
 	__u8 tos;
 	__u32 headers; /* the length of the headers of IP and of the transport */
 	__u32 length;  /* from the header of IP on */
+	__u32 verdicts; /* of the host when a program first saw the packet */
 };
 
 INLINE int is_ipv6(const struct packet *packet)

@@ -5,6 +5,7 @@ pub mod browser;
 mod capture;
 pub mod cni;
 mod connection;
+pub mod fast;
 mod flow;
 pub mod frames;
 pub mod inject;

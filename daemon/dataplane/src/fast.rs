@@ -54,6 +54,8 @@ pub struct FastPod {
     /// Whether the fast path is for this endpoint. Otherwise the entry says that the address is here, and not in the block
     /// of another host.
     pub fast: bool,
+    /// Whether a network policy selects the endpoint: the stack judges its flows before they take the fast path.
+    pub selected: bool,
 }
 
 /// How packets to a block or to an endpoint of another host are sent.

@@ -188,6 +188,10 @@ pub enum Data {
     Verdict,
 }
 
+/// The set of the mark of connections that network policies allow as they are now: a connection with it need not be judged.
+pub const CURRENT_MARK: Set =
+    Set::new(Table::Policy, "current", Shape { key: &[Type::Mark], data: Data::None, ranges: false });
+
 /// A set or a map whose elements are ours alone. What packets add to belongs into [`Skeleton::objects`].
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Set {

@@ -21,7 +21,7 @@ use ovl_proto::id::NetworkId;
 
 use crate::device::{Device, Role};
 use crate::flows::Flows;
-use crate::nft::Table;
+use crate::nft::{CURRENT_MARK, Element, Table};
 use crate::state::Dataplane;
 
 pub use self::address::AddressOp;
@@ -186,6 +186,15 @@ impl Op {
     /// Whether network policies are not enforced if this operation is refused.
     pub fn is_policy(&self) -> bool {
         matches!(self.table(), Some(Table::Policy | Table::PolicyFrames))
+    }
+
+    /// Whether policies judge all connections again with this operation, also those that they have allowed before.
+    pub fn judges_again(&self) -> bool {
+        match self {
+            Self::Nft(NftOp::SetElement(Element { set, .. })) => *set == CURRENT_MARK,
+            Self::Nft(NftOp::SetTable(..) | NftOp::DeleteTable(_)) => self.is_policy(),
+            _ => false,
+        }
     }
 
     /// Whether endpoints of this host may send what they should not, or nothing, if this operation is refused.

@@ -6,10 +6,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// The number of this layout. A change of a structure, of a limit or of a map's type is a new number: maps of another one
 /// are not adopted.
-pub(crate) const LAYOUT: u32 = 2;
+pub(crate) const LAYOUT: u32 = 3;
 
 pub(crate) type AddressKey = [u8; 16];
-pub(crate) type HostValue = [u8; 20];
+pub(crate) type HostValue = [u8; 24];
 pub(crate) type PodValue = [u8; 32];
 pub(crate) type PathValue = [u8; 40];
 /// Packets and bytes.
@@ -52,6 +52,29 @@ pub struct Pod {
     pub queued: bool,
     /// Whether the network is switched: the host's interface is a port of a bridge.
     pub switched: bool,
+    /// Whether a network policy selects the endpoint, so that the stack judges its flows.
+    pub selected: bool,
+}
+
+/// What of the map of this host only counts. What was remembered with other numbers does not hold any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Generations {
+    /// Of everything that is remembered of flows.
+    pub(crate) flows: u32,
+    /// Of what the stack has let through for selected endpoints. Never 0.
+    pub(crate) verdicts: u32,
+}
+
+impl Generations {
+    /// Returns the numbers with which nothing that was remembered of flows holds.
+    pub(crate) fn next(self) -> Self {
+        Self { flows: self.flows.wrapping_add(1), ..self }
+    }
+
+    /// Returns the numbers with which the stack judges the flows of selected endpoints again.
+    pub(crate) fn judged_again(self) -> Self {
+        Self { verdicts: self.verdicts.wrapping_add(1).max(1), ..self }
+    }
 }
 
 /// How a block of another host, or an endpoint of another host on a switched network, is reached.
@@ -87,6 +110,7 @@ const FAST: u16 = 1;
 const QUEUED: u16 = 2;
 /// The flag of an endpoint on a switched network.
 const BRIDGED: u16 = 4;
+const SELECTED: u16 = 8;
 
 /// Fields of a structure, one after another.
 struct Fields<const N: usize> {
@@ -141,31 +165,37 @@ pub(crate) fn prefix_of((length, key): (u32, AddressKey)) -> (IpAddr, u8) {
 }
 
 impl Host {
-    pub(crate) fn encode(&self, generation: u32) -> HostValue {
+    pub(crate) fn encode(&self, generations: Generations) -> HostValue {
         Fields::new()
             .put(u32::from(self.on).to_ne_bytes())
-            .put(generation.to_ne_bytes())
+            .put(generations.flows.to_ne_bytes())
             .put(self.underlay.to_ne_bytes())
             .put(self.vtep.unwrap_or(Ipv4Addr::UNSPECIFIED).octets())
             .put(self.port.to_be_bytes())
+            .put([0; 2])
+            .put(generations.verdicts.to_ne_bytes())
             .bytes
     }
 
-    /// Returns the host and its generation.
-    pub(crate) fn decode(value: HostValue) -> (Self, u32) {
+    /// Returns the host and the numbers beside it.
+    pub(crate) fn decode(value: HostValue) -> (Self, Generations) {
         let mut fields = Fields::of(value);
         let on = u32::from_ne_bytes(fields.take()) != 0;
-        let generation = u32::from_ne_bytes(fields.take());
+        let flows = u32::from_ne_bytes(fields.take());
         let underlay = u32::from_ne_bytes(fields.take());
         let vtep = Ipv4Addr::from(fields.take::<4>());
         let port = u16::from_be_bytes(fields.take());
-        (Self { on, underlay, vtep: Some(vtep).filter(|vtep| !vtep.is_unspecified()), port }, generation)
+        let _: [u8; 2] = fields.take();
+        let verdicts = u32::from_ne_bytes(fields.take()).max(1);
+        let vtep = Some(vtep).filter(|vtep| !vtep.is_unspecified());
+        (Self { on, underlay, vtep, port }, Generations { flows, verdicts })
     }
 }
 
 impl Pod {
     pub(crate) fn encode(&self) -> PodValue {
-        let flags = [(self.fast, FAST), (self.queued, QUEUED), (self.switched, BRIDGED)];
+        let flags =
+            [(self.fast, FAST), (self.queued, QUEUED), (self.switched, BRIDGED), (self.selected, SELECTED)];
         let flags: u16 = flags.into_iter().filter(|(is_set, _)| *is_set).map(|(_, flag)| flag).sum();
         Fields::new()
             .put(self.ifindex.to_ne_bytes())
@@ -184,8 +214,9 @@ impl Pod {
         let network = u64::from_ne_bytes(fields.take());
         let (mac, gateway) = (fields.take(), fields.take());
         let (mtu, flags) = (u16::from_ne_bytes(fields.take()), u16::from_ne_bytes(fields.take()));
-        let (fast, queued, switched) = (flags & FAST != 0, flags & QUEUED != 0, flags & BRIDGED != 0);
-        Self { ifindex, epoch, network, mac, gateway, mtu, fast, queued, switched }
+        let is = |flag: u16| flags & flag != 0;
+        let (fast, queued, switched, selected) = (is(FAST), is(QUEUED), is(BRIDGED), is(SELECTED));
+        Self { ifindex, epoch, network, mac, gateway, mtu, fast, queued, switched, selected }
     }
 }
 
@@ -227,9 +258,10 @@ mod tests {
     #[test]
     fn entries_are_read_as_they_were_written() {
         let host = Host { on: true, underlay: 7, vtep: Some(Ipv4Addr::new(192, 0, 2, 1)), port: 4789 };
-        assert_eq!(Host::decode(host.encode(3)), (host, 3));
+        let generations = Generations { flows: 3, verdicts: 9 };
+        assert_eq!(Host::decode(host.encode(generations)), (host, generations));
         let without = Host { on: false, vtep: None, ..host };
-        assert_eq!(Host::decode(without.encode(0)), (without, 0));
+        assert_eq!(Host::decode(without.encode(generations.next())), (without, generations.next()));
         let pod = Pod {
             ifindex: 12,
             epoch: 77,
@@ -240,8 +272,14 @@ mod tests {
             fast: true,
             queued: false,
             switched: false,
+            selected: false,
         };
-        for pod in [pod, Pod { fast: false, queued: true, ..pod }, Pod { switched: true, ..pod }] {
+        let others = [
+            Pod { fast: false, queued: true, ..pod },
+            Pod { switched: true, ..pod },
+            Pod { selected: true, ..pod },
+        ];
+        for pod in others.into_iter().chain([pod]) {
             assert_eq!(Pod::decode(pod.encode()), pod);
         }
         let vxlan = VxlanPath {
@@ -256,6 +294,14 @@ mod tests {
             let path = Path { network: 5, mtu: 1450, vxlan };
             assert_eq!(Path::decode(path.encode()), path);
         }
+    }
+
+    #[test]
+    fn verdicts_are_never_those_of_flows_that_nothing_selects() {
+        let first = Host::decode([0; 24]).1;
+        assert_eq!(first, Generations { flows: 0, verdicts: 1 });
+        assert_eq!(first.judged_again().verdicts, 2);
+        assert_eq!(Generations { verdicts: u32::MAX, ..first }.judged_again().verdicts, 1);
     }
 
     #[test]

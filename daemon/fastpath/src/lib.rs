@@ -58,7 +58,7 @@ impl Counter {
 }
 
 /// What the programs count, in the order of `enum count` in `daemon/bpf/maps.h`.
-pub const COUNTERS: [&str; 11] = [
+pub const COUNTERS: [&str; 12] = [
     "local",
     "direct_out",
     "vxlan_out",
@@ -70,6 +70,7 @@ pub const COUNTERS: [&str; 11] = [
     "too_big",
     "hop_limit",
     "next_hop",
+    "policy",
 ];
 
 /// How many of [`COUNTERS`] are packets that took the fast path. The others were left to the stack.
@@ -199,9 +200,20 @@ impl FastPath {
     ///
     /// The kernel refuses.
     pub fn set_host(&mut self, host: Host) -> Result<()> {
-        let (before, generation) = Host::decode(self.host.get(&0, 0).map_err(map_error)?);
-        let generation = generation.wrapping_add(u32::from(host.on && !before.on));
-        self.host.set(0, host.encode(generation), 0).map_err(map_error)
+        let (before, generations) = Host::decode(self.host.get(&0, 0).map_err(map_error)?);
+        let generations = if host.on && !before.on { generations.next() } else { generations };
+        self.host.set(0, host.encode(generations), 0).map_err(map_error)
+    }
+
+    /// Has the stack judge the flows of selected endpoints again: network policies have changed, and the new ones are in
+    /// force.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses.
+    pub fn judge_again(&mut self) -> Result<()> {
+        let (host, generations) = Host::decode(self.host.get(&0, 0).map_err(map_error)?);
+        self.host.set(0, host.encode(generations.judged_again()), 0).map_err(map_error)
     }
 
     /// Returns the endpoints by their addresses.

@@ -113,6 +113,15 @@ impl FastPath {
             .ok_or_else(|| KernelError::Other("the programs of the fast path are not loaded".to_owned()))
     }
 
+    /// Loads the programs if they are not loaded. Returns whether an earlier run has left them in use.
+    ///
+    /// # Errors
+    ///
+    /// They cannot be loaded here.
+    pub(super) fn adopt(&mut self) -> Result<bool> {
+        Ok(self.open()?.host()?.is_some())
+    }
+
     /// Applies an operation.
     pub(super) fn apply(&mut self, route: &mut Route, devices: &mut Devices, op: &FastOp) -> Result<()> {
         match op {
@@ -128,7 +137,7 @@ impl FastPath {
             FastOp::SetPod(at, pod) => {
                 let ifindex = devices.get(route, pod.device)?.index;
                 let queued = has_queue(route, ifindex)?;
-                let FastPod { epoch, mac, mtu, fast, switched, .. } = *pod;
+                let FastPod { epoch, mac, mtu, fast, switched, selected, .. } = *pod;
                 let pod = programs::Pod {
                     ifindex,
                     epoch,
@@ -139,6 +148,7 @@ impl FastPath {
                     fast,
                     queued,
                     switched,
+                    selected,
                 };
                 self.open()?.set_pod(*at, pod)?;
             }
@@ -176,6 +186,16 @@ impl FastPath {
         Ok(())
     }
 
+    /// Has the stack judge the flows of endpoints again that network policies select. If that is not possible, everything
+    /// is deleted, so that packets take the stack.
+    pub(super) fn judge_again(&mut self) {
+        let Some(loaded) = &mut self.loaded else { return };
+        if let Err(error) = loaded.judge_again() {
+            tracing::warn!(%error, "the fast path cannot be told of policies, and is unloaded");
+            self.unload_or_warn();
+        }
+    }
+
     /// Reads what the programs know. What an earlier run has left is adopted. If that, or reading, is not possible,
     /// everything is deleted, so that packets take the stack.
     pub(super) fn dump(&mut self, names: &DeviceNames) -> Fast {
@@ -185,11 +205,15 @@ impl FastPath {
         }
         self.read(names).unwrap_or_else(|error| {
             tracing::warn!(%error, "the fast path cannot be read, and is unloaded");
-            if let Err(error) = self.unload() {
-                tracing::warn!(%error, "programs of the fast path are left");
-            }
+            self.unload_or_warn();
             Fast::default()
         })
+    }
+
+    fn unload_or_warn(&mut self) {
+        if let Err(error) = self.unload() {
+            tracing::warn!(%error, "programs of the fast path are left");
+        }
     }
 
     /// Detaches and deletes everything.
@@ -221,10 +245,13 @@ impl FastPath {
             fast.host = underlay.map(|underlay| FastHost { on, underlay, vtep, port });
         }
         for (at, pod) in loaded.pods()? {
-            let programs::Pod { ifindex, epoch, network, mac, mtu, fast: is_fast, switched, .. } = pod;
+            let programs::Pod {
+                ifindex, epoch, network, mac, mtu, fast: is_fast, switched, selected, ..
+            } = pod;
             if let Some(device) = device(ifindex).or_else(gone) {
                 let (network, mac) = (network_of(network), Mac(mac));
-                fast.pods.insert(at, FastPod { device, epoch, network, mac, mtu, switched, fast: is_fast });
+                let pod = FastPod { device, epoch, network, mac, mtu, switched, fast: is_fast, selected };
+                fast.pods.insert(at, pod);
             }
         }
         for ((address, length), path) in loaded.paths()? {

@@ -91,7 +91,6 @@ pub use foreign::{look as foreign_firewalls, run_commands};
 pub use link::Traffic;
 pub use message::port_mac;
 pub use netns::{Netns, open_netns};
-pub use ovl_fastpath::has_tcx;
 pub use ovl_tunnel::Offload;
 pub use path::PathSocket;
 pub use probe::{Probe, Prober};
@@ -478,8 +477,8 @@ impl KernelHandle {
         self.ask(|reply| Request::ChangeTimed(table, changes, reply)).await?
     }
 
-    /// Loads the programs of the fast path, if they can be loaded here.
-    pub async fn open_fast_path(&self) -> Result<()> {
+    /// Loads the programs of the fast path, if they can be loaded here. Returns whether an earlier run has left them in use.
+    pub async fn open_fast_path(&self) -> Result<bool> {
         self.ask(Request::OpenFastPath).await?
     }
 

@@ -151,7 +151,7 @@ impl Held {
             }
             Request::Timed(_, _, reply) => drop(reply.send(Ok(Vec::new()))),
             Request::ChangeTimed(_, _, reply) => drop(reply.send(Ok(()))),
-            Request::OpenFastPath(reply) => drop(reply.send(Ok(()))),
+            Request::OpenFastPath(reply) => drop(reply.send(Ok(false))),
             Request::FastCounters(reply) => drop(reply.send(None)),
             Request::Traffic(reply) => drop(reply.send(Ok(BTreeMap::new()))),
             Request::Groups(reply) => drop(reply.send(BTreeMap::new())),

@@ -65,7 +65,7 @@ pub(super) enum Request {
     Counts(Table, Vec<String>, oneshot::Sender<Result<Vec<Vec<CountedElement>>>>),
     Timed(Table, String, oneshot::Sender<Result<Vec<TimedElement>>>),
     ChangeTimed(Table, Vec<TimedChange>, oneshot::Sender<Result<()>>),
-    OpenFastPath(oneshot::Sender<Result<()>>),
+    OpenFastPath(oneshot::Sender<Result<bool>>),
     FastCounters(oneshot::Sender<Option<FastCounters>>),
     Traffic(oneshot::Sender<Result<BTreeMap<Device, Traffic>>>),
     Groups(oneshot::Sender<BTreeMap<Device, BTreeSet<IpAddr>>>),
@@ -216,7 +216,7 @@ impl Worker {
                 let _ = reply.send(self.traffic());
             }
             Request::OpenFastPath(reply) => {
-                let _ = reply.send(self.fast.open().map(drop));
+                let _ = reply.send(self.fast.adopt());
             }
             Request::FastCounters(reply) => {
                 let _ = reply.send(self.fast.counters());
@@ -314,7 +314,13 @@ impl Worker {
     fn reconcile(&mut self, goal: &Goal) -> Result<Pass> {
         let (ops, lost) = compare(self.dump(&goal.desired.tables)?, goal);
         let outcomes = if goal.apply {
-            self.apply(ops, &mut Devices::default())
+            // What packets met before a repair is not known.
+            let repairs_policies = ops.iter().any(Op::is_policy);
+            let outcomes = self.apply(ops, &mut Devices::default());
+            if repairs_policies {
+                self.fast.judge_again();
+            }
+            outcomes
         } else {
             ops.into_iter().map(|op| Outcome { op, result: Ok(()) }).collect()
         };
@@ -353,6 +359,9 @@ impl Worker {
                 run.push(op);
             }
             let results = self.run_of(&run, devices, &mut peers, &mut written);
+            if run.iter().any(Op::judges_again) {
+                self.fast.judge_again();
+            }
             for (op, result) in run.into_iter().zip(results) {
                 let result = result.and_then(|()| self.tunnels.routed(&op));
                 if result.is_ok() {

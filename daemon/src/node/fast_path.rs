@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ovl_control::FastPathStatus;
 use ovl_dataplane::device::Device;
-use ovl_kernel::{fast_path_folder, has_tcx, is_ethernet};
+use ovl_kernel::{fast_path_folder, is_ethernet};
 use ovl_metrics::{In, Page};
 use ovl_subsystems::Change;
 use ovl_subsystems::local::Obstacle;
@@ -18,10 +18,6 @@ use ovl_subsystems::local::Obstacle;
 use super::Node;
 use crate::modes::FastPathMode;
 use crate::problems::Code;
-
-/// Why `fast_path = "auto"` does not use the fast path on older kernels.
-const NO_TCX: &str = "this kernel has no tcx (Linux 6.6). With `fast_path = \"on\"` clsact is used, and datagrams may be lost when ovld \
-                      is started again";
 
 /// While it exists, packets of this host take the stack.
 pub(super) struct FastPause {
@@ -51,24 +47,18 @@ impl Node {
         }
         // Also where it is not to be used: what an earlier run has left is taken away.
         let opened = self.kernel.open_fast_path().await.map_err(|error| error.to_string());
-        let is_ready = self.config.fast_path == FastPathMode::On || has_tcx();
-        let opened = opened.and_then(|()| if is_ready { Ok(()) } else { Err(NO_TCX.to_owned()) });
         if let Some(folder) = fast_path_folder() {
             // For those who look for it; ovld finds it by itself.
             let link = self.run_dir.fast_path();
             let _ = fs::remove_file(&link);
             let _ = symlink(folder, link);
         }
-        let vtep = self.state.borrow().record().map_or(self.config.advertise.ip(), |record| record.vtep);
-        let underlay = self.kernel.underlay(vtep, Vec::new()).await.ok();
+        let (vtep, peers) = self.underlay_ends();
+        let underlay = self.kernel.underlay(vtep, peers).await.ok();
         {
             let local = &mut self.state.borrow_mut().local.fast;
-            local.set_obstacle(Obstacle::Configured, None);
-            local.set_obstacle(Obstacle::Kernel, opened.err());
+            local.begin(opened);
             local.set_underlay(underlay.and_then(|underlay| usable(&underlay.device)));
-            // Until they are known.
-            let rules = "the rules of other programs are not known".to_owned();
-            local.set_obstacle(Obstacle::Rules, Some(rules));
         }
         if let Err(failed) = self.mind_firewalls_now().await {
             tracing::warn!(error = failed.0.message, "cannot look after other firewalls");

@@ -155,7 +155,6 @@ async fn start_tasks(node: &Rc<Node>, inbox: Inbox, listener: Option<UnixListene
     node.carry_out_all_deleted().await;
     node.carry_out_docker().await;
     let Inbox { mut gossip, mut links, mut kernel, saved, told } = inbox;
-    node.look_at_fast_path().await;
     let mut tasks = JoinSet::new();
     if let Some(listener) = listener {
         tasks.spawn_local(control::serve(Rc::clone(node), listener));

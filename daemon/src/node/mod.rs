@@ -490,6 +490,7 @@ impl Node {
         self.refresh_all_names();
         self.refuse_networks();
         self.adopt_admitted().await;
+        self.look_at_fast_path().await;
         self.full_pass().await;
         self.admit_again().await;
         self.read_sandboxes()?;

@@ -25,17 +25,20 @@ const FOLLOW_ROUTES: Duration = Duration::from_secs(30);
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
 impl Node {
+    /// Returns the VTEP of this host, and those of its peers.
+    pub(super) fn underlay_ends(&self) -> (IpAddr, Vec<IpAddr>) {
+        let state = self.state.borrow();
+        let peers = state.view.nodes.values().filter(|node| node.record.id != state.view.me);
+        let own = state.record().map_or(self.config.advertise.ip(), |record| record.vtep);
+        (own, peers.map(|node| node.record.vtep).collect())
+    }
+
     /// Watches the underlay device forever.
     pub(super) async fn underlay_loop(self: Rc<Self>) {
         let mut device = None;
         let mut gone_since = None;
         loop {
-            let (vtep, peers) = {
-                let state = self.state.borrow();
-                let peers = state.view.nodes.values().filter(|node| node.record.id != state.view.me);
-                let peers: Vec<IpAddr> = peers.map(|node| node.record.vtep).collect();
-                (state.record().map_or(self.config.advertise.ip(), |record| record.vtep), peers)
-            };
+            let (vtep, peers) = self.underlay_ends();
             let found = self.kernel.underlay(vtep, peers).await;
             let wait = match found {
                 Ok(link) => {

@@ -1,8 +1,8 @@
 //! The subsystem of the fast path: which endpoints, blocks of other hosts and devices the programs in the kernel know.
 //!
-//! Only unencrypted networks between hosts, and no endpoint that a network policy selects. What the programs do not know takes
-//! the host's IP stack, so what is missing here is slower and nothing else: entries of an endpoint come after its attach
-//! was answered. docs/fast-path.md says what the programs do.
+//! Only unencrypted networks between hosts, and no endpoint that a network policy may select as soon as its labels are known.
+//! What the programs do not know takes the host's IP stack, so what is missing here is slower and nothing else: entries of an
+//! endpoint come after its attach was answered. docs/fast-path.md says what the programs do.
 //!
 //! [`FastPath`] owns what was last sent, and what may have changed since. Begin to read at [`entries::part`].
 

@@ -11,7 +11,7 @@ use ovl_proto::id::{EndpointId, Mac};
 use ovl_proto::object::{Backend, Mode};
 use ovl_proto::record::{PeerState, Signature};
 use ovl_proto::resource::{Kind, Labels};
-use ovl_proto::table::{Endpoint, Entry, Key};
+use ovl_proto::table::{Endpoint, Entry, Key, PodIdentity};
 use ovl_subsystems::fastpath::FastPath;
 use ovl_subsystems::local::{Local, Obstacle};
 use ovl_subsystems::{Change, Subsystem};
@@ -171,12 +171,7 @@ fn what_is_not_for_it_takes_the_stack() {
     set_endpoint(&mut world, 1, 1, true, true);
     set_endpoint(&mut world, 1, 2, true, false);
     let local = usable();
-    let is_fast = |world: &World, local: &Local, text: &str| desired(world, local).pods[&at(text)].fast;
-    assert!(is_fast(&world, &local, "10.60.1.3") && is_fast(&world, &local, "10.60.1.4"));
-    // A policy selects one of them.
-    set_policy(&mut world, true);
-    assert!(!is_fast(&world, &local, "10.60.1.3") && is_fast(&world, &local, "10.60.1.4"));
-    set_policy(&mut world, false);
+    assert!(desired(&world, &local).pods.values().all(|pod| pod.fast));
     // A dead host's block has no path.
     world.host(2, PeerState::Dead);
     assert_eq!(desired(&world, &local).paths.len(), 1);
@@ -185,6 +180,34 @@ fn what_is_not_for_it_takes_the_stack() {
     let fast = desired(&world, &local);
     assert!(fast.paths.is_empty() && fast.pods.values().all(|pod| !pod.fast));
     assert_eq!(fast.hooks.len(), 1, "{:?}", fast.hooks);
+}
+
+#[test]
+fn flows_of_endpoints_that_policies_select_are_judged() {
+    let mut world = routed(Backend::Vxlan);
+    set_endpoint(&mut world, 1, 1, true, true);
+    set_endpoint(&mut world, 1, 2, true, false);
+    let local = usable();
+    let how = |world: &World| {
+        let pods = desired(world, &local).pods;
+        ["10.60.1.3", "10.60.1.4"].map(|text| (pods[&at(text)].fast, pods[&at(text)].selected))
+    };
+    assert_eq!(how(&world), [(true, false), (true, false)]);
+    set_policy(&mut world, true);
+    assert_eq!(how(&world), [(true, true), (true, false)]);
+    // The second one may be selected as well: its labels are not known.
+    let Entry::Endpoint(second) = endpoint(12, "10.60.1.4/32") else { panic!() };
+    let pod = PodIdentity { name: "second".to_owned(), uid: String::new(), created: 1 };
+    let unknown = Endpoint { pod: Some(Box::new(pod)), ..second };
+    let table = &mut world.view.nodes.get_mut(&id(1)).unwrap().table;
+    table.write(1, vec![Entry::Endpoint(unknown)], vec![], |_| Signature([0; 64]));
+    assert_eq!(how(&world), [(true, true), (false, false)]);
+    set_policy(&mut world, false);
+    assert_eq!(how(&world), [(true, false), (true, false)]);
+    // A host that does not enforce policies.
+    set_policy(&mut world, true);
+    let fast = FastPath::new(&ranges(), false).desired(&seen(&world.view, &local, &world.backends)).fast;
+    assert!(fast.pods.values().all(|pod| pod.fast && !pod.selected));
 }
 
 #[test]

@@ -63,6 +63,7 @@ mod tests {
             mtu: 1450,
             switched: false,
             fast,
+            selected: false,
         }
     }
 

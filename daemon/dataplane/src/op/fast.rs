@@ -83,8 +83,13 @@ impl fmt::Display for FastOp {
                 vtep.map_or(Ok(()), |vtep| write!(f, ", VXLAN from {vtep} port {port}"))
             }
             Self::Unload => write!(f, "unload the programs"),
-            Self::SetPod(at, FastPod { device, fast, .. }) => {
-                write!(f, "{at} is {device}{}", if *fast { "" } else { ", by the stack" })
+            Self::SetPod(at, FastPod { device, fast, selected, .. }) => {
+                let how = match (fast, selected) {
+                    (false, _) => ", by the stack",
+                    (true, true) => ", judged by the stack",
+                    (true, false) => "",
+                };
+                write!(f, "{at} is {device}{how}")
             }
             Self::DeletePod(at) => write!(f, "forget {at}"),
             Self::SetPath(to, FastRoute { mtu, vxlan: None, .. }) => {

@@ -118,9 +118,10 @@ fn of_own(
         return fast;
     }
     if is_for {
-        // Also where a policy selects it: what the stack translates is noted all the same.
+        // Also where the fast path is not for it: what the stack translates is noted all the same.
         fast.hooks.insert(device);
     }
+    let selection = selection(cluster, context.policies, endpoint);
     let is_reached = !switched || (is_inside(network, endpoint) && is_alone(placed));
     let [a, b, c, d, e] = endpoint.id.0;
     let pod = FastPod {
@@ -130,10 +131,8 @@ fn of_own(
         mac: endpoint.mac,
         mtu,
         switched,
-        fast: is_for
-            && is_reached
-            && !is_selected(cluster, context.policies, endpoint)
-            && !has_services(context, network),
+        fast: is_for && is_reached && selection != Selection::Undecided && !has_services(context, network),
+        selected: selection == Selection::Selected,
     };
     fast.pods.extend(endpoint.addresses.iter().map(|net| (net.addr(), pod)));
     fast
@@ -189,18 +188,33 @@ fn add_switched(fast: &mut Fast, cluster: &Cluster<'_>, network: &Network, mtu: 
     }
 }
 
-/// Whether a network policy selects an endpoint, or may do so as soon as its labels are known: packets are judged in the
-/// stack then.
-fn is_selected(cluster: &Cluster<'_>, policies: &Policies, endpoint: &Endpoint) -> bool {
+/// Whether network policies select an endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Selection {
+    /// No.
+    Free,
+    /// Yes: the stack judges its flows.
+    Selected,
+    /// They may, as soon as its labels are known.
+    Undecided,
+}
+
+fn selection(cluster: &Cluster<'_>, policies: &Policies, endpoint: &Endpoint) -> Selection {
     let view = cluster.view;
     if policies.is_empty() {
-        return false;
+        return Selection::Free;
     }
     let labels = view.known_labels(view.me, endpoint);
-    let decides = |direction| {
-        !policies.deciding(&view.resources, &endpoint.namespace, labels.as_deref(), direction).is_empty()
-    };
-    Direction::ALL.into_iter().any(decides)
+    let deciding = Direction::ALL.map(|direction| {
+        policies.deciding(&view.resources, &endpoint.namespace, labels.as_deref(), direction)
+    });
+    if deciding.iter().any(|each| !each.undecided.is_empty()) {
+        Selection::Undecided
+    } else if deciding.iter().any(|each| !each.is_empty()) {
+        Selection::Selected
+    } else {
+        Selection::Free
+    }
 }
 
 /// Whether a Service may have an address of this network: packets to it are translated in the stack then.

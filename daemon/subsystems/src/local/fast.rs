@@ -33,6 +33,16 @@ impl Default for FastPathUse {
 }
 
 impl FastPathUse {
+    /// Begins to look for what stands in the way. `opened` says whether an earlier run has left programs in use, or why they
+    /// cannot be loaded. What is in use is not given up because the rules of other programs are not known yet.
+    pub fn begin(&mut self, opened: Result<bool, String>) {
+        let is_in_use = opened.as_ref().is_ok_and(|is_in_use| *is_in_use);
+        let rules = (!is_in_use).then(|| "the rules of other programs are not known".to_owned());
+        self.set_obstacle(Obstacle::Configured, None);
+        self.set_obstacle(Obstacle::Kernel, opened.err());
+        self.set_obstacle(Obstacle::Rules, rules);
+    }
+
     /// Sets what stands in the way, in a sentence, or that nothing of this kind does. Returns whether that is new.
     pub fn set_obstacle(&mut self, obstacle: Obstacle, sentence: Option<String>) -> bool {
         let before = match sentence.clone() {
@@ -81,6 +91,25 @@ impl FastPathUse {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_in_use_goes_on_until_something_stands_in_the_way() {
+        let begun = |opened| {
+            let mut local = FastPathUse::default();
+            local.set_underlay(Device::new("eth0"));
+            local.begin(opened);
+            local
+        };
+        let mut left = begun(Ok(true));
+        assert_eq!(left.underlay(), Device::new("eth0"));
+        left.set_obstacle(Obstacle::Rules, Some("ufw".to_owned()));
+        assert_eq!(left.underlay(), None);
+        let mut first = begun(Ok(false));
+        assert_eq!(first.underlay(), None);
+        first.set_obstacle(Obstacle::Rules, None);
+        assert_eq!(first.underlay(), Device::new("eth0"));
+        assert_eq!(begun(Err("no BPF file system".to_owned())).why_not(), Some("no BPF file system"));
+    }
 
     #[test]
     fn each_obstacle_is_enough() {

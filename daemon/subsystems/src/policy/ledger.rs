@@ -20,7 +20,7 @@ use crate::local::Local;
 use ovl_cluster::view::{Placed, View};
 use ovl_dataplane::device::Device;
 use ovl_dataplane::diff::diff;
-use ovl_dataplane::nft::{Element, Set, Table};
+use ovl_dataplane::nft::{CURRENT_MARK, Element, Set, Table};
 use ovl_dataplane::op::{NftOp, Op};
 use ovl_dataplane::state::Dataplane;
 
@@ -149,7 +149,7 @@ impl PolicyLedger {
         let mut ops = Vec::new();
         for element in members::generation(self.generation) {
             // Elements of the map are replaced, so only those of the set are deleted.
-            if element.set == members::CURRENT {
+            if element.set == CURRENT_MARK {
                 self.applied.elements.remove(&element.set, &element.key);
                 ops.push(Op::Nft(NftOp::DeleteElement(element.set, element.key)));
             }

@@ -10,7 +10,7 @@ use ovl_proto::id::Mac;
 
 use super::{Direction, Policies, protocol_name};
 use ovl_dataplane::device::Device;
-use ovl_dataplane::nft::{Data, Element, Field, Key, Set, Shape, Table, Type, Value};
+use ovl_dataplane::nft::{CURRENT_MARK, Data, Element, Field, Key, Set, Shape, Table, Type, Value};
 
 /// The fixed bits of the mark of judged connections; the other bits are a generation.
 pub(super) const MARK: u32 = 0xa000_0000;
@@ -25,10 +25,6 @@ pub(super) const GENERATION: Set = Set::new(
     "generation",
     Shape { key: &[NFPROTO], data: Data::Fields(&[Type::Mark]), ranges: false },
 );
-
-/// The set of the current mark: a connection with it need not be judged.
-pub(super) const CURRENT: Set =
-    Set::new(Table::Policy, "current", Shape { key: &[Type::Mark], data: Data::None, ranges: false });
 
 /// The number of generations: they are counted in the bits that [`MARK`] does not use.
 const GENERATIONS: u32 = 1 << 28;
@@ -160,6 +156,6 @@ pub(super) fn generation(number: u32) -> Vec<Element> {
         key: Key::of(&[Field::Bytes(&[family])]),
         value: Value::of(&[mark]),
     });
-    let current = Element { set: CURRENT, key: Key::of(&[mark]), value: Value::None };
+    let current = Element { set: CURRENT_MARK, key: Key::of(&[mark]), value: Value::None };
     judged.into_iter().chain([current]).collect()
 }

@@ -18,7 +18,7 @@ use super::members::{self, GENERATION, MARK, MARK_MASK, family, short};
 use super::merged::{Peers, Ports, merge};
 use super::slots::Slots;
 use super::{ClusterPolicy, DEFAULT, Direction, PASSED, Policies, Policy, protocol_name};
-use ovl_dataplane::nft::{Chain, Object, Set, Skeleton};
+use ovl_dataplane::nft::{CURRENT_MARK, Chain, Object, Set, Skeleton};
 
 /// The size and timeout of the sets of refused connections.
 const REMEMBERED: &str = "size 4096; flags dynamic,timeout; timeout 10m; counter";
@@ -147,7 +147,7 @@ pub(super) fn skeleton(policies: &Policies, slots: Slots, switched: bool) -> Ske
 }
 
 fn sets(policies: &Policies, slots: Slots) -> Vec<Set> {
-    let mut sets = vec![GENERATION, members::CURRENT];
+    let mut sets = vec![GENERATION, CURRENT_MARK];
     for v4 in [true, false] {
         for direction in Direction::ALL {
             sets.extend((1..=slots.others).map(|slot| members::slot(direction, v4, slot)));

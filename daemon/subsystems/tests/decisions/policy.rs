@@ -146,6 +146,7 @@ fn a_policy_becomes_a_chain_and_a_pod_an_element_of_each_set() {
     let ops = ledger.plan_touched(&view, &local, &touched).unwrap();
     let texts: Vec<String> = ops.iter().map(ToString::to_string).collect();
     assert_eq!(texts, [format!("nft add element inet ovl-policy {set} '{{ 10.9.0.25 }}'")]);
+    assert!(!ops.iter().any(Op::judges_again));
     // Its removal begins a new generation: connections are judged again.
     take(&mut view, 25);
     let ops = ledger.plan_touched(&view, &local, &touched).unwrap();
@@ -154,6 +155,7 @@ fn a_policy_becomes_a_chain_and_a_pod_an_element_of_each_set() {
     assert!(
         texts.len() > 1 && texts[1..].iter().all(|op| op.contains("generation") || op.contains("current"))
     );
+    assert!(ops.iter().any(Op::judges_again));
     assert_eq!(ledger.plan(&view, &local, true), []);
 }
 
