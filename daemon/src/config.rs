@@ -18,7 +18,7 @@ use ovl_cluster::networks::overlaps;
 use ovl_dataplane::device::Device;
 use ovl_dns::StubDomain;
 use ovl_proto::object::Encrypt;
-use ovl_proto::record::{MAX_ZONE, is_zone};
+use ovl_proto::record::{MAX_FURTHER, MAX_ZONE, is_zone};
 use ovl_proto::{
     DEFAULT_PORT, DEFAULT_RELAY_PORT, DEFAULT_TUNNEL_PORT, DEFAULT_VXLAN_PORT, SEALED_VXLAN_PORT,
 };
@@ -69,9 +69,10 @@ pub(crate) struct Args {
     /// Socket, lock, and what ends with the kernel [default: /run/ovl]
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
-    /// The address that peers reach this host by [default: the one that leads to the first --join]
+    /// The address that peers reach this host by; repeat it for further ones: of the other family, or a forwarded port [default: the one
+    /// that leads to the first --join, and that of the other family]
     #[arg(long, value_name = "ADDR[:PORT]")]
-    advertise: Option<String>,
+    advertise: Vec<String>,
     /// A host to join by; may be repeated. `kubernetes`: the Nodes of the API server, which ovl-kube names
     #[arg(long, value_name = "ADDR[:PORT]")]
     join: Vec<String>,
@@ -108,6 +109,23 @@ pub(crate) struct Args {
     /// Print the manual page, for packages
     #[arg(long, hide = true, exclusive = true)]
     pub(crate) man: bool,
+}
+
+/// The value of `advertise`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged, expecting = "expected an address or a list of addresses")]
+enum Advertised {
+    One(String),
+    Several(Vec<String>),
+}
+
+impl From<Advertised> for Vec<String> {
+    fn from(advertised: Advertised) -> Self {
+        match advertised {
+            Advertised::One(address) => vec![address],
+            Advertised::Several(addresses) => addresses,
+        }
+    }
 }
 
 /// In place of a host to join through: the Nodes of a Kubernetes API server.
@@ -192,7 +210,7 @@ struct File {
     node: Option<String>,
     state_dir: Option<PathBuf>,
     run_dir: Option<PathBuf>,
-    advertise: Option<String>,
+    advertise: Option<Advertised>,
     #[serde(default)]
     join: Vec<String>,
     #[serde(default)]
@@ -272,8 +290,10 @@ pub struct Config {
     pub(crate) state_dir: PathBuf,
     /// Run directory: the control socket, the lock and the state that ends with the kernel.
     pub(crate) run_dir: PathBuf,
-    /// Address at which peers reach this host.
+    /// Main address at which peers reach this host.
     pub(crate) advertise: SocketAddr,
+    /// Further addresses at which peers reach it. `None`: that of the other family, if it has one.
+    pub(crate) further: Option<Vec<SocketAddr>>,
     /// Hosts through which to join, as `host:port`.
     pub(crate) join: Vec<String>,
     /// Whether to join through the Nodes of a Kubernetes API server, which `ovl-kube` names.
@@ -357,9 +377,15 @@ impl Config {
         let join_nodes = join.len() < all;
         let join: Vec<String> =
             join.into_iter().map(|peer| with_port("join", peer, DEFAULT_PORT)).collect::<Result<_>>()?;
-        let advertise = match args.advertise.or(file.advertise) {
-            Some(text) => parse_address("advertise", &text, DEFAULT_PORT)?,
-            None => SocketAddr::new(own_address(&join).context(NoAddress)?, DEFAULT_PORT),
+        let advertised = match args.advertise.is_empty() {
+            true => file.advertise.map(Vec::from).unwrap_or_default(),
+            false => args.advertise,
+        };
+        let parse = |text: &String| parse_address("advertise", text, DEFAULT_PORT);
+        let advertised: Vec<SocketAddr> = advertised.iter().map(parse).collect::<Result<_>>()?;
+        let (advertise, further) = match advertised.split_first() {
+            Some((main, further)) => (*main, Some(further.to_vec())),
+            None => (SocketAddr::new(own_address(&join).context(NoAddress)?, DEFAULT_PORT), None),
         };
         let (services, follows_cidrs) = service_ranges(file.service_range)?;
         let listen = |key: &str, text: Option<String>| {
@@ -387,6 +413,7 @@ impl Config {
             },
             run_dir: args.run_dir.or(file.run_dir).unwrap_or_else(|| "/run/ovl".into()),
             advertise,
+            further,
             bootstrap: args.bootstrap || file.bootstrap || (join.is_empty() && !join_nodes),
             join,
             join_nodes,
@@ -463,8 +490,18 @@ impl Config {
                 self.zone
             );
         }
-        if self.advertise.ip().is_unspecified() || self.advertise.ip().is_multicast() {
-            bail!("advertise: {} is not an address of one host", self.advertise.ip());
+        let further = self.further.as_deref().unwrap_or_default();
+        for (n, address) in [self.advertise].iter().chain(further).enumerate() {
+            if address.ip().is_unspecified() || address.ip().is_multicast() || (n > 0 && address.port() == 0)
+            {
+                bail!("advertise: {address} is not an address of one host");
+            }
+            if [self.advertise].iter().chain(further).take(n).any(|other| other == address) {
+                bail!("advertise: {address} is there twice");
+            }
+        }
+        if further.len() > MAX_FURTHER {
+            bail!("advertise: {} addresses, and at most {} are used", further.len() + 1, MAX_FURTHER + 1);
         }
         if self.vxlan_port == 0 {
             bail!("vxlan_port: 0 is not a port");
@@ -611,15 +648,28 @@ fn own_address(join: &[String]) -> Result<IpAddr> {
             .with_context(|| format!("join: {peer} cannot be resolved, and --advertise is not given"))?,
         None => SocketAddr::from(([192, 0, 2, 1], DEFAULT_PORT)),
     };
-    let any: SocketAddr =
-        if target.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { (std::net::Ipv6Addr::UNSPECIFIED, 0).into() };
-    let local = UdpSocket::bind(any).and_then(|socket| {
-        socket.connect(target)?;
-        socket.local_addr()
-    });
-    local.map(|addr| addr.ip()).with_context(|| {
+    source_to(target).with_context(|| {
         format!("no route to {target}, so the address of this host is not clear: give it with --advertise")
     })
+}
+
+/// Returns the source address that this host would use for a destination.
+fn source_to(target: SocketAddr) -> std::io::Result<IpAddr> {
+    let any: SocketAddr =
+        if target.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() };
+    let socket = UdpSocket::bind(any)?;
+    socket.connect(target)?;
+    Ok(socket.local_addr()?.ip())
+}
+
+/// Returns the address of this host that it would use for the default route of an address family. `None` if it has no such route.
+pub(crate) fn default_source(ipv4: bool) -> Option<IpAddr> {
+    // Of the ranges for documentation, to which no other routes lead.
+    let target: IpAddr = match ipv4 {
+        true => Ipv4Addr::new(192, 0, 2, 1).into(),
+        false => Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into(),
+    };
+    source_to(SocketAddr::new(target, DEFAULT_PORT)).ok()
 }
 
 #[cfg(test)]
@@ -647,6 +697,26 @@ mod tests {
         assert_eq!(config.advertise, "10.0.0.1:7940".parse().unwrap());
         assert_eq!(config.keep, Duration::from_secs(60));
         assert!(!config.bootstrap);
+    }
+
+    #[test]
+    fn further_addresses_are_given_as_a_list_or_by_repeated_flags() {
+        let addresses = |args: &[&str], file: &str| {
+            let config = load(&[&["--insecure"], args].concat(), file)?;
+            Ok::<_, anyhow::Error>((config.advertise, config.further))
+        };
+        let at = |text: &str| -> SocketAddr { text.parse().unwrap() };
+        let both = (at("10.0.0.1:7940"), Some(vec![at("[fd00::1]:7940"), at("203.0.113.1:4000")]));
+        let file = "advertise = ['10.0.0.1', 'fd00::1', '203.0.113.1:4000']";
+        assert_eq!(addresses(&[], file).unwrap(), both);
+        let flags = ["10.0.0.1", "fd00::1", "203.0.113.1:4000"].map(|address| ["--advertise", address]);
+        assert_eq!(addresses(&flags.concat(), "advertise = '10.0.0.9'").unwrap(), both);
+        assert_eq!(addresses(&[], "advertise = '10.0.0.1'").unwrap(), (at("10.0.0.1:7940"), Some(vec![])));
+        for bad in ["'10.0.0.1', '10.0.0.1:7940'", "'10.0.0.1', '::'", "'10.0.0.1', '10.0.0.2:0'"] {
+            assert!(addresses(&[], &format!("advertise = [{bad}]")).is_err(), "{bad}");
+        }
+        let many: Vec<String> = (1..7).map(|n| format!("'10.0.0.{n}'")).collect();
+        assert!(addresses(&[], &format!("advertise = [{}]", many.join(","))).is_err());
     }
 
     #[test]

@@ -7,6 +7,7 @@
 
 mod addresses;
 mod admitted;
+mod advertised;
 mod asked;
 mod capture;
 mod clashes;

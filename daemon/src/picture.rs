@@ -1,6 +1,6 @@
 //! The local host's picture of the cluster: every room reads it, and it is changed here alone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Deref;
 
 use ovl_cluster::resources::Resources;
@@ -37,6 +37,7 @@ impl Picture {
             networks: BTreeMap::new(),
             alloc,
             resources: Resources::default(),
+            elsewhere: BTreeSet::new(),
         };
         Self { view, own_signed: signed }
     }
@@ -72,6 +73,13 @@ impl Picture {
         let node = self.view.nodes.get_mut(&id)?;
         let before = std::mem::replace(&mut node.state, verdict);
         (before != verdict).then_some(before)
+    }
+
+    /// Takes the hosts that are reached at another address than the main one, or reach this host so. Returns those for which that has
+    /// changed.
+    pub(crate) fn set_elsewhere(&mut self, hosts: BTreeSet<NodeId>) -> Vec<NodeId> {
+        let before = std::mem::replace(&mut self.view.elsewhere, hosts);
+        before.symmetric_difference(&self.view.elsewhere).copied().collect()
     }
 
     /// Forgets a host, and returns what was known of it.

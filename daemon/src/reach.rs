@@ -1,4 +1,5 @@
-//! Where the sockets of relayed datagrams of peers are, for pairs of hosts of which one is behind NAT.
+//! Where the sockets of relayed datagrams of peers are, for pairs of hosts of which one is behind NAT, or not reached at its main
+//! address.
 //!
 //! Such pairs exchange everything through these sockets, also what no third host passes on: so each NAT has one mapping to keep for
 //! all, and it is known for the kernel's WireGuard too. Both send probes ([`ovl_mesh::gossip::Gossip::relay_probe`]), which keep the
@@ -18,6 +19,9 @@ const SILENT_KNOCKS: u32 = 5;
 /// How long probes may take to pass both ways for the first time. Not between two hosts that are both behind NAT: they go through a
 /// member until a path was found.
 const FIRST: Duration = Duration::from_secs(1);
+/// How long what a peer sends to the sockets of relayed datagrams is taken after both are reached at their main addresses again: it may
+/// take longer to find that out.
+const LINGER: Duration = Duration::from_secs(15);
 /// How long a probe that has arrived is reported to its sender.
 const RECENT: Duration = Duration::from_secs(2);
 
@@ -40,6 +44,12 @@ pub(crate) struct Reach {
     paths: BTreeMap<NodeId, Path>,
     /// Since when there has been no sign of a path to each peer to which none was ever there.
     tried: BTreeMap<NodeId, Instant>,
+    /// The addresses of gossip at which peers are reached that are not reached at their main one.
+    elsewhere: BTreeMap<NodeId, SocketAddr>,
+    /// When peers last said that they need such a path, because they reach this host at another address.
+    needed: BTreeMap<NodeId, Instant>,
+    /// Peers of which one of the two was reached at another address lately, and when last.
+    left: BTreeMap<NodeId, Instant>,
 }
 
 #[derive(Debug)]
@@ -127,6 +137,41 @@ impl Reach {
             path.confirmed = Some(now);
         }
         false
+    }
+
+    /// Takes where gossip reaches peers that are not reached at their main address.
+    pub(crate) fn set_elsewhere(&mut self, at: BTreeMap<NodeId, SocketAddr>) {
+        self.elsewhere = at;
+    }
+
+    /// The IP address at which a peer is reached that is not reached at its main one.
+    pub(crate) fn elsewhere(&self, peer: NodeId) -> Option<IpAddr> {
+        self.elsewhere.get(&peer).map(SocketAddr::ip)
+    }
+
+    /// Takes that a peer needs such a path.
+    pub(crate) fn needed(&mut self, peer: NodeId, now: Instant) {
+        self.needed.insert(peer, now);
+    }
+
+    /// The peers of which one of the two is reached at another address.
+    pub(crate) fn all_elsewhere(&mut self, now: Instant) -> BTreeSet<NodeId> {
+        self.needed.retain(|_, at| now.saturating_duration_since(*at) < RECENT);
+        self.left.retain(|_, at| now.saturating_duration_since(*at) < LINGER);
+        let all: BTreeSet<NodeId> = self.elsewhere.keys().chain(self.needed.keys()).copied().collect();
+        self.left.extend(all.iter().map(|peer| (*peer, now)));
+        all
+    }
+
+    /// The peers that are reached at another address, or were a moment ago, so that they may still send as if they were.
+    pub(crate) fn lingering(&self) -> impl Iterator<Item = NodeId> + '_ {
+        self.left.keys().copied()
+    }
+
+    /// Takes that a peer is elsewhere now, so that its probes come from another address.
+    pub(crate) fn moved(&mut self, peer: NodeId) {
+        self.paths.remove(&peer);
+        self.tried.remove(&peer);
     }
 
     /// The address that a peer's probes come from. `None` if none came yet.
@@ -246,6 +291,27 @@ mod tests {
             reach.judge(None);
             assert_eq!(reach.is_behind_nat(), !was_dialled);
         }
+    }
+
+    #[test]
+    fn pair_is_elsewhere_while_one_of_the_two_needs_it() {
+        let (mut reach, start) = (Reach::default(), Instant::now());
+        let other = NodeId([2; 10]);
+        reach.set_elsewhere([(PEER, at("[2001:db8::1]:7940"))].into());
+        reach.needed(other, start);
+        assert_eq!(reach.all_elsewhere(start), [PEER, other].into());
+        assert_eq!(reach.elsewhere(PEER), Some("2001:db8::1".parse().unwrap()));
+        assert_eq!(reach.elsewhere(other), None);
+        assert_eq!(
+            reach.all_elsewhere(start + RECENT),
+            [PEER].into(),
+            "the other one does not need it any more"
+        );
+        reach.set_elsewhere(BTreeMap::new());
+        assert!(reach.all_elsewhere(start + RECENT).is_empty());
+        assert_eq!(reach.lingering().collect::<Vec<_>>(), [PEER, other], "they may still send");
+        assert!(reach.all_elsewhere(start + RECENT + LINGER).is_empty());
+        assert_eq!(reach.lingering().next(), None);
     }
 
     #[test]

@@ -27,6 +27,8 @@ pub struct LabConfig {
     /// How hosts are connected to the underlay, if not to the switch: the host's name and its access, in the order in
     /// which they are set.
     pub accesses: Vec<(String, Access)>,
+    /// Whether daemons advertise all addresses of their hosts, and not one alone.
+    pub all_addresses: bool,
     /// MTU of every host's link and of the switch, in bytes.
     pub mtu: u32,
     /// Path of the daemon. If `None`: `$OVLD`, else next to the current executable or in PATH.
@@ -53,6 +55,7 @@ impl LabConfig {
             name: None,
             underlay: Underlay::default(),
             accesses: Vec::new(),
+            all_addresses: false,
             mtu: 1500,
             ovld: None,
             ovlctl: None,
@@ -81,6 +84,19 @@ impl LabConfig {
     pub fn access(mut self, host: &str, access: Access) -> Self {
         self.accesses.push((host.to_owned(), access));
         self
+    }
+
+    /// Has daemons advertise all addresses of their hosts.
+    pub fn all_addresses(mut self) -> Self {
+        self.all_addresses = true;
+        self
+    }
+
+    /// Has an underlay of both address families, on which h2 has IPv4 only and h3 IPv6 only. The others have both, and advertise both.
+    pub fn families(self) -> Self {
+        let one = [("h2", Underlay::V4), ("h3", Underlay::V6)];
+        let lab = self.underlay(Underlay::Dual).all_addresses();
+        one.into_iter().fold(lab, |lab, (host, family)| lab.access(host, Access::Switch(family)))
     }
 
     /// Sets the MTU.

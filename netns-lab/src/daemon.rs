@@ -153,10 +153,17 @@ impl Host {
 
     fn daemon_command(&self) -> Result<Command> {
         let key = self.cluster_key()?;
-        let (binary, lab_config, lab_args, join, persistent) = {
+        let (binary, lab_config, lab_args, join, persistent, all_addresses) = {
             let lab = self.shared.state();
             let join = lab.join_address(&lab.hosts[self.index])?;
-            (lab.ovld.clone(), lab.config.clone(), lab.args.clone(), join, lab.owner.is_none())
+            (
+                lab.ovld.clone(),
+                lab.config.clone(),
+                lab.args.clone(),
+                join,
+                lab.owner.is_none(),
+                lab.all_addresses,
+            )
         };
         let host = self.read(Clone::clone);
         let config = self.dir().join("ovld.toml");
@@ -169,7 +176,9 @@ impl Host {
         let mut command = Command::new(binaries::find("ovld", binary.as_deref())?);
         command.arg("--config").arg(config).args(["--node", self.name()]);
         command.arg("--state-dir").arg(self.state_dir()).arg("--run-dir").arg(self.run_dir());
-        command.arg("--advertise").arg(host.address()?.to_string());
+        for address in host.advertised(all_addresses)? {
+            command.arg("--advertise").arg(address.to_string());
+        }
         let join = join.map(|address| address.to_string());
         for address in host.join.unwrap_or_else(|| join.into_iter().collect()) {
             command.arg("--join").arg(address);

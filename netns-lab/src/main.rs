@@ -34,6 +34,9 @@ enum Command {
         /// Connect a host through a NAT box: `--nat h2=full-cone`, or that of another host: `--nat h3=h2`
         #[arg(long, value_name = "HOST=PRESET", value_parser = host_and_access)]
         nat: Vec<(String, Access)>,
+        /// Give h2 IPv4 only, h3 IPv6 only and the others both, which they advertise
+        #[arg(long, conflicts_with = "underlay")]
+        families: bool,
         /// MTU of every link
         #[arg(long, default_value_t = 1500)]
         mtu: u32,
@@ -204,9 +207,9 @@ fn main() -> ExitCode {
 fn run(lab: &str, command: Command) -> Result<ExitCode> {
     use commands::{bench, control, exec, fault, nat, pairs, status, updown};
     match command {
-        Command::Up { hosts, underlay, nat, mtu, config, no_start } => {
+        Command::Up { hosts, underlay, nat, families, mtu, config, no_start } => {
             let underlay = underlay.into();
-            let wanted = updown::Wanted { hosts, underlay, nat, mtu, config, start: !no_start };
+            let wanted = updown::Wanted { hosts, underlay, nat, families, mtu, config, start: !no_start };
             updown::up(lab, &wanted)?;
         }
         Command::Down { all } => updown::down(lab, all)?,

@@ -25,6 +25,8 @@ pub(crate) struct LabState {
     /// The process that the lab belongs to. `None` if the lab exists until it is removed explicitly.
     pub(crate) owner: Option<ProcId>,
     pub(crate) underlay: Underlay,
+    #[serde(default)]
+    pub(crate) all_addresses: bool,
     pub(crate) mtu: u32,
     pub(crate) ovld: Option<PathBuf>,
     pub(crate) ovlctl: Option<PathBuf>,
@@ -108,6 +110,7 @@ impl LabState {
             name,
             owner: if config.persistent { None } else { ProcId::own() },
             underlay: config.underlay,
+            all_addresses: config.all_addresses,
             mtu: config.mtu,
             ovld: ovld.or_else(|| config.ovld.clone()),
             ovlctl: ovlctl.or_else(|| config.ovlctl.clone()),
@@ -189,7 +192,14 @@ impl HostState {
         }
     }
 
-    /// Returns the address that the daemon advertises and that other hosts join through.
+    /// Returns the addresses that the daemon advertises, the one that other hosts join through first: all, or that one alone.
+    pub(crate) fn advertised(&self, all: bool) -> Result<Vec<IpAddr>> {
+        let main = self.address()?;
+        let others = [self.v4.map(IpAddr::V4), self.v6.map(IpAddr::V6)].into_iter().flatten();
+        Ok([main].into_iter().chain(others.filter(|other| all && *other != main)).collect())
+    }
+
+    /// Returns the address that the daemon advertises first and that other hosts join through.
     pub(crate) fn address(&self) -> Result<IpAddr> {
         self.advertise
             .or(self.v4.map(IpAddr::V4))

@@ -112,6 +112,9 @@ pub mod probe_kinds {
     pub const OFFLOAD: u8 = 2;
 }
 
+/// The maximum length of [`NodeRecord::further`].
+pub const MAX_FURTHER: usize = 4;
+
 /// The maximum length of [`NodeRecord::not_built`].
 pub const MAX_NOT_BUILT: usize = 4;
 
@@ -242,6 +245,9 @@ pub struct NodeRecord {
     pub relay_port: u16,
     /// Whether it passes datagrams on between hosts that do not reach each other.
     pub relays: bool,
+    /// Further addresses of gossip and streams, of either family, at which others can dial it: at most [`MAX_FURTHER`]. Some may not
+    /// be its own, as a forwarded port. Its relayed datagrams are at the same IP addresses. Empty for a host behind NAT.
+    pub further: Vec<SocketAddr>,
     /// Fields that this release does not know.
     pub unknown: Unknown,
 }
@@ -254,6 +260,7 @@ fields! {
         21 mirrors optional,
         22 is_node optional,
         23 relay_port optional, 24 relays optional,
+        25 further optional,
         ..unknown
     }
 }
@@ -286,6 +293,21 @@ impl NodeRecord {
     /// Whether the host is behind NAT: others cannot dial it, and it is reached where its datagrams come from.
     pub fn is_behind_nat(&self) -> bool {
         named_by(self.address.ip()).is_some()
+    }
+
+    /// The addresses of gossip and streams, the main one first. That of a host behind NAT only names it.
+    pub fn addresses(&self) -> impl Iterator<Item = SocketAddr> + '_ {
+        std::iter::once(self.address).chain(self.further.iter().copied())
+    }
+
+    /// Whether the host has an address of a family: of IPv4, or of IPv6.
+    pub fn has_family(&self, ipv4: bool) -> bool {
+        self.vtep.is_ipv4() == ipv4 || self.further.iter().any(|at| at.is_ipv4() == ipv4)
+    }
+
+    /// Whether no packet can be sent from one host to the other, because they have no address family in common.
+    pub fn is_apart(&self, other: &Self) -> bool {
+        ![true, false].into_iter().any(|ipv4| self.has_family(ipv4) && other.has_family(ipv4))
     }
 
     /// Returns the value by which two records of one host are ordered: the larger one is later.
@@ -426,12 +448,13 @@ mod tests {
             is_node: true,
             relay_port: 7942,
             relays: true,
+            further: vec!["[fd00:1:2:3:4:5:6:8]:65535".parse().unwrap(); MAX_FURTHER],
             unknown: Unknown::default(),
         };
         let signed =
             SignedRecord { body: wire::encode_body(&record).unwrap(), signature: Signature([3; 64]) };
         let text = signed.to_text().unwrap();
-        assert!(text.len() < 740, "{}", text.len());
+        assert!(text.len() < 860, "{}", text.len());
         assert_eq!(SignedRecord::from_text(&text).unwrap(), signed);
         assert_eq!(signed.record().unwrap(), record);
         let head = signed.head().unwrap();

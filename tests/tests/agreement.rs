@@ -72,10 +72,12 @@ impl Liar {
             is_node: false,
             relay_port: 0,
             relays: false,
+            further: Vec::new(),
             unknown: Unknown::default(),
         })?;
         let config = StreamsConfig {
             listen,
+            listen_also: None,
             identity: Arc::clone(&identity),
             keyring: Arc::new(Keyring::new(key, Vec::new())),
             record,

@@ -125,6 +125,7 @@ fn write_unchecked(lab: &Lab, writer: &Host, to: &[&Host], networks: Vec<Network
         is_node: false,
         relay_port: 0,
         relays: false,
+        further: Vec::new(),
         unknown: Unknown::default(),
     })?;
     writer.run(|| -> Result<()> {
@@ -133,7 +134,15 @@ fn write_unchecked(lab: &Lab, writer: &Host, to: &[&Host], networks: Vec<Network
             let (tell, mut events) = mpsc::channel(1024);
             let keyring = Arc::new(Keyring::new(key, Vec::new()));
             let transport = Arc::new(HostTransport::default());
-            let config = StreamsConfig { listen, identity, keyring, record, transport, behind_nat: false };
+            let config = StreamsConfig {
+                listen,
+                listen_also: None,
+                identity,
+                keyring,
+                record,
+                transport,
+                behind_nat: false,
+            };
             let streams = Streams::start(config, tell).await?;
             streams.set_peers(hosts.clone());
             let mut up = 0;

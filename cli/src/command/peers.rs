@@ -61,7 +61,8 @@ fn render(peers: &[PeerInfo], wide: bool) -> String {
     let table =
         TextTable::new().column("NAME", names).column("ADDRESS", peers.iter().map(|peer| peer.address));
     // Most often it is the address again, and the table is wide.
-    let has_vteps = wide || peers.iter().any(|peer| !peer.nat && peer.vtep != peer.address.ip());
+    let has_vteps =
+        wide || peers.iter().any(|peer| !peer.nat && !peer.sealed && peer.vtep != peer.address.ip());
     let table = if has_vteps { table.column("VTEP", peers.iter().map(|peer| peer.vtep)) } else { table };
     let table = table
         .column("STATE", peers.iter().map(|peer| peer.state))
@@ -104,7 +105,8 @@ fn path(peer: &PeerInfo) -> String {
         format!("{}{}{trip}", if path.fast { "fast " } else { "" }, path.encapsulation)
     });
     let crosses = match (peer.tcp, peer.via.is_empty()) {
-        (false, true) => peer.nat.then(|| "nat".to_owned()),
+        (false, true) if peer.nat => Some("nat".to_owned()),
+        (false, true) => peer.sealed.then(|| "sealed".to_owned()),
         (true, true) => Some("tcp".to_owned()),
         (false, false) => Some(format!("via {}", peer.via.join(" "))),
         (true, false) => Some(format!("tcp via {}", peer.via.join(" "))),
@@ -174,6 +176,7 @@ mod tests {
             tcp_s: None,
             why: None,
             nat: false,
+            sealed: false,
             unreached: Vec::new(),
             paths: Vec::new(),
         }

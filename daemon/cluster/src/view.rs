@@ -1,6 +1,6 @@
 //! The view: the cluster as one host sees it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -38,6 +38,8 @@ pub struct View {
     pub alloc: AllocMap,
     /// Kubernetes objects.
     pub resources: Resources,
+    /// The hosts that are reached at another address than their main one, or reach this host so.
+    pub elsewhere: BTreeSet<NodeId>,
 }
 
 /// A network, and whether it is being deleted.
@@ -78,16 +80,30 @@ impl View {
             }
     }
 
-    /// Whether what this host and another one exchange crosses NAT. It is sealed then, and goes through the sockets of relayed
-    /// datagrams.
+    /// Whether what this host and another one exchange crosses NAT.
     pub fn crosses_nat(&self, node: &Node) -> bool {
         node.record.is_behind_nat() || self.own().is_some_and(|own| own.record.is_behind_nat())
     }
 
+    /// Whether the VTEPs of this host and another one are of different address families.
+    pub fn has_other_family(&self, node: &Node) -> bool {
+        self.own().is_some_and(|own| own.record.vtep.is_ipv4() != node.record.vtep.is_ipv4())
+    }
+
+    /// Whether all that this host and another one exchange is sealed, and goes through the sockets of relayed datagrams: it crosses NAT,
+    /// or one of the two is not reached at its main address.
+    pub fn is_framed(&self, node: &Node) -> bool {
+        self.crosses_nat(node) || self.has_other_family(node) || self.elsewhere.contains(&node.record.id)
+    }
+
     /// Whether packets that are not sealed can be sent to another host.
     pub fn is_plainly_reached(&self, node: &Node) -> bool {
-        let is_same_family = |own: &Node| own.record.vtep.is_ipv4() == node.record.vtep.is_ipv4();
-        self.own().is_some_and(is_same_family) && !self.crosses_nat(node)
+        self.own().is_some() && !self.is_framed(node)
+    }
+
+    /// Whether this host and another one have no address family in common, so that they reach each other through members alone.
+    pub fn is_apart(&self, node: &Node) -> bool {
+        self.own().is_some_and(|own| own.record.is_apart(&node.record))
     }
 
     /// Whether a network is a bridge network of the local host, which needs no consensus and ignores all peers.

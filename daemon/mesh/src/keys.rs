@@ -7,9 +7,10 @@ mod cluster;
 mod keyfile;
 mod verified;
 
+use std::collections::HashSet;
 use std::fs;
 use std::io::Read;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
@@ -18,7 +19,8 @@ use data_encoding::BASE64;
 use ovl_files::{Damaged, sha256};
 use ovl_proto::id::{NodeId, TunnelKey};
 use ovl_proto::record::{
-    Domain, MAX_OTHER_KEYS, NodeRecord, PublicKey, RecordHead, Signature, SignedRecord, is_zone, named_by,
+    Domain, MAX_FURTHER, MAX_OTHER_KEYS, NodeRecord, PublicKey, RecordHead, Signature, SignedRecord, is_zone,
+    named_by,
 };
 use ovl_proto::wire::{self, WireError};
 use ovl_tunnel::PrivateKey;
@@ -385,6 +387,14 @@ fn invalid_field(record: &NodeRecord) -> Option<&'static str> {
     if record.keys.opens.len() > MAX_OTHER_KEYS {
         return Some("too many cluster keys");
     }
+    if record.further.len() > MAX_FURTHER {
+        return Some("too many further addresses");
+    }
+    let is_dialled = |at: &SocketAddr| is_host(at.ip()) && at.port() != 0 && named_by(at.ip()).is_none();
+    let all: HashSet<SocketAddr> = record.addresses().collect();
+    if !record.further.iter().all(is_dialled) || all.len() != record.further.len() + 1 {
+        return Some("a further address is not one of a host with a port, or is there twice");
+    }
     if !is_zone(&record.zone) {
         return Some("invalid zone: at most 63 letters, digits, '.', '_' and '-' are allowed");
     }
@@ -457,6 +467,7 @@ pub(crate) fn sample_record(identity: &Identity) -> NodeRecord {
         is_node: false,
         relay_port: 0,
         relays: false,
+        further: Vec::new(),
         unknown: ovl_proto::wire::fields::Unknown::default(),
     }
 }

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -50,6 +51,59 @@ pub trait Datagrams: Send + Sync {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<SocketAddr>>;
+}
+
+/// The sockets of both address families, or of one, as one socket.
+pub(crate) struct BothFamilies {
+    main: Box<dyn Datagrams>,
+    is_main_ipv4: bool,
+    /// That of the other family.
+    other: Option<Box<dyn Datagrams>>,
+    /// Whether the other one is asked first for the next datagram, so that each has its turn.
+    is_others_turn: AtomicBool,
+}
+
+impl BothFamilies {
+    /// Opens a socket on an address, and one on an address of the other family.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel reports, with the address.
+    pub(crate) fn open(
+        transport: &dyn Transport,
+        listen: SocketAddr,
+        also: Option<SocketAddr>,
+    ) -> io::Result<Box<dyn Datagrams>> {
+        let open = |at: SocketAddr| {
+            transport.datagrams(at).map_err(|error| io::Error::new(error.kind(), format!("{at}: {error}")))
+        };
+        let other = also.map(open).transpose()?;
+        let (main, is_others_turn) = (open(listen)?, AtomicBool::new(false));
+        Ok(Box::new(Self { main, is_main_ipv4: listen.is_ipv4(), other, is_others_turn }))
+    }
+}
+
+impl Datagrams for BothFamilies {
+    fn send(&self, datagram: &[u8], to: SocketAddr) -> io::Result<()> {
+        let other = self.other.as_ref().filter(|_| to.is_ipv4() != self.is_main_ipv4);
+        other.unwrap_or(&self.main).send(datagram, to)
+    }
+
+    fn poll_receive(
+        &self,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<SocketAddr>> {
+        let Some(other) = &self.other else { return self.main.poll_receive(context, buffer) };
+        let sockets = [&self.main, other];
+        let first = usize::from(self.is_others_turn.fetch_xor(true, Ordering::Relaxed));
+        for socket in sockets.iter().cycle().skip(first).take(sockets.len()) {
+            if let Poll::Ready(received) = socket.poll_receive(context, buffer) {
+                return Poll::Ready(received);
+            }
+        }
+        Poll::Pending
+    }
 }
 
 /// A socket that accepts streams.

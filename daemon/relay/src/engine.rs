@@ -27,6 +27,8 @@ const MOST_NAMED: usize = 1024;
 pub struct RelayConfig {
     /// The address and port of the socket to other hosts.
     pub listen: SocketAddr,
+    /// The same of the other address family. `None` if this host has none.
+    pub listen_also: Option<SocketAddr>,
     /// The mark of packets to other hosts (`SO_MARK`).
     pub mark: u32,
     /// The id of this host.
@@ -110,6 +112,10 @@ struct Shared {
     forwards: bool,
     limit: Option<u64>,
     socket: UdpSocket,
+    /// That of the other address family.
+    other: Option<UdpSocket>,
+    /// Whether `socket` is of IPv4.
+    is_ipv4: bool,
     table: RwLock<Table>,
     counted: Counted,
     /// Hosts from which datagrams come and to which there is no detour, with the relay that sent them.
@@ -139,14 +145,20 @@ impl Relay {
         heard: impl Fn(HostId, SocketAddr) + Send + Sync + 'static,
         probed: impl Fn(SocketAddr, &[u8]) + Send + Sync + 'static,
     ) -> io::Result<Self> {
-        let socket = ovl_udp::open(config.listen, Sharing::Alone)?;
-        // Without CAP_NET_ADMIN, which ovld has, it stays unmarked.
-        let _ = setsockopt(&socket, sockopt::Mark, &config.mark);
+        let open = |at: SocketAddr| -> io::Result<UdpSocket> {
+            let socket = ovl_udp::open(at, Sharing::Alone)?;
+            // Without CAP_NET_ADMIN, which ovld has, it stays unmarked.
+            let _ = setsockopt(&socket, sockopt::Mark, &config.mark);
+            Ok(socket)
+        };
+        let (socket, other) = (open(config.listen)?, config.listen_also.map(open).transpose()?);
         let shared = Arc::new(Shared {
             me: config.me,
             forwards: config.forwards,
             limit: config.limit,
             socket,
+            other,
+            is_ipv4: config.listen.is_ipv4(),
             table: RwLock::default(),
             counted: Counted::default(),
             named: Mutex::default(),
@@ -155,7 +167,13 @@ impl Relay {
         });
         let mut threads = ThreadGroup::new()?;
         let reader = Arc::clone(&shared);
-        threads.spawn("relay".to_owned(), move |stop| reader.run(stop))?;
+        threads.spawn("relay".to_owned(), move |stop| reader.run(&reader.socket, stop))?;
+        if shared.other.is_some() {
+            let reader = Arc::clone(&shared);
+            let read =
+                move |stop: &StopSignal| reader.other.iter().for_each(|socket| reader.run(socket, stop));
+            threads.spawn("relay-other".to_owned(), read)?;
+        }
         Ok(Self { shared, _threads: threads, detours: Mutex::default() })
     }
 
@@ -183,7 +201,7 @@ impl Relay {
 
     /// Sends a datagram as it is. It is lost if the kernel refuses it.
     pub fn knock(&self, at: SocketAddr, datagram: &[u8]) {
-        let _ = ovl_udp::send(&self.shared.socket, at, datagram, datagram.len());
+        let _ = ovl_udp::send(self.shared.socket_to(at), at, datagram, datagram.len());
     }
 
     /// Replaces the next hops: the address and port of the relay, or of the host itself, to which datagrams to each host are sent.
@@ -260,13 +278,19 @@ impl Shared {
         self.table.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads the socket to other hosts, until the signal is set.
-    fn run(&self, stop: &StopSignal) {
+    /// The socket to other hosts of the family of an address.
+    fn socket_to(&self, at: SocketAddr) -> &UdpSocket {
+        let other = self.other.as_ref().filter(|_| at.is_ipv4() != self.is_ipv4);
+        other.unwrap_or(&self.socket)
+    }
+
+    /// Reads a socket to other hosts, until the signal is set.
+    fn run(&self, socket: &UdpSocket, stop: &StopSignal) {
         let mut batch = ReceiveBatch::new(SLOTS, MAX_COALESCED);
         let mut run = Run::new(MOST_SENT);
         let mut limits = self.limit.map(Limits::new);
         while !stop.is_set() {
-            match batch.receive(&self.socket, SLOTS) {
+            match batch.receive(socket, SLOTS) {
                 Ok(received) => {
                     let (table, now) = (self.table(), Instant::now());
                     for datagrams in (0..received).filter_map(|slot| batch.get(slot)) {
@@ -278,7 +302,7 @@ impl Shared {
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    stop.wait_readable(&self.socket);
+                    stop.wait_readable(socket);
                 }
                 // The ICMP error of an earlier datagram.
                 Err(_) => {}
@@ -338,7 +362,7 @@ impl Shared {
             let Some(detour) = table.detours.get(&(kind.from, kind.channel)) else { return };
             self.send(&detour.socket, detour.wireguard, bytes, segment, &self.counted.received);
         } else if let Some(next) = table.next.get(&kind.to) {
-            self.send(&self.socket, *next, bytes, segment, &self.counted.forwarded);
+            self.send(self.socket_to(*next), *next, bytes, segment, &self.counted.forwarded);
         }
     }
 
@@ -360,7 +384,8 @@ impl Shared {
                         };
                         let send = |run: &mut Run| {
                             if let Some((_, bytes, segment)) = run.take() {
-                                self.send(&self.socket, *next, bytes, segment, &self.counted.sent);
+                                let socket = self.socket_to(*next);
+                                self.send(socket, *next, bytes, segment, &self.counted.sent);
                             }
                         };
                         for payload in payloads {
@@ -415,7 +440,7 @@ impl Shared {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
+    use std::net::{Ipv4Addr, Ipv6Addr};
     use std::sync::mpsc;
 
     use super::*;
@@ -431,6 +456,8 @@ mod tests {
     struct Host {
         relay: Relay,
         at: SocketAddr,
+        /// Its address of the other family.
+        other_at: SocketAddr,
         wireguard: UdpSocket,
         heard: mpsc::Receiver<(HostId, SocketAddr)>,
     }
@@ -441,18 +468,21 @@ mod tests {
 
     fn limited(me: HostId, limit: Option<u64>) -> Host {
         let (tell, heard) = mpsc::channel();
+        // The other family has a port of its own here.
+        let listen_also = Some((Ipv6Addr::LOCALHOST, 0).into());
         let heard_from = move |from, sender| tell.send((from, sender)).unwrap();
         let relay = Relay::start(
-            &RelayConfig { listen: local(), mark: 0, me, forwards: true, limit },
+            &RelayConfig { listen: local(), listen_also, mark: 0, me, forwards: true, limit },
             heard_from,
             |_, _| {},
         )
         .unwrap();
         relay.set_keys(vec![RelayKey::new([7; 4], &[7; 32])]);
         let at = relay.shared.socket.local_addr().unwrap();
+        let other_at = relay.shared.other.as_ref().unwrap().local_addr().unwrap();
         let wireguard = UdpSocket::bind(local()).unwrap();
         wireguard.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-        Host { relay, at, wireguard, heard }
+        Host { relay, at, other_at, wireguard, heard }
     }
 
     impl Host {
@@ -510,6 +540,19 @@ mod tests {
         }
         let counters = c.relay.counters();
         assert_eq!((counters.forwarded, counters.received, counters.no_path), (3, 0, 0));
+    }
+
+    #[test]
+    fn datagrams_cross_a_relay_from_a_host_of_one_address_family_to_one_of_the_other() {
+        let [a, b, c] = [A, B, C].map(host);
+        a.relay.set_next([(B, c.at)].into());
+        b.relay.set_next([(A, c.other_at)].into());
+        c.relay.set_next([(A, a.at), (B, b.other_at)].into());
+        let (to_b, to_a) = (a.detour(B), b.detour(A));
+        a.wireguard.send_to(b"hello", to_b).unwrap();
+        assert_eq!(b.receive(), (b"hello".to_vec(), to_a));
+        b.wireguard.send_to(b"answer", to_a).unwrap();
+        assert_eq!(a.receive(), (b"answer".to_vec(), to_b));
     }
 
     #[test]

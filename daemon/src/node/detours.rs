@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::Node;
-use super::reach::{Probing, are_hidden, live_members, nat_pairs, relay_at};
+use super::reach::{Probing, are_hidden, dialled_relay_end, framed_pairs, live_members, relay_at};
 use super::state::State;
 use crate::detours::{Evidence, Turn};
 use crate::links::Links;
@@ -57,6 +57,7 @@ impl Node {
         };
         let (mut known, mut probing) = (Known::default(), Probing::default());
         loop {
+            self.note_elsewhere();
             if let Some(relay) = relay {
                 self.send_relay_probes(relay, &mut probing);
             }
@@ -75,9 +76,11 @@ impl Node {
     async fn open_relay(&self, tell: mpsc::Sender<Sender>, tell_probe: mpsc::Sender<Received>) -> &Relay {
         let relay = loop {
             let listen = SocketAddr::new(self.config.advertise.ip(), self.config.relay_port);
+            let also = self.listen_also.get();
+            let listen_also = also.map(|also| SocketAddr::new(also.ip(), self.config.relay_port));
             let (me, forwards) = (self.state.borrow().view.me.0, self.config.relay.is_on());
             let limit = self.config.relay.limit();
-            let config = RelayConfig { listen, mark: SOCKET_MARK, me, forwards, limit };
+            let config = RelayConfig { listen, listen_also, mark: SOCKET_MARK, me, forwards, limit };
             let (tell, tell_probe) = (tell.clone(), tell_probe.clone());
             let heard = move |from, sender| {
                 // One that is not told of now is named again.
@@ -124,7 +127,8 @@ impl Node {
         let state = self.state.borrow();
         state.detours.is_empty()
             && !state.record().is_some_and(|own| own.is_behind_nat())
-            && nat_pairs(&state).next().is_none()
+            && framed_pairs(&state).next().is_none()
+            && state.reach.lingering().next().is_none()
             && state.tcp.is_empty()
             && state.detours.lingering(Instant::now()).next().is_none()
             && self.gossip().last_relayed().is_none_or(|at| at.elapsed() > CALM)
@@ -212,10 +216,10 @@ impl Node {
         {
             let mut state = self.state.borrow_mut();
             let is_used = |peer: NodeId| {
-                let crosses = |node| state.view.crosses_nat(node);
+                let is_framed = |node| state.view.is_framed(node);
                 state.detours.relay(peer).is_some()
                     || state.tcp.is_used(peer)
-                    || state.view.nodes.get(&peer).is_some_and(crosses)
+                    || state.view.nodes.get(&peer).is_some_and(is_framed)
             };
             let open = known.open.iter().filter(|((peer, _), _)| is_used(*peer));
             let open = open.map(|((peer, channel), at)| ((*peer, *channel == 1), *at)).collect();
@@ -265,36 +269,42 @@ impl Node {
             .filter(|node| node.record.id != state.view.me)
             .map(|node| {
                 let id = node.record.id;
-                // What both exchange goes another way than gossip if it crosses NAT, through the sockets of relayed datagrams.
-                let heard = match state.view.crosses_nat(node) && self.relay.get().is_some() {
+                // What both exchange goes another way than gossip if it is framed, through the sockets of relayed datagrams.
+                let is_framed = state.view.is_framed(node);
+                let heard = match is_framed && self.relay.get().is_some() {
+                    true if state.view.is_apart(node) => None,
                     true => state.reach.silence(id, now, are_hidden(state, node)),
                     false => gossip.last_heard(id).map(since),
                 };
                 let through = gossip.last_through(id).map(|(by, at)| (by, since(at)));
                 // Its answers need not be passed on to show that it is there.
                 let answers = || gossip.last_heard(id).map(|at| (id, since(at)));
-                let through = if state.view.crosses_nat(node) { through.or_else(answers) } else { through };
+                let through = if is_framed { through.or_else(answers) } else { through };
                 (id, Evidence { heard, through, lost: tunnel.is_lost(id) })
             })
             .collect()
     }
 
-    /// The member through which this host, behind NAT, opens streams to each host that is behind NAT as well.
+    /// The member through which this host opens streams to each host that it cannot dial: both are behind NAT, or have no address family
+    /// in common.
     fn hidden_from_each_other(&self, state: &State, relays: &BTreeSet<NodeId>) -> Vec<(NodeId, NodeId)> {
-        if !state.record().is_some_and(|own| own.is_behind_nat()) {
+        let is_hidden =
+            |node: &&ovl_cluster::view::Node| are_hidden(state, node) || state.view.is_apart(node);
+        // One that is yet to be admitted needs the answers of members.
+        let others = state.view.nodes.values().filter(|node| node.record.id != state.view.me);
+        let mut hidden = others.filter(is_hidden).map(|node| node.record.id).peekable();
+        if hidden.peek().is_none() {
             return Vec::new();
         }
         let is_dialled = |id: &&NodeId| {
-            let node = state.view.nodes.get(id);
-            node.is_some_and(|node| !node.record.is_behind_nat()) && state.detours.relay(**id).is_none()
+            let node = state.view.nodes.get(id).filter(|node| !node.record.is_behind_nat());
+            node.is_some_and(|node| !state.view.is_apart(node)) && state.detours.relay(**id).is_none()
         };
         let near = |id: &&NodeId| (self.gossip().rtt(**id).unwrap_or(Duration::MAX), **id);
         let Some(relay) = relays.iter().filter(is_dialled).min_by_key(near).copied() else {
             return Vec::new();
         };
-        // One that is yet to be admitted needs the answers of members.
-        let others = state.view.nodes.values().filter(|node| node.record.id != state.view.me);
-        others.filter(|node| node.record.is_behind_nat()).map(|node| (node.record.id, relay)).collect()
+        hidden.map(|hidden| (hidden, relay)).collect()
     }
 
     fn tell_turn(&self, state: &State, peer: NodeId, turn: Turn) {
@@ -340,11 +350,20 @@ impl Known {
 
 /// Where the socket of relayed datagrams of a host is reached. `None` if it has none, or is behind NAT and was not heard.
 fn relay_end(state: &State, node: &ovl_cluster::view::Node) -> Option<SocketAddr> {
-    let at = relay_at(node)?;
-    if let Some(local) = state.tcp.relayed(node.record.id) {
+    relay_at(node)?;
+    let id = node.record.id;
+    if let Some(local) = state.tcp.relayed(id) {
         return Some(local);
     }
-    if node.record.is_behind_nat() { state.reach.at(node.record.id) } else { Some(at) }
+    if node.record.is_behind_nat() {
+        return state.reach.at(id);
+    }
+    // One that this host reaches at its main address may need another one.
+    let is_elsewhere = state.view.is_framed(node) && !state.view.crosses_nat(node);
+    let is_heard = is_elsewhere && state.reach.is_heard(id, Instant::now());
+    let is_by_udp = |at: &SocketAddr| state.tcp.all_relayed().all(|(_, local)| local != *at);
+    let heard_at = state.reach.at(id).filter(|_| is_heard).filter(is_by_udp);
+    heard_at.or_else(|| dialled_relay_end(state, node))
 }
 
 /// Whether a host passes on what others send each other. One behind NAT does not: others could not dial it for their streams.
@@ -356,7 +375,14 @@ fn is_relay(node: &ovl_cluster::view::Node) -> bool {
 fn links(state: &State, silent: impl Iterator<Item = NodeId>) -> Links {
     let members = live_members(state).map(|node| (node.record.id, is_relay(node)));
     let said = live_members(state).flat_map(|node| node.table.unreached().map(|peer| (node.record.id, peer)));
-    Links::new(members, said.chain(silent.map(|peer| (state.view.me, peer))))
+    // Hosts of one family only do not reach those of the other one.
+    let only = |ipv4: bool| {
+        let single = live_members(state).filter(move |node| !node.record.has_family(!ipv4));
+        single.map(|node| node.record.id).collect::<Vec<NodeId>>()
+    };
+    let (v4, v6) = (only(true), only(false));
+    let apart = v4.iter().flat_map(|one| v6.iter().map(move |other| (*one, *other)));
+    Links::new(members, said.chain(silent.map(|peer| (state.view.me, peer))).chain(apart))
 }
 
 /// The next hop to each member: the member that relays, or the host itself.
@@ -379,9 +405,11 @@ fn wanted_sockets(state: &State, now: Instant) -> BTreeMap<(NodeId, Channel), So
     let routes = tunnel::peer_routes(&state.view, &state.local.key_epochs);
     let mut wanted = BTreeMap::new();
     let in_use = state.detours.all().map(|(peer, _)| peer);
-    let hidden = nat_pairs(state).map(|node| node.record.id);
+    let framed = framed_pairs(state).map(|node| node.record.id);
     let by_tcp = state.tcp.all_relayed().map(|(peer, _)| peer);
-    for peer in in_use.chain(hidden).chain(by_tcp).chain(state.detours.lingering(now)) {
+    for peer in
+        in_use.chain(framed).chain(state.reach.lingering()).chain(by_tcp).chain(state.detours.lingering(now))
+    {
         for (_, _, port) in routes.get(&peer).into_iter().flat_map(|route| route.interfaces()) {
             let odd = port & 1;
             let local = if ours.port & 1 == odd { ours.port } else { epochs::other_port(ours.port) };

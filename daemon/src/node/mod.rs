@@ -180,6 +180,8 @@ pub(crate) struct Node {
     tunnel: RefCell<Tunnel>,
     /// Peers and addresses that gossip and streams were last given.
     pointed: RefCell<BTreeMap<NodeId, SocketAddr>>,
+    /// The address of the other family on which this host listens. `None` if it has none.
+    listen_also: Cell<Option<SocketAddr>>,
     /// Recent events.
     events: Events,
     /// Durations for metrics.
@@ -241,7 +243,7 @@ const INBOX: usize = 256;
 
 impl Node {
     /// Reads the state directory, opens the sockets, and adopts the objects that are in the kernel.
-    async fn boot(config: Config, environment: Rc<dyn Environment>) -> Result<(Rc<Self>, Inbox)> {
+    async fn boot(mut config: Config, environment: Rc<dyn Environment>) -> Result<(Rc<Self>, Inbox)> {
         let disk = environment.disk();
         let state_path = config.state_dir.join("state");
         let saved = store::read(&state_path)?;
@@ -297,6 +299,10 @@ impl Node {
             None
         });
         let me = identity.id();
+        let further = underlay::further(&config, &*environment, config.advertise, None)?;
+        // What is forwarded to this host can be dialled, whatever hosts to join see of what it sends.
+        config.behind_nat = config.behind_nat.or(further.is_forwarded.then_some(false));
+        let behind_nat = config.behind_nat.unwrap_or(saved.behind_nat);
         let record = NodeRecord {
             id: identity.id(),
             public_key: *identity.public_key(),
@@ -304,7 +310,7 @@ impl Node {
             generation: next_generation(saved.generation, environment.wall_ms()),
             revision: 1,
             cluster: saved.alloc.as_ref().map_or(0, |alloc| alloc.learned.cluster),
-            address: match config.behind_nat.unwrap_or(saved.behind_nat) {
+            address: match behind_nat {
                 true => SocketAddr::new(name_address(me).into(), config.advertise.port()),
                 false => config.advertise,
             },
@@ -330,6 +336,7 @@ impl Node {
             is_node: config.join_nodes,
             relay_port: config.relay_port,
             relays: config.relay.is_on() && config.relay_port != 0,
+            further: if behind_nat { Vec::new() } else { further.published },
             unknown: Unknown::default().played(),
         };
         let signed = identity.sign_record(&record)?;
@@ -350,7 +357,7 @@ impl Node {
             (environment.transport(), environment.wall_clock()),
             &identity,
             &keyring,
-            (&record, &signed),
+            (&record, &signed, further.listen),
             gossip_tell.clone(),
             link_tell.clone(),
         )
@@ -385,6 +392,7 @@ impl Node {
             resolver,
             tunnel: RefCell::new(Tunnel::new(secret, missing)),
             pointed: RefCell::default(),
+            listen_also: Cell::new(further.listen),
             events: match environment.owns_host() {
                 true => Events::in_dir(&config.state_dir).context("starting the thread for events")?,
                 false => Events::in_memory(),
@@ -597,7 +605,7 @@ async fn open(
     (transport, wall_clock): (Arc<dyn Transport>, WallClock),
     identity: &Arc<Identity>,
     keyring: &Arc<Keyring>,
-    (record, signed): (&NodeRecord, &SignedRecord),
+    (record, signed, listen_also): (&NodeRecord, &SignedRecord, Option<SocketAddr>),
     gossip: mpsc::Sender<GossipEvent>,
     links: mpsc::Sender<StreamEvent>,
 ) -> Result<(Gossip, Streams)> {
@@ -611,6 +619,7 @@ async fn open(
     };
     let links_config = StreamsConfig {
         listen,
+        listen_also,
         identity: Arc::clone(identity),
         keyring: Arc::clone(keyring),
         record: signed.clone(),
@@ -620,6 +629,7 @@ async fn open(
     let links = Streams::start(links_config, links).await.with_context(taken)?;
     let gossip_config = GossipConfig {
         listen,
+        listen_also,
         identity: Arc::clone(identity),
         keyring: Arc::clone(keyring),
         record: signed.clone(),

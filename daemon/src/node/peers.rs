@@ -1,7 +1,7 @@
 //! Peers: handles events of gossip and streams, and judges the liveness of each peer.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -29,6 +29,9 @@ use ovl_subsystems::mtu::vxlan_overhead;
 /// Time without a direct packet after which a peer that gossip considers alive is reported as unreachable.
 pub(super) const UNREACHABLE: Duration = Duration::from_secs(5);
 
+/// Any IPv6 address, for the length of its header.
+const V6: IpAddr = IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED);
+
 /// Time in milliseconds after which a host is dropped that is neither a member nor alive.
 const NEVER_ADMITTED_MS: u64 = 10 * 60 * 1000;
 /// The maximum number of known hosts that are not members. The one that became known first is dropped.
@@ -50,7 +53,7 @@ impl Node {
             GossipEvent::Gone(node) => {
                 self.set_gossip_alive(node, false);
             }
-            GossipEvent::Moved(node) => self.links().moved(node),
+            GossipEvent::Moved(node) => self.note_moved(node),
             GossipEvent::Seen(at, knocks) => self.note_seen(Some((at, knocks))),
             GossipEvent::Knocked => self.note_seen(None),
             GossipEvent::Knock { at, datagram } => {
@@ -313,9 +316,10 @@ impl Node {
         let wall_ms = state.wall_ms();
         state.peers.set_record(id, signed, now, wall_ms);
         let moved = old.as_ref().is_none_or(|old| {
-            (old.address, old.vtep, old.vxlan_port, old.link_mtu, old.presence, &old.zone)
+            (old.address, &old.further, old.vtep, old.vxlan_port, old.link_mtu, old.presence, &old.zone)
                 != (
                     record.address,
+                    &record.further,
                     record.vtep,
                     record.vxlan_port,
                     record.link_mtu,
@@ -478,6 +482,9 @@ impl Node {
             return;
         }
         self.gossip().set_known(known.iter().map(|(id, address)| (*id, *address)).collect());
+        for node in known.keys().filter_map(|id| state.view.nodes.get(id)) {
+            self.gossip().set_further(node.record.id, node.record.address, &node.record.further);
+        }
         self.links().set_peers(known.clone());
         *self.pointed.borrow_mut() = known;
     }
@@ -499,8 +506,8 @@ impl Node {
                 let expired =
                     !signs.gossip && now.saturating_sub(signs.silent_since) > millis(self.config.keep);
                 let quiet = signs.gossip && heard && node.record.presence == Presence::Running;
-                // No kernel answers at an address that NAT hides.
-                let hidden = state.view.crosses_nat(node);
+                // No kernel answers at an address that NAT hides, or of a family that this host lacks.
+                let hidden = state.view.crosses_nat(node) || state.view.is_apart(node);
                 if quiet || expired || hidden || node.record.presence == Presence::Left {
                     continue;
                 }
@@ -542,13 +549,21 @@ impl Node {
                 mtu = mtu.min(limit.saturating_add(vxlan_overhead(own.record.vtep)));
             }
             let is_framed = state.tcp.is_used(peer)
-                || state.view.nodes.get(&peer).is_some_and(|node| state.view.crosses_nat(node));
+                || state.view.nodes.get(&peer).is_some_and(|node| state.view.is_framed(node));
             if let Some(relay) = state.detours.relay(peer).or(is_framed.then_some(peer)) {
                 let on_the_way = state.detours.path(peer).into_iter().chain([peer]);
-                let links = on_the_way.filter_map(|id| Some(state.view.nodes.get(&id)?.record.link_mtu));
+                let on_the_way: Vec<&view::Node> =
+                    on_the_way.filter_map(|id| state.view.nodes.get(&id)).collect();
+                let links = on_the_way.iter().map(|node| node.record.link_mtu);
                 let first = self.gossip().path_mtu(relay).unwrap_or(u16::MAX);
                 let carried = links.chain([first]).fold(own.record.link_mtu, u16::min);
                 mtu = mtu.min(carried.saturating_sub(ovl_relay::OVERHEAD));
+                // The headers of IPv6 are longer than those that the MTU of the tunnel is made for.
+                let elsewhere = |node: &&view::Node| state.reach.elsewhere(node.record.id);
+                let is_ipv6 = |node: &&view::Node| elsewhere(node).unwrap_or(node.record.vtep).is_ipv6();
+                if own.record.vtep.is_ipv4() && on_the_way.iter().any(is_ipv6) {
+                    mtu = mtu.saturating_sub(vxlan_overhead(V6) - vxlan_overhead(own.record.vtep));
+                }
             }
             let known = match own.table.get(&key) {
                 Some(Entry::PathMtu { mtu, .. }) => Some(*mtu),

@@ -259,8 +259,9 @@ impl Node {
             }
             if contacts.get(&record.id).is_none_or(|contact| contact.last_heard.elapsed() >= UNREACHABLE)
                 && state.clock.elapsed() > UNREACHABLE
-                // NAT hides some hosts from each other, whatever the firewalls do.
+                // NAT hides some hosts from each other, whatever the firewalls do, and others have no address family in common.
                 && !state.view.crosses_nat(node)
+                && !state.view.is_apart(node)
             {
                 let sentence = format!(
                     "host {} at {} is alive, as others say, and nothing comes from it directly: check the path and \
@@ -272,9 +273,11 @@ impl Node {
                 sentences.push(Code::Unreachable.about(&record.name, sentence));
             }
             sentences.extend(plain_across_nat(state, node));
-            if record.vtep.is_ipv4() != own.vtep.is_ipv4() && !state.view.crosses_nat(node) {
+            let is_relayed = state.detours.relay(record.id).is_some();
+            if own.is_apart(record) && !is_relayed && state.clock.elapsed() > UNREACHABLE {
                 let sentence = format!(
-                    "host {} has the VTEP {} and this one {}: overlay traffic between them needs one address family",
+                    "host {} is at {} and this one at {}: they have no address family in common, and no member that relays has \
+                     addresses of both",
                     record.name, record.vtep, own.vtep
                 );
                 sentences.push(Code::VtepFamily.about(&record.name, sentence));
@@ -330,6 +333,7 @@ impl Node {
                     tcp_s: by_tcp(&state, record.id).map(|since| since.elapsed().as_secs()),
                     why: why(&state, node),
                     nat: if own { record.is_behind_nat() } else { state.view.crosses_nat(node) },
+                    sealed: !own && state.view.is_framed(node) && !state.view.crosses_nat(node),
                     paths: self.peer_paths(&state, &direct_hops, record.id),
                     path_mtu: if own { Some(record.link_mtu) } else { paths.get(&record.id).copied() },
                 }
@@ -556,11 +560,16 @@ fn why(state: &State, node: &ovl_cluster::view::Node) -> Option<String> {
     let first = state.detours.relay(id);
     let mut reasons = Vec::new();
     if first.is_some() {
-        reasons.push(if state.view.crosses_nat(node) {
+        reasons.push(if state.view.is_apart(node) {
+            "the two have no address family in common".to_owned()
+        } else if state.view.is_framed(node) {
             "no probes pass directly: NAT or a firewall does not let them in".to_owned()
         } else {
             "it does not answer directly".to_owned()
         });
+    }
+    if let Some(at) = state.reach.elsewhere(id).filter(|_| !state.view.has_other_family(node)) {
+        reasons.push(format!("it does not answer at {}, but at {at}", node.record.address.ip()));
     }
     if by_tcp(state, id).is_some() {
         let whom = first.map_or_else(|| "it".to_owned(), |first| state.view.name_of(first));
@@ -569,10 +578,14 @@ fn why(state: &State, node: &ovl_cluster::view::Node) -> Option<String> {
     (!reasons.is_empty()).then(|| reasons.join("; "))
 }
 
-/// The networks whose endpoints on this host and on another one do not reach each other, because there is NAT between the two and the
-/// networks are not encrypted.
+/// The networks whose endpoints on this host and on another one do not reach each other, because only sealed packets pass between the two
+/// and the networks are not encrypted.
 fn plain_across_nat(state: &State, node: &ovl_cluster::view::Node) -> Vec<Problem> {
-    let Some(own) = state.view.own().filter(|_| state.view.crosses_nat(node)) else { return Vec::new() };
+    let Some(own) = state.view.own().filter(|_| state.view.is_framed(node)) else { return Vec::new() };
+    let what = match state.view.crosses_nat(node) {
+        true => "there is NAT between the two, and only sealed packets cross it",
+        false => "one of the two is not reached at its main address, so only sealed packets pass",
+    };
     let name = &node.record.name;
     let both = node.table.networks().filter(|id| own.table.networks().any(|other| other == *id));
     both.filter_map(|id| state.view.networks.get(&id))
@@ -580,8 +593,7 @@ fn plain_across_nat(state: &State, node: &ovl_cluster::view::Node) -> Vec<Proble
         .map(|found| {
             let network = &found.network.name;
             let sentence = format!(
-                "endpoints of network {network} on this host and on {name} do not reach each other: there is NAT between the two, and \
-                 only sealed packets cross it. Create another network for them, with --encrypted, or with --encrypt auto"
+                "endpoints of network {network} on this host and on {name} do not reach each other: {what}. Create another network for them, with --encrypted, or with --encrypt auto"
             );
             Code::PlainAcrossNat.about(format!("{network} on {name}"), sentence)
         })

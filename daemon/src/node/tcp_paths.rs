@@ -170,7 +170,7 @@ impl Node {
                 let evidence = Evidence {
                     udp: answers.get(&id).map(since),
                     heard: heard.get(&id).map(since),
-                    may_dial: !node.record.is_behind_nat(),
+                    may_dial: !node.record.is_behind_nat() && !state.view.is_apart(node),
                     has_stream: connected.contains(&id),
                     is_first: own.record.is_behind_nat() || state.view.me < id,
                     is_nat: own.record.is_behind_nat() || node.record.is_behind_nat(),
@@ -278,7 +278,7 @@ impl Node {
 /// The addresses by which a host is known that was dialled or seen at an address. None if it was seen elsewhere than it says, because
 /// another host may have that address here.
 fn known_as(record: &NodeRecord, at: SocketAddr, is_dialled: bool) -> Vec<SocketAddr> {
-    let is_there = record.is_behind_nat() || record.address.ip() == at.ip();
+    let is_there = record.is_behind_nat() || record.addresses().any(|own| own.ip() == at.ip());
     let own = (is_there || is_dialled).then_some(record.address);
     let dialled = (is_dialled && at != record.address).then_some(at);
     own.into_iter().chain(dialled).collect()

@@ -12,6 +12,9 @@ use ovl_proto::record::{NodeRecord, Presence, name_address};
 use tokio::time::Instant;
 
 use super::{Node, next_generation, open};
+use crate::advertised::Further;
+use crate::config::{Config, default_source};
+use crate::environment::Environment;
 use crate::problems::Code;
 use ovl_subsystems::Change;
 
@@ -170,12 +173,25 @@ impl Node {
         }
     }
 
-    /// Begins a new generation if others know this host as one behind NAT, or as none, and that is not so any more.
+    /// Begins a new generation if others know this host as one behind NAT, or as none, or at further addresses, and that is not so any
+    /// more.
     async fn follow_nat(&self, vtep: IpAddr) -> anyhow::Result<()> {
         let (known, is) = {
             let state = self.state.borrow();
             (state.record().is_some_and(NodeRecord::is_behind_nat), state.reach.is_behind_nat())
         };
+        let listens = self.listen_also.get();
+        let main = SocketAddr::new(vtep, self.config.advertise.port());
+        let further = further(&self.config, &*self.environment, main, listens.map(|at| at.ip()))?;
+        if further.listen != listens {
+            let message = match further.listen {
+                Some(address) => format!("others can dial it at {address} too"),
+                None => "it has no address of the other family any more".to_owned(),
+            };
+            self.event("peer", &self.config.node, &message);
+            self.move_to(vtep).await?;
+            return Ok(());
+        }
         if known != is {
             let message = match is {
                 true => "hosts to join see another address: it is behind NAT",
@@ -191,6 +207,9 @@ impl Node {
     /// Changes to another address: opens new sockets and begins a new generation. The reconcile loop replaces
     /// the devices.
     async fn move_to(&self, address: IpAddr) -> anyhow::Result<()> {
+        let main = SocketAddr::new(address, self.config.advertise.port());
+        let before = self.listen_also.get().map(|at| at.ip());
+        let further = further(&self.config, &*self.environment, main, before)?;
         let (record, signed, keyring) = {
             let state = self.state.borrow();
             let Some(own) = state.view.own() else { return Ok(()) };
@@ -203,6 +222,7 @@ impl Node {
             };
             record.address = SocketAddr::new(known_as, record.address.port());
             record.vtep = address;
+            record.further = if state.reach.is_behind_nat() { Vec::new() } else { further.published };
             let signed = self.identity.sign_record(&record)?;
             (record, signed, Arc::clone(state.keys.ring()))
         };
@@ -211,11 +231,12 @@ impl Node {
             (self.environment.transport(), self.environment.wall_clock()),
             &self.identity,
             &keyring,
-            (&record, &signed),
+            (&record, &signed, further.listen),
             self.gossip_events.clone(),
             self.link_events.clone(),
         )
         .await?;
+        self.listen_also.set(further.listen);
         let (old_gossip, old_links) = (self.gossip.replace(gossip), self.links.replace(links));
         if self.state.borrow().record().is_some_and(|own| own.vtep != address) {
             self.event("peer", &self.config.node, &format!("follows its address to {address}"));
@@ -239,6 +260,27 @@ impl Node {
         old_gossip.shutdown().await;
         old_links.shutdown().await;
         Ok(())
+    }
+}
+
+/// Returns the further addresses of this host, which has this main one. `before` is the one of the other family that was found before.
+///
+/// # Errors
+///
+/// Those that are configured are more than this host listens on.
+pub(super) fn further(
+    config: &Config,
+    environment: &dyn Environment,
+    main: SocketAddr,
+    before: Option<IpAddr>,
+) -> anyhow::Result<Further> {
+    if !environment.owns_host() {
+        return Ok(Further::default());
+    }
+    let own: Vec<IpAddr> = own_addresses().into_iter().flatten().map(|(_, address)| address).collect();
+    match &config.further {
+        Some(addresses) => Further::configured(main, addresses, &own),
+        None => Ok(Further::found(main, default_source(!main.is_ipv4()), before, &own)),
     }
 }
 

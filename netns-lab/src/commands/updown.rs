@@ -11,6 +11,7 @@ pub(crate) struct Wanted {
     pub(crate) hosts: usize,
     pub(crate) underlay: Underlay,
     pub(crate) nat: Vec<(String, Access)>,
+    pub(crate) families: bool,
     pub(crate) mtu: u32,
     pub(crate) config: Option<PathBuf>,
     pub(crate) start: bool,
@@ -18,7 +19,10 @@ pub(crate) struct Wanted {
 
 pub(crate) fn up(name: &str, wanted: &Wanted) -> Result<()> {
     let mut config = LabConfig::hosts(wanted.hosts).name(name).underlay(wanted.underlay).mtu(wanted.mtu);
-    config.accesses.clone_from(&wanted.nat);
+    if wanted.families {
+        config = config.families();
+    }
+    config.accesses.extend(wanted.nat.iter().cloned());
     if let Some(path) = &wanted.config {
         let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         config = config.config(&text);

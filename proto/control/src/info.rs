@@ -450,6 +450,9 @@ pub struct PeerInfo {
     /// Whether what is exchanged with it crosses NAT; of the local host, whether it is behind NAT.
     #[serde(default)]
     pub nat: bool,
+    /// Whether all that is exchanged with it is sealed, because one of the two is not reached at its main address.
+    #[serde(default)]
+    pub sealed: bool,
     /// The hosts that it says it does not reach directly.
     #[serde(default)]
     pub unreached: Vec<String>,

@@ -57,6 +57,7 @@ pub(crate) fn node(n: u8) -> Node {
             is_node: false,
             relay_port: 0,
             relays: false,
+            further: Vec::new(),
             unknown: Unknown::default(),
         },
         state: PeerState::Alive,
@@ -101,6 +102,7 @@ pub(crate) fn view_of(mode: Mode, backend: Backend, subnet: Subnet, block: impl 
             unknown: Unknown::default(),
         },
         resources: Default::default(),
+        elsewhere: BTreeSet::new(),
     }
 }
 

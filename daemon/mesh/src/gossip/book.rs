@@ -1,5 +1,7 @@
 //! The state of the path to each peer: its address, when it was heard, round-trip time and path MTU.
 
+mod addresses;
+
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -72,6 +74,8 @@ pub(super) struct Peer {
     inside: Option<SocketAddr>,
     /// Whether it is in the state of chitchat.
     listed: bool,
+    /// Whether this host can send to none of its addresses, so that members pass pings on.
+    apart: bool,
     /// Whether the daemon wants it to be dialled.
     known: bool,
     alive: bool,
@@ -577,8 +581,9 @@ impl PeerBook {
             let is_relayed = (is_silent || hop.is_some()) && peer.listed && now >= peer.next_relay;
             let is_pinged = is_pinged(peer);
             // One that is reached through others alone is not dialled.
-            let is_missed = peer.known && (!self.hops.is_empty() || named_by(peer.addr.ip()).is_some());
-            let is_direct = is_pinged && now >= peer.next_ping;
+            let is_missed =
+                peer.known && (!self.hops.is_empty() || peer.apart || named_by(peer.addr.ip()).is_some());
+            let is_direct = is_pinged && !peer.apart && now >= peer.next_ping;
             let is_searched = is_relayed && (is_pinged || is_missed);
             if !is_direct && !is_searched {
                 continue;
@@ -616,7 +621,7 @@ impl PeerBook {
     /// The pings to peers that are dialled now: up to `most` that are not alive, those first that have waited longest.
     /// Gossip with a peer waits for its answer.
     pub(super) fn dials(&mut self, now: Instant, most: usize) -> Vec<Due> {
-        let due = self.peers.iter().filter(|(_, peer)| !peer.alive && now >= peer.next_dial);
+        let due = self.peers.iter().filter(|(_, peer)| !peer.alive && !peer.apart && now >= peer.next_dial);
         let mut due: Vec<(Instant, NodeId)> = due.map(|(node, peer)| (peer.next_dial, *node)).collect();
         due.sort_unstable();
         due.truncate(most);
@@ -708,6 +713,7 @@ impl PeerBook {
             addr,
             inside: None,
             listed: false,
+            apart: false,
             known: false,
             alive: false,
             eager_until: now,

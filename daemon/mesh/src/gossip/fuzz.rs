@@ -50,7 +50,8 @@ pub fn message(bytes: &[u8]) {
             | Packet::Tried { .. }
             | Packet::Check { .. }
             | Packet::Checked { .. }
-            | Packet::CheckFor { .. } => {}
+            | Packet::CheckFor { .. }
+            | Packet::RelayFollow { .. } => {}
         }
     }
     exchange(bytes, now);

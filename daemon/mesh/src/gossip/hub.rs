@@ -1,6 +1,7 @@
 //! The hub of gossip: seals and sends packets, and opens received datagrams and dispatches their packets.
 
 mod check;
+mod elsewhere;
 mod nat;
 mod records;
 mod tcp;
@@ -25,7 +26,7 @@ use tracing::{debug, warn};
 use super::admission::Admission;
 use super::book::{Due, PeerBook};
 use super::decode::{DecodeError, Exchange, Incarnation};
-use super::ends::Ends;
+use super::ends::{Ends, Families};
 use super::fragment::{Joiner, Splitter};
 use super::packet::{Fragment, Packet};
 use super::pair::{Agreement, PairStatement};
@@ -116,6 +117,7 @@ pub(super) struct State {
     strange_signatures: Budget,
     meetings: Budget,
     checks: Budget,
+    trials: Budget,
     /// The questions for the own address that wait for an answer, each with the host that was asked.
     asked: HashMap<u64, SocketAddr>,
     /// Whether this host knocks.
@@ -169,7 +171,8 @@ impl Hub {
             checks: Budget::new(CHECKS, now),
             asked: HashMap::new(),
             knocks: false,
-            ends: Ends::default(),
+            ends: Ends::new(Families::of([config.listen].into_iter().chain(config.listen_also))),
+            trials: Budget::new(elsewhere::TRIALS, now),
             tcp: TcpEnds::default(),
             relay_ends: BTreeMap::new(),
             suggested: BTreeMap::new(),
@@ -534,7 +537,7 @@ impl Hub {
                 None
             }
             // Such a probe is not gossip, and such an answer is for another socket.
-            Packet::RelayProbe { .. } | Packet::Checked { .. } => None,
+            Packet::RelayProbe { .. } | Packet::RelayFollow { .. } | Packet::Checked { .. } => None,
             Packet::Try { .. } | Packet::Tried { .. } => {
                 state.answer_try(&*self.socket, packet, (proved?, from, at), now);
                 None
@@ -706,7 +709,10 @@ impl State {
         plain: (u8, &[u8]),
         receiver: Option<NodeId>,
     ) -> io::Result<()> {
-        let unheard = || io::Error::new(io::ErrorKind::HostUnreachable, "the host behind NAT was not heard");
+        let unheard = || {
+            let why = "it is behind NAT and was not heard, or has no address of this host's family";
+            io::Error::new(io::ErrorKind::HostUnreachable, why)
+        };
         let at = self.way_to(to).ok_or_else(unheard)?;
         self.send_sealed(socket, (to, at), plain, receiver)
     }

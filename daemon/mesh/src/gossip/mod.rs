@@ -10,7 +10,7 @@
 //! | [`cluster`] | chitchat, which spreads records |
 //! | [`admission`] | which hosts a message may name, and what it may say of them |
 //! | [`monitor`] | the conversion of chitchat's state to events |
-//! | [`ends`] | where hosts behind NAT are reached |
+//! | [`ends`], [`candidates`] | where hosts are reached that are behind NAT, or have several addresses |
 //! | [`book`], [`mtu`] | the path to each peer: pings, round-trip times, path MTU |
 //! | [`pulse`] | the timer, and dialling of peers that are not alive |
 //! | [`strangers`] | the sources of datagrams that do not authenticate |
@@ -18,6 +18,7 @@
 mod admission;
 mod book;
 mod bytes;
+mod candidates;
 mod cluster;
 mod decode;
 mod decompress;
@@ -54,7 +55,7 @@ use tokio::time::Instant;
 use tracing::error;
 
 use crate::keys::{self, Identity, Keyring};
-use crate::transport::Transport;
+use crate::transport::{BothFamilies, Transport};
 use cluster::Cluster;
 use hub::Hub;
 pub use packet::Answerer;
@@ -72,6 +73,8 @@ const COPIES: [Duration; 3] = [Duration::ZERO, Duration::from_millis(20), Durati
 pub struct GossipConfig {
     /// The UDP address to listen on.
     pub listen: SocketAddr,
+    /// The address of the other family to listen on. `None` if this host has none.
+    pub listen_also: Option<SocketAddr>,
     /// The identity of the local host, which signs its answers and hints.
     pub identity: Arc<Identity>,
     /// The cluster keys.
@@ -125,7 +128,8 @@ pub enum GossipEvent {
         /// What is not known.
         why: String,
     },
-    /// A host behind NAT is at another address now. What was connected to it before is lost.
+    /// A host is at another address now, because it is behind NAT, or was silent at the one of its addresses that was used. What was
+    /// connected to it before is lost.
     Moved(NodeId),
     /// A host to join says at which address it sees this host, and whether it has knocked there.
     Seen(SocketAddr, bool),
@@ -173,10 +177,19 @@ pub struct Contact {
 /// A probe between the sockets of relayed datagrams.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RelayProbe {
-    /// Its sender, and whether the probes of this host arrive there.
-    Heard(NodeId, bool),
+    /// Its sender, and what it says.
+    Heard(NodeId, ProbeSigns),
     /// It is a question about NAT: the answer, to be sent to where it came from.
     Answer(Vec<u8>),
+}
+
+/// What a probe between the sockets of relayed datagrams says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ProbeSigns {
+    /// Whether probes of the receiver arrive at the sender.
+    pub heard: bool,
+    /// Whether the sender itself needs the path. Otherwise it follows the receiver, which does.
+    pub needs: bool,
 }
 
 /// A TCP path to a host, for gossip.
@@ -216,15 +229,13 @@ impl Gossip {
     /// The record is invalid, or the address cannot be bound.
     pub async fn start(config: GossipConfig, events: mpsc::Sender<GossipEvent>) -> anyhow::Result<Self> {
         let record = keys::open_record(&config.record).context("invalid record of the local host")?;
-        let socket = config
-            .transport
-            .datagrams(config.listen)
-            .with_context(|| format!("cannot listen for gossip on {} (UDP)", config.listen))?;
+        let socket = BothFamilies::open(&*config.transport, config.listen, config.listen_also)
+            .context("cannot listen for gossip (UDP)")?;
         let hub = Arc::new(Hub::new(socket, &config, &record)?);
         hub.set_record(config.record.clone());
         let id = ChitchatId::new(record.id.to_string(), record.generation, record.address);
         let cluster = Arc::new(Cluster::start(Arc::clone(&hub), id, config.interval, &config.record).await?);
-        let seeds = Arc::new(Seeds::new(config.listen));
+        let seeds = Arc::new(Seeds::new(config.listen, config.listen_also));
         let outgoing = Arc::new(Outgoing::default());
 
         let mut tasks = JoinSet::new();
@@ -267,6 +278,14 @@ impl Gossip {
         let mut state = self.hub.lock();
         state.admission.set_known(known.iter().map(|(node, _)| *node).collect());
         state.book.set_known(&known, Instant::now());
+    }
+
+    /// Sets the further addresses of a peer. Those in its record count instead once gossip has it.
+    pub fn set_further(&self, node: NodeId, main: SocketAddr, further: &[SocketAddr]) {
+        let mut state = self.hub.lock();
+        if !state.book.is_listed(node) {
+            state.set_addresses(node, (main, further), Instant::now());
+        }
     }
 
     /// Sets hosts to join besides the configured ones. Of many, some are used.
@@ -378,6 +397,11 @@ impl Gossip {
         self.hub.lock().end(known_as)
     }
 
+    /// The hosts that are reached at another address than the main one, each with it.
+    pub fn elsewhere(&self) -> BTreeMap<NodeId, SocketAddr> {
+        self.hub.lock().elsewhere()
+    }
+
     /// Asks members to tell this host and another one, both behind NAT, where they see the other one. Both then send to each other at
     /// once.
     pub fn seek(&self, host: NodeId) {
@@ -399,10 +423,10 @@ impl Gossip {
         self.hub.lock().suggested_relay_end(host)
     }
 
-    /// A sealed probe of the path between the sockets of relayed datagrams, which only that peer opens. It says whether its own
-    /// probes arrive here. `None` if the peer is not known.
-    pub fn relay_probe(&self, to: NodeId, heard: bool) -> Option<Vec<u8>> {
-        self.hub.lock().relay_probe(to, heard)
+    /// A sealed probe of the path between the sockets of relayed datagrams, which only that peer opens. `None` if the peer is not
+    /// known.
+    pub fn relay_probe(&self, to: NodeId, signs: ProbeSigns) -> Option<Vec<u8>> {
+        self.hub.lock().relay_probe(to, signs)
     }
 
     /// Opens such a probe in place, which came from an address. `None` if it is forged, a copy, or of a host that has not proved to

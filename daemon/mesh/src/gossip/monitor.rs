@@ -230,6 +230,7 @@ impl Monitor {
             let inside = SocketAddr::new(record.vtep, record.address.port());
             let at = (record.address, record.is_behind_nat().then_some(inside));
             state.book.list(node, at, record.link_mtu, (alive, peer.hinted), now);
+            state.set_addresses(node, (record.address, &record.further), now);
             if !peer.told || peer.alive != alive || peer.hints != hints {
                 (peer.told, peer.hints, peer.alive) = (true, hints, alive);
                 let (record, signed) = (peer.record.clone(), peer.signed.clone());

@@ -74,6 +74,12 @@ pub(super) enum Packet {
     Checked { nonce: u64, at: SocketAddr },
     /// A request to answer a question of a host, which came from `at`.
     CheckFor { node: NodeId, nonce: u64, at: SocketAddr },
+    /// As [`Self::RelayProbe`], from a host that reaches the receiver otherwise: the receiver uses another of its addresses. Earlier
+    /// releases do not know it, and have one address.
+    RelayFollow {
+        /// Whether probes of the receiver arrive at the sender.
+        heard: bool,
+    },
 }
 
 /// What answers a question about NAT.

@@ -29,7 +29,8 @@ const MAX_ADDRESSES: usize = 16;
 
 /// The configured addresses of hosts to join.
 pub(super) struct Seeds {
-    own: SocketAddr,
+    /// The addresses that this host listens on.
+    own: Vec<SocketAddr>,
     addresses: Mutex<Vec<Seed>>,
     changed: Notify,
 }
@@ -44,8 +45,12 @@ struct Seed {
 }
 
 impl Seeds {
-    pub(super) fn new(own: SocketAddr) -> Self {
-        Self { own, addresses: Mutex::new(Vec::new()), changed: Notify::new() }
+    pub(super) fn new(listen: SocketAddr, also: Option<SocketAddr>) -> Self {
+        Self {
+            own: [listen].into_iter().chain(also).collect(),
+            addresses: Mutex::new(Vec::new()),
+            changed: Notify::new(),
+        }
     }
 
     pub(super) fn addresses(&self) -> Vec<SocketAddr> {
@@ -57,7 +62,7 @@ impl Seeds {
     fn due(&self, hub: &Hub, now: Instant, most: usize) -> Vec<SocketAddr> {
         let mut seeds = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
         let state = hub.lock();
-        let due = seeds.iter_mut().filter(|seed| now >= seed.next_dial && !state.book.is_alive_at(seed.addr));
+        let due = seeds.iter_mut().filter(|seed| now >= seed.next_dial && !state.is_alive_at(seed.addr));
         let mut due: Vec<&mut Seed> = due.collect();
         due.sort_by_key(|seed| seed.next_dial);
         let dial = |seed: &mut Seed| {
@@ -82,12 +87,13 @@ impl Seeds {
         let mut seeds = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
         seeds.retain(|seed| seed.name != name);
         let now = Instant::now();
-        let mut found = found.filter(|addr| addr.is_ipv4() == self.own.is_ipv4()).peekable();
+        let mut found =
+            found.filter(|addr| self.own.iter().any(|own| addr.is_ipv4() == own.is_ipv4())).peekable();
         if found.peek().is_none() && !name.is_empty() {
-            let family = if self.own.is_ipv4() { "IPv4" } else { "IPv6" };
+            let family = if self.own.iter().any(SocketAddr::is_ipv4) { "IPv4" } else { "IPv6" };
             warn!(%name, "ignored an address to join: it is not {family}, the family of this host's address");
         }
-        let usable = found.filter(|addr| *addr != self.own);
+        let usable = found.filter(|addr| !self.own.contains(addr));
         seeds.extend(usable.take(MAX_ADDRESSES).map(|addr| Seed {
             name: name.to_owned(),
             addr,
@@ -142,6 +148,7 @@ pub(super) async fn run(hub: Arc<Hub>, cluster: Arc<Cluster>, seeds: Arc<Seeds>)
             hub.lock().book.note_lateness(now - next_tick);
             next_tick = now + TICK;
             dial(&hub, &cluster, &seeds, now);
+            hub.try_others(now);
             hub.lock().expire(now);
             hub.news.notify_one();
         }

@@ -49,6 +49,7 @@ fn record_at(identity: &Identity, address: SocketAddr, generation: u64) -> NodeR
         is_node: false,
         relay_port: 0,
         relays: false,
+        further: Vec::new(),
         unknown: Unknown::default(),
     }
 }
@@ -75,6 +76,7 @@ async fn start(
     let (sender, events) = mpsc::channel(64);
     let config = GossipConfig {
         listen: address,
+        listen_also: None,
         identity: Arc::clone(&identity),
         keyring: Arc::new(Keyring::new(ClusterKey::new([key; 32]), Vec::new())),
         record: identity.sign_record(&record).unwrap(),

@@ -62,6 +62,10 @@ fn invalid_records_are_rejected() {
         NodeRecord { vtep: "ff02::1".parse().unwrap(), ..good.clone() },
         NodeRecord { address: "127.0.0.1:0".parse().unwrap(), ..good.clone() },
         NodeRecord { link_mtu: 10, ..good.clone() },
+        NodeRecord { further: vec![good.address], ..good.clone() },
+        NodeRecord { further: vec![([192, 0, 2, 9], 0).into()], ..good.clone() },
+        NodeRecord { further: vec![([0, 0, 0, 0], 7940).into()], ..good.clone() },
+        NodeRecord { further: (1..6).map(|port| ([192, 0, 2, 9], port).into()).collect(), ..good.clone() },
         NodeRecord { version: "\u{1b}[31m".to_owned(), ..good.clone() },
     ] {
         assert!(matches!(open_record(&identity.sign_record(&bad).unwrap()), Err(RecordError::Field(..))));

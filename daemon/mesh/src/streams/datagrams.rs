@@ -71,7 +71,7 @@ impl Streams {
         let shared = std::sync::Arc::clone(&self.shared);
         async move {
             let dialled = async {
-                let mut stream = shared.transport.connect(to).await?;
+                let mut stream = shared.connect(to).await?;
                 stream.tune(Side::Dialled)?;
                 let (keyring, record) = (shared.keyring(), shared.record());
                 let purpose = Purpose::Datagrams(kind);

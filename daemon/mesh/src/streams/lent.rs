@@ -93,7 +93,10 @@ impl Shared {
     pub(super) async fn connect(&self, to: SocketAddr) -> io::Result<Box<dyn Stream>> {
         match named_by(to.ip()) {
             Some(host) => Ok(timeout(HANDSHAKE, self.lent.take(host)).await?),
-            None => self.transport.connect(to).await,
+            None => {
+                let at = self.ends().get(&to).copied().unwrap_or(to);
+                self.transport.connect(at).await
+            }
         }
     }
 }
@@ -141,7 +144,7 @@ async fn lend_one(
     shared: &Shared,
 ) -> anyhow::Result<(Box<dyn Stream>, noise::AuthenticatedStream)> {
     let dialled = async {
-        let mut stream = shared.transport.connect(to).await?;
+        let mut stream = shared.connect(to).await?;
         stream.tune(Side::Hidden)?;
         let (keyring, record) = (shared.keyring(), shared.record());
         let key = keyring.sealing();

@@ -22,8 +22,8 @@ mod noise;
 mod outbound;
 mod relayed;
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -57,6 +57,8 @@ const FLUSH: Duration = Duration::from_secs(1);
 pub struct StreamsConfig {
     /// The TCP address to listen on.
     pub listen: SocketAddr,
+    /// The address of the other family to listen on. `None` if this host has none.
+    pub listen_also: Option<SocketAddr>,
     /// The identity of the local host.
     pub identity: Arc<Identity>,
     /// The cluster keys. A peer needs one of them to connect.
@@ -107,7 +109,7 @@ pub enum StreamEvent {
 pub struct Streams {
     shared: Arc<Shared>,
     peers: Mutex<Peers>,
-    listener: JoinHandle<()>,
+    listeners: Vec<JoinHandle<()>>,
     #[cfg(test)]
     local_addr: SocketAddr,
 }
@@ -130,6 +132,8 @@ struct Shared {
     ways: Mutex<Ways>,
     /// The addresses of all peers.
     addresses: Mutex<BTreeMap<NodeId, SocketAddr>>,
+    /// Where hosts are dialled that are not dialled at the address that they are known by.
+    ends: Mutex<BTreeMap<SocketAddr, SocketAddr>>,
     passed: Passed,
     lent: Lent,
     /// Whether others cannot dial this host, so that it lends connections.
@@ -151,6 +155,18 @@ impl Shared {
         self.addresses.lock().unwrap_or_else(PoisonError::into_inner).get(&peer).copied()
     }
 
+    fn ends(&self) -> MutexGuard<'_, BTreeMap<SocketAddr, SocketAddr>> {
+        self.ends.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells the listener the addresses of peers.
+    fn know_sources(&self) {
+        let mut sources: HashSet<IpAddr> = self.ends().values().map(SocketAddr::ip).collect();
+        let addresses = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
+        sources.extend(addresses.values().map(SocketAddr::ip));
+        self.inbound.set_peers(sources);
+    }
+
     fn keyring(&self) -> Arc<Keyring> {
         Arc::clone(&self.keyring.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -163,12 +179,16 @@ impl Streams {
     ///
     /// The address cannot be bound.
     pub async fn start(config: StreamsConfig, events: mpsc::Sender<StreamEvent>) -> anyhow::Result<Self> {
-        let StreamsConfig { listen, identity, keyring, record, transport, behind_nat } = config;
-        let listener = transport
-            .listen(listen)
-            .with_context(|| format!("cannot listen for streams on {listen} (TCP)"))?;
+        let StreamsConfig { listen, listen_also, identity, keyring, record, transport, behind_nat } = config;
+        let open = |at: SocketAddr| {
+            let listener = transport.listen(at);
+            listener.with_context(|| format!("cannot listen for streams on {at} (TCP)"))
+        };
+        let listener = open(listen)?;
         #[cfg(test)]
         let local_addr = listener.local_addr()?;
+        let listeners: Vec<_> =
+            [Ok(listener)].into_iter().chain(listen_also.map(open)).collect::<anyhow::Result<_>>()?;
         let (record, keyring, inbound) = (Mutex::new(record), Mutex::new(keyring), Inbound::default());
         let open = AtomicUsize::new(0);
         let (ways, addresses, passed) = (Mutex::default(), Mutex::default(), Passed::default());
@@ -181,16 +201,20 @@ impl Streams {
             inbound,
             ways,
             addresses,
+            ends: Mutex::default(),
             passed,
             lent: Lent::default(),
             behind_nat,
             open,
         });
-        let listener = tokio::spawn(inbound::run(listener, Arc::clone(&shared)));
+        let listeners = listeners
+            .into_iter()
+            .map(|listener| tokio::spawn(inbound::run(listener, Arc::clone(&shared))))
+            .collect();
         Ok(Self {
             shared,
             peers: Mutex::default(),
-            listener,
+            listeners,
             #[cfg(test)]
             local_addr,
         })
@@ -229,8 +253,8 @@ impl Streams {
 
     /// Sets the peers to dial, and their addresses. Streams to other peers are closed.
     pub fn set_peers(&self, wanted: BTreeMap<NodeId, SocketAddr>) {
-        self.shared.inbound.set_peers(wanted.values().map(SocketAddr::ip).collect());
         *self.shared.addresses.lock().unwrap_or_else(PoisonError::into_inner) = wanted.clone();
+        self.shared.know_sources();
         let mut peers = self.lock();
         let Peers { outbound, lending, tasks } = &mut *peers;
         let is_own = |node: &NodeId| *node == self.shared.identity.id();
@@ -259,6 +283,12 @@ impl Streams {
             tasks.spawn(outbound::run(peer, Arc::clone(&self.shared)));
         }
         while tasks.try_join_next().is_some() {}
+    }
+
+    /// Sets where hosts are dialled that are not dialled at the address that they are known by. Open streams stay.
+    pub fn set_ends(&self, ends: BTreeMap<SocketAddr, SocketAddr>) {
+        *self.shared.ends() = ends;
+        self.shared.know_sources();
     }
 
     /// Sets the ways to hosts. A stream to a host that is reached by another way now is dialled again: at once if it goes through a
@@ -351,12 +381,14 @@ impl Streams {
             tracing::debug!("cannot write all queued messages before the shutdown");
         }
         tasks.shutdown().await;
-        self.listener.abort();
-        // Wait for the task, so that the port is free when this returns.
-        if let Err(error) = (&mut self.listener).await
-            && !error.is_cancelled()
-        {
-            error!(%error, "the listener for streams has failed");
+        for listener in &mut self.listeners {
+            listener.abort();
+            // Wait for the task, so that the port is free when this returns.
+            if let Err(error) = listener.await
+                && !error.is_cancelled()
+            {
+                error!(%error, "the listener for streams has failed");
+            }
         }
     }
 
@@ -367,7 +399,7 @@ impl Streams {
 
 impl Drop for Streams {
     fn drop(&mut self) {
-        self.listener.abort();
+        self.listeners.iter().for_each(JoinHandle::abort);
     }
 }
 

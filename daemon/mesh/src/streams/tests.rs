@@ -30,7 +30,7 @@ async fn node_at(listen: SocketAddr, identity: Arc<Identity>, keys: &[u8]) -> No
     let id = identity.id();
     let transport = Arc::new(crate::transport::HostTransport::default());
     let links = Streams::start(
-        StreamsConfig { listen, identity, keyring, record, transport, behind_nat: false },
+        StreamsConfig { listen, listen_also: None, identity, keyring, record, transport, behind_nat: false },
         sender,
     )
     .await

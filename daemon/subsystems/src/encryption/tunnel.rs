@@ -48,7 +48,7 @@ pub fn is_wanted(view: &View) -> bool {
 /// Whether packets of a network to a host go through the tunnel: all of an encrypted network, and those with
 /// [`Encrypt::Auto`] to a host to which there is no path in plain text.
 ///
-/// There is none across NAT, where a detour stands in for the host (through members, which could read them, or over TCP), and where
+/// There is none across NAT and between hosts of which one is not reached at its main address, where a detour stands in for the host (through members, which could read them, or over TCP), and where
 /// packets in VXLAN are lost.
 pub fn is_sealed(view: &View, local: &Local, network: &Network, peer: &Node) -> bool {
     match network.encrypt() {
@@ -56,7 +56,7 @@ pub fn is_sealed(view: &View, local: &Local, network: &Network, peer: &Node) -> 
         Encrypt::Yes => true,
         Encrypt::Auto => {
             let id = peer.record.id;
-            view.crosses_nat(peer)
+            view.is_framed(peer)
                 || local.detours.contains(id)
                 || (local.lost_vxlan.contains(id) && is_in_vxlan(local, network, peer))
         }
@@ -96,15 +96,14 @@ pub fn copies(view: &View) -> BTreeSet<NodeId> {
         .collect()
 }
 
-/// Returns the hosts that are reached through the tunnel: members that are alive or suspect, publish a tunnel key of
-/// their own, and have an underlay address of the local host's family. Empty if the local host has no tunnel.
+/// Returns the hosts that are reached through the tunnel: members that are alive or suspect, and publish a tunnel key of
+/// their own. Empty if the local host has no tunnel.
 pub fn peers(view: &View) -> BTreeMap<NodeId, (&Node, record::Tunnel)> {
-    let Some((own, own_tunnel)) = own(view) else { return BTreeMap::new() };
+    let Some((_, own_tunnel)) = own(view) else { return BTreeMap::new() };
     let copies = copies(view);
     view.nodes
         .iter()
         .filter(|(id, node)| **id != view.me && view.counts(node) && !copies.contains(id))
-        .filter(|(_, node)| node.record.vtep.is_ipv4() == own.record.vtep.is_ipv4())
         .filter_map(|(id, node)| Some((*id, (node, node.record.tunnel?))))
         .filter(|(_, (_, tunnel))| tunnel.key != own_tunnel.key)
         .collect()
@@ -160,8 +159,8 @@ pub(crate) fn part(dataplane: &mut Dataplane, view: &View, epochs: &KeyEpochs, d
         let mut allowed = allowed.remove(&id).unwrap_or_default();
         allowed.insert(to);
         for (device, key, port) in route.interfaces().iter().copied() {
-            // What crosses NAT has no other way.
-            let direct = (!view.crosses_nat(peer)).then_some(SocketAddr::new(peer.record.vtep, port));
+            // What crosses NAT has no other way, nor what goes to another address.
+            let direct = view.is_plainly_reached(peer).then_some(SocketAddr::new(peer.record.vtep, port));
             let Some(endpoint) = detours.get(id, port).or(direct) else { continue };
             let allowed = allowed.clone();
             dataplane.tunnel_peers.insert((device, key), TunnelPeer { endpoint, allowed });

@@ -33,9 +33,8 @@ pub(crate) struct Exit {
 #[derive(Debug)]
 pub(crate) struct FrameRoutes {
     network: NetworkId,
-    /// To hosts of this address family, of a VTEP on the underlay; `None` if none is reached so. A VXLAN device sends to one family
-    /// only. `status` reports hosts of the other family.
-    underlay: Option<bool>,
+    /// The hosts to whose VTEPs on the underlay frames may be sent.
+    plain: BTreeSet<NodeId>,
     /// The device in the tunnel.
     sealed: Device,
     /// The VTEPs inside the tunnel, of the hosts from which frames are accepted there.
@@ -47,13 +46,13 @@ pub(crate) struct FrameRoutes {
 impl FrameRoutes {
     /// Returns the routes of a network's frames.
     pub(crate) fn of(view: &View, local: &Local, network: &Network) -> Self {
-        // A host behind NAT reaches no other one with what is not sealed.
-        let own = view.own().filter(|own| !network.encrypted && !own.record.is_behind_nat());
+        let is_plain = |node: &&Node| !network.encrypted && view.is_plainly_reached(node);
+        let plain = view.nodes.values().filter(is_plain).map(|node| node.record.id);
         let is_sealed = |node: &&Node| tunnel::is_sealed(view, local, network, node);
         let sealed = view.nodes.values().filter(is_sealed).map(|node| node.record.id);
         Self {
             network: network.id,
-            underlay: own.map(|own| own.record.vtep.is_ipv4()),
+            plain: plain.collect(),
             sealed: tunnel::vxlan(network),
             inside: if network.may_be_sealed() { tunnel::remotes(view) } else { BTreeMap::new() },
             through: sealed.collect(),
@@ -68,8 +67,7 @@ impl FrameRoutes {
     /// Returns the way to a host on the underlay. `None` if there is none.
     fn outside(&self, node: &Node) -> Option<Exit> {
         let remote = Remote { vtep: node.record.vtep, port: node.record.vxlan_port };
-        let is_reached = Some(remote.vtep.is_ipv4()) == self.underlay && !node.record.is_behind_nat();
-        is_reached.then_some(Exit { device: Device::vxlan(self.network), remote })
+        self.plain.contains(&node.record.id).then_some(Exit { device: Device::vxlan(self.network), remote })
     }
 
     /// Returns the way to a host inside the tunnel, by which its frames are accepted whether or not those to it go there. `None` if

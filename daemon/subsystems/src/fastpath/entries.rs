@@ -236,7 +236,7 @@ fn add_paths(fast: &mut Fast, cluster: &Cluster<'_>, own: &Node, network: &Netwo
         }
         let outer = path_mtu(own, peer);
         let narrower = |carried: u16| carried.max(least(block)).min(mtu);
-        let path = match path_to(network, cluster.local, own, peer, block) {
+        let path = match path_to(network, cluster.local, cluster.view, peer, block) {
             // The programs ask the host's routes.
             Some(PeerPath::Direct | PeerPath::Routers) => {
                 FastRoute { network: network.id, mtu: narrower(outer), vxlan: None }

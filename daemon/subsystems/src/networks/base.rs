@@ -68,7 +68,9 @@ fn underlay(view: &View) -> Option<FilterUnderlay> {
     let at = |node: &Node| SocketAddr::new(node.record.vtep, node.record.vxlan_port);
     let members = view.nodes.values().filter(|node| {
         let id = node.record.id;
-        id != view.me && view.alloc.members.contains(&id) && !view.crosses_nat(node)
+        // One that is reached at another address may send to the main one already, or still.
+        let is_heard = !view.crosses_nat(node) && !view.has_other_family(node);
+        id != view.me && view.alloc.members.contains(&id) && is_heard
     });
     Some(FilterUnderlay {
         own: at(view.own()?),

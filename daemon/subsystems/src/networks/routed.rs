@@ -39,15 +39,14 @@ pub(crate) enum PeerPath {
 pub(crate) fn path_to(
     network: &Network,
     local: &Local,
-    own: &Node,
+    view: &View,
     peer: &Node,
     block: IpNet,
 ) -> Option<PeerPath> {
-    let (here, there) = (own.record.vtep, peer.record.vtep);
-    // A VXLAN device sends to one address family only; `status` names such a host.
-    if here.is_ipv4() != there.is_ipv4() || own.record.is_behind_nat() || peer.record.is_behind_nat() {
+    if !view.is_plainly_reached(peer) {
         return None;
     }
+    let there = peer.record.vtep;
     // The gateway of a route must be of the same address family as its destination.
     let is_near = local.underlay.is_near(there) && block.addr().is_ipv4() == there.is_ipv4();
     Some(match network.backend {
@@ -85,11 +84,11 @@ pub(super) fn part(dataplane: &mut Dataplane, view: &View, local: &Local, networ
         let Some(peer) = peers.get(&holder) else { continue };
         let path = match tunnel::is_sealed(view, local, network, peer) {
             true => tunnel_routes.get(&holder).and_then(PeerRoute::output).map(PeerPath::Tunnel),
-            false => path_to(network, local, own, peer, block),
+            false => path_to(network, local, view, peer, block),
         };
         // Path probes find out when packets in plain text pass again.
         let is_probed = network.auto_encrypt && matches!(path, Some(PeerPath::Tunnel(_)));
-        if is_probed && path_to(network, local, own, peer, block) == Some(PeerPath::Vxlan) {
+        if is_probed && path_to(network, local, view, peer, block) == Some(PeerPath::Vxlan) {
             vxlan_remote(dataplane, network, peer);
         }
         if let Some(path) = path {

@@ -11,7 +11,7 @@ use tracing::debug;
 use super::super::ends::{Heard, is_plausible};
 use super::super::packet::{Answerer, Packet};
 use super::super::seal::Sender;
-use super::super::{GossipEvent, RelayProbe};
+use super::super::{GossipEvent, ProbeSigns, RelayProbe};
 use super::{Hub, MAX_QUEUE, State};
 use crate::transport::Datagrams;
 
@@ -107,6 +107,9 @@ impl State {
             return known_as;
         }
         let Sender::Proved(node) = sender else { return at };
+        if let Some(main) = self.ends.main_of(node) {
+            return main;
+        }
         let Some(name) = self.book.name(node) else { return at };
         match self.ends.heard(node, at, now) {
             Heard::There => {}
@@ -122,7 +125,7 @@ impl State {
     }
 
     /// Queues an event for the daemon. It is lost if too many wait.
-    fn tell(&mut self, event: GossipEvent) {
+    pub(super) fn tell(&mut self, event: GossipEvent) {
         if self.queue.len() < MAX_QUEUE {
             self.queue.push_back(event);
         }
@@ -207,9 +210,13 @@ impl State {
         self.suggested.get(&host).copied()
     }
 
-    pub(in crate::gossip) fn relay_probe(&mut self, to: NodeId, heard: bool) -> Option<Vec<u8>> {
+    pub(in crate::gossip) fn relay_probe(&mut self, to: NodeId, signs: ProbeSigns) -> Option<Vec<u8>> {
         let address = self.book.address(to)?;
-        self.sealed(address, &Packet::RelayProbe { heard }, Some(to))
+        let probe = match signs {
+            ProbeSigns { heard, needs: true } => Packet::RelayProbe { heard },
+            ProbeSigns { heard, needs: false } => Packet::RelayFollow { heard },
+        };
+        self.sealed(address, &probe, Some(to))
     }
 
     pub(in crate::gossip) fn open_relay_probe(
@@ -221,7 +228,10 @@ impl State {
         let (run, plain) = self.opener.open(datagram).ok()?;
         let Sender::Proved(node) = self.opener.sender(&run) else { return None };
         match Packet::decode(plain).ok()? {
-            Packet::RelayProbe { heard } => Some(RelayProbe::Heard(node, heard)),
+            Packet::RelayProbe { heard } => Some(RelayProbe::Heard(node, ProbeSigns { heard, needs: true })),
+            Packet::RelayFollow { heard } => {
+                Some(RelayProbe::Heard(node, ProbeSigns { heard, needs: false }))
+            }
             Packet::Check { nonce, by: Answerer::SamePort } if self.checks.take(now) => {
                 let address = self.book.address(node)?;
                 self.sealed(address, &Packet::Checked { nonce, at: from }, Some(node)).map(RelayProbe::Answer)

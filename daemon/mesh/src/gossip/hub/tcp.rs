@@ -64,6 +64,11 @@ impl TcpEnds {
         self.by_name.get(&known_as).map(|end| end.remote)
     }
 
+    /// Takes that a host has just answered by UDP.
+    pub(super) fn note_answer(&mut self, node: NodeId, now: Instant) {
+        self.udp.insert(node, now);
+    }
+
     /// Forgets all hosts but these.
     pub(super) fn retain(&mut self, is_known: impl Fn(NodeId) -> bool) {
         self.udp.retain(|host, _| is_known(*host));
@@ -86,7 +91,8 @@ impl State {
         {
             self.tcp.heard.insert(node, now);
             if self.book.last_heard(node) == Some(now) {
-                self.tcp.udp.insert(node, now);
+                self.tcp.note_answer(node, now);
+                self.note_answer(node, at, now);
             }
         }
     }
@@ -105,8 +111,9 @@ impl State {
         match packet {
             Packet::Try { nonce } => self.send_to_end(socket, (from, at), &Packet::Tried { nonce }),
             Packet::Tried { nonce } if self.tcp.tries.get(&node) == Some(&nonce) => {
-                self.tcp.udp.insert(node, now);
+                self.tcp.note_answer(node, now);
             }
+            Packet::Tried { nonce } => self.note_tried(node, nonce, now),
             _ => {}
         }
     }

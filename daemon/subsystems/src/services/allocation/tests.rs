@@ -41,6 +41,7 @@ fn view(resources: &Resources) -> View {
         networks: BTreeMap::new(),
         alloc: AllocMap::default(),
         resources: resources.clone(),
+        elsewhere: BTreeSet::new(),
     }
 }
 
