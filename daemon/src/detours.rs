@@ -58,6 +58,8 @@ pub(crate) enum Turn {
     Through(NodeId),
     /// It is reached directly again.
     Direct,
+    /// No member leads to it.
+    Nowhere,
 }
 
 /// The detours of this host.
@@ -200,7 +202,11 @@ impl Detours {
                 }
                 continue;
             };
-            let leads = leads(detour.relay, peer) && !is_tried_in_vain(detour.relay);
+            let has_links = leads(detour.relay, peer);
+            let leads = has_links && !is_tried_in_vain(detour.relay);
+            let is_passed_on =
+                evidence.through.is_some_and(|(by, ago)| by == detour.relay && ago < CONFIRMED);
+            let is_new = now.saturating_duration_since(detour.since) < CONFIRMED;
             if is_silent {
                 detour.direct = None;
                 // Members that reach the peer take turns in passing on its answers. One is as good as the other.
@@ -208,13 +214,16 @@ impl Detours {
                 if let Some(relay) = through.filter(|_| !is_good) {
                     (detour.relay, detour.since) = (relay, now);
                     turns.push((peer, Turn::Through(relay)));
+                } else if !has_links && !is_passed_on && !is_new {
+                    // Members would send datagrams in a circle.
+                    self.ended.insert(peer, (now, detour.steady));
+                    self.open.remove(&peer);
+                    turns.push((peer, Turn::Nowhere));
                 }
             } else {
                 let since = *detour.direct.get_or_insert(now);
                 // The direct path is better than a way that leads nowhere, however short it has been there.
-                let is_confirmed = now.saturating_duration_since(detour.since) < CONFIRMED
-                    || evidence.through.is_some_and(|(by, ago)| by == detour.relay && ago < CONFIRMED);
-                let is_good = leads && is_confirmed && is_heard(&detour.relay, SILENT);
+                let is_good = leads && (is_new || is_passed_on) && is_heard(&detour.relay, SILENT);
                 if !is_good || now.saturating_duration_since(since) >= detour.steady {
                     self.ended.insert(peer, (now, detour.steady));
                     self.open.remove(&peer);

@@ -314,6 +314,7 @@ impl Node {
                 format!("it does not answer directly, so it is reached through {}", state.view.name_of(relay))
             }
             Turn::Direct => "it is reached directly again".to_owned(),
+            Turn::Nowhere => "it does not answer directly, and no member leads to it".to_owned(),
         };
         self.event("peer", &name, &message);
     }

@@ -447,3 +447,12 @@ fn hundreds_of_hosts_settle() {
         assert!(settled.is_ok(), "{shape:?}: {settled:?}");
     }
 }
+
+#[test]
+fn no_datagram_goes_in_a_circle_to_a_host_to_which_no_member_relays() {
+    for (count, seed, other) in [(6, 4121877398114793652, 238), (11, 3847494151774968682, 166)] {
+        let mut network = Network::new(count, seed);
+        network.relays[other % count] = false;
+        assert_eq!(run(&mut network, Shape::Sparse), Ok(()), "{count} hosts");
+    }
+}
