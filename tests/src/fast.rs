@@ -11,9 +11,9 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Netns, wait_until};
 
-use crate::routed::create_routed_network;
+use crate::routed::{create_routed_network, ensure_sees_own_address};
 use crate::service::{NamedServer, ask};
-use crate::{Attached, SOON, attach, create_network, ping_all_pairs};
+use crate::{Attached, SOON, attach, create_network, ping_all_pairs, problems, wait_clean};
 
 /// The setting that turns the fast path on.
 pub const ON: &str = "fast_path = \"on\"";
@@ -137,5 +137,35 @@ impl Pods {
         let servers = vec![serve(&a)?, serve(&b)?, serve(&c)?];
         ping_all_pairs(&[&a, &b, &c].map(Clone::clone), SOON)?;
         Ok(Self { lab, a, b, c, servers })
+    }
+
+    /// Waits until traffic between all takes the fast path, to the other host by the way `out` and from it by `into`.
+    pub fn wait_fast(&self, [out, into]: [&str; 2]) -> Result<()> {
+        let Self { lab, a, b, c, .. } = self;
+        wait_fast(&lab["h1"], &["local"], || talk(a, b).and_then(|()| talk(b, a)))?;
+        wait_fast(&lab["h1"], &[out, into], || talk(a, c))?;
+        wait_fast(&lab["h2"], &[out, into], || talk(c, b))
+    }
+
+    /// Fails if much does not arrive as it was sent, or servers do not see who asks.
+    pub fn ensure_transferred(&self) -> Result<()> {
+        let Self { a, b, c, .. } = self;
+        for (from, to) in [(a, b), (a, c), (c, a)] {
+            ensure_sees_own_address(from, to)?;
+            for address in to.addresses() {
+                transfer(&from.workload, &to.workload, address.parse()?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Fails if something is left to be done on a host, or it has a problem.
+    pub fn ensure_well(&self) -> Result<()> {
+        wait_clean(self.lab.hosts(), SOON)?;
+        for host in self.lab.hosts() {
+            let problems = problems(host)?;
+            ensure!(problems.is_empty(), "on {}: {problems:?}", host.name());
+        }
+        Ok(())
     }
 }

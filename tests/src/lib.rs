@@ -19,6 +19,7 @@ pub mod runtime;
 pub mod sctp;
 pub mod service;
 pub mod storm;
+mod traffic;
 
 use std::sync::Barrier;
 use std::thread;
@@ -27,6 +28,7 @@ use std::time::Duration;
 pub use capture::{Capture, Captured};
 pub use connection::Connection;
 pub use flow::{Flow, FlowReport};
+pub use traffic::Traffic;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use netns_lab::{Host, Lab, LabConfig, Netns, Output, Workload, wait_until, without_prefix_length};

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Underlay, wait_until};
 use ovl_tests::routed::create_routed_network;
 use ovl_tests::{
-    Attached, Connection, Flow, SOON, attach, create_network, peer, ping_all_pairs, start_lab_with,
+    Attached, Connection, Flow, SOON, Traffic, attach, create_network, peer, ping_all_pairs, start_lab_with,
     wait_clean,
 };
 
@@ -64,30 +64,18 @@ fn carries(connection: &mut Connection) {
 fn detour_carries_traffic_and_ends(underlay: Underlay) {
     let World { lab, blue, pods } = world(3, underlay);
     let (h1, h2) = (&lab["h1"], &lab["h2"]);
-    let flows: Vec<Flow> = [&blue, &pods].map(|all| Flow::start(&all[0], &all[1]).unwrap()).into();
-    let mut connections = [&blue, &pods].map(|all| Connection::open(&all[0], &all[1], SOON).unwrap());
-    connections.iter_mut().for_each(carries);
+    let mut traffic = Traffic::start(&[&blue, &pods]).unwrap();
 
     lab.partition(&[&["h1"], &["h2"]]).unwrap();
     wait_via(h1, "h2", &["h3"]);
     wait_via(h2, "h1", &["h3"]);
-    connections.iter_mut().for_each(carries);
-    for all in [&blue, &pods] {
-        ping_all_pairs(all, SOON).unwrap();
-    }
-    let gaps: Vec<Duration> = flows.into_iter().map(|flow| flow.finish().unwrap().longest_gap()).collect();
-    println!("no replies for {gaps:?} after the cut");
-    assert!(gaps.iter().all(|gap| *gap < TURNED), "{gaps:?}");
+    traffic.ensure_turned("the cut", TURNED).unwrap();
 
-    let flows: Vec<Flow> = [&blue, &pods].map(|all| Flow::start(&all[0], &all[1]).unwrap()).into();
+    traffic.watch().unwrap();
     lab.heal().unwrap();
     wait_via(h1, "h2", &[]);
     wait_via(h2, "h1", &[]);
-    connections.iter_mut().for_each(carries);
-    for flow in flows {
-        let report = flow.finish().unwrap();
-        assert!(report.lost.is_empty(), "nothing is lost on the way back: {:?}", report.lost);
-    }
+    traffic.ensure_none_lost().unwrap();
     wait_clean(lab.hosts(), SOON).unwrap();
 }
 

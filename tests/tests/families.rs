@@ -8,8 +8,8 @@ use anyhow::{Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Underlay, wait_until};
 use ovl_tests::routed::create_routed_network;
 use ovl_tests::{
-    Attached, Connection, Flow, SOON, attach, create_network, peer, ping_all_pairs, start_lab_with, strings,
-    wait_clean,
+    Attached, Connection, SOON, Traffic, attach, create_network, peer, ping_all_pairs, start_lab_with,
+    strings, wait_clean,
 };
 
 /// Time in which traffic flows another way after a path is cut.
@@ -126,14 +126,7 @@ fn pair_goes_on_at_its_other_addresses_when_one_family_is_cut_and_comes_back() {
     for (host, other) in [(h1, "h2"), (h2, "h1")] {
         wait_path(host, other, "");
     }
-    let mut connections = [&blue, &pods].map(|all| Connection::open(&all[0], &all[1], SOON).unwrap());
-    let mut all_carry = || {
-        for each in &mut connections {
-            each.echo(300 * 1024).unwrap();
-        }
-    };
-    all_carry();
-    let flows: Vec<Flow> = [&blue, &pods].map(|all| Flow::start(&all[0], &all[1]).unwrap()).into();
+    let mut traffic = Traffic::start(&[&blue, &pods]).unwrap();
 
     let cut = Cut::new(h1, h2);
     for (host, other) in [(h1, "h2"), (h2, "h1")] {
@@ -141,24 +134,14 @@ fn pair_goes_on_at_its_other_addresses_when_one_family_is_cut_and_comes_back() {
         let row = peer(host, other).unwrap();
         assert!(row["address"].as_str().is_some_and(|at| at.starts_with("[fd77::")), "{row}");
     }
-    all_carry();
-    for all in [&blue, &pods] {
-        ping_all_pairs(all, SOON).unwrap();
-    }
-    let gaps: Vec<Duration> = flows.into_iter().map(|flow| flow.finish().unwrap().longest_gap()).collect();
-    println!("no replies for {gaps:?} after IPv4 was cut");
-    assert!(gaps.iter().all(|gap| *gap < TURNED), "{gaps:?}");
+    traffic.ensure_turned("IPv4 was cut", TURNED).unwrap();
 
-    let flows: Vec<Flow> = [&blue, &pods].map(|all| Flow::start(&all[0], &all[1]).unwrap()).into();
+    traffic.watch().unwrap();
     cut.heal();
     for (host, other) in [(h1, "h2"), (h2, "h1")] {
         wait_path(host, other, "");
     }
-    all_carry();
-    for flow in flows {
-        let report = flow.finish().unwrap();
-        assert!(report.lost.is_empty(), "nothing is lost on the way back: {:?}", report.lost);
-    }
+    traffic.ensure_none_lost().unwrap();
     for host in [h1, h2] {
         let events = host.ctl_ok(&["events"]).unwrap();
         let count = |what: &str| events.lines().filter(|line| line.contains(what)).count();

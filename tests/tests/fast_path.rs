@@ -13,31 +13,19 @@ use ovl_tests::fast::{
     BOTH, BOTH_SWITCHED, ON, PORT, Pods, SWITCHED, ask_udp, at, counted, lab, talk, transfer, wait_fast,
 };
 use ovl_tests::inject::{listener, receive, spoofing_socket};
-use ovl_tests::routed::{create_routed_network, device_of, ensure_sees_own_address};
+use ovl_tests::routed::{create_routed_network, device_of};
 use ovl_tests::service::{Answer, Connection, NamedServer, apply, wait_answers};
 use ovl_tests::{
-    Attached, SOON, attach, create_network, ping_all_pairs, problems, start_lab, start_lab_with, text,
-    wait_clean, wait_no_problem, wait_problem,
+    Attached, SOON, attach, create_network, ping_all_pairs, start_lab, start_lab_with, text, wait_clean,
+    wait_no_problem, wait_problem,
 };
 use serde_json::json;
 
 fn assert_connected(config: LabConfig, backend: &str, subnets: &[&str], ways: [&str; 2]) {
-    let Pods { lab, a, b, c, .. } = &Pods::start(start_lab_with(config).unwrap(), backend, subnets).unwrap();
-    let [h1, h2] = [&lab["h1"], &lab["h2"]];
-    wait_fast(h1, &["local"], || talk(a, b).and_then(|()| talk(b, a))).unwrap();
-    let [out, into] = ways;
-    wait_fast(h1, &[out, into], || talk(a, c)).unwrap();
-    wait_fast(h2, &[out, into], || talk(c, b)).unwrap();
-    for (from, to) in [(a, b), (a, c), (c, a)] {
-        ensure_sees_own_address(from, to).unwrap();
-        for address in to.addresses() {
-            transfer(&from.workload, &to.workload, address.parse().unwrap()).unwrap();
-        }
-    }
-    wait_clean(lab.hosts(), SOON).unwrap();
-    for host in lab.hosts() {
-        assert_eq!(problems(host).unwrap(), Vec::<String>::new(), "on {}", host.name());
-    }
+    let pods = Pods::start(start_lab_with(config).unwrap(), backend, subnets).unwrap();
+    pods.wait_fast(ways).unwrap();
+    pods.ensure_transferred().unwrap();
+    pods.ensure_well().unwrap();
 }
 
 #[test]

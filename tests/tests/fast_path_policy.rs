@@ -6,13 +6,10 @@ use std::net::SocketAddr;
 
 use anyhow::{Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Underlay, wait_until};
-use ovl_tests::fast::{
-    BOTH, BOTH_SWITCHED, PORT, Pods, SWITCHED, at, counted, lab, talk, transfer, wait_fast,
-};
+use ovl_tests::fast::{BOTH, BOTH_SWITCHED, PORT, Pods, SWITCHED, at, counted, lab, talk, wait_fast};
 use ovl_tests::policy::wait_enforced;
-use ovl_tests::routed::ensure_sees_own_address;
 use ovl_tests::service::{Connection, UdpClient, apply};
-use ovl_tests::{Attached, Flow, SOON, attach, ping_all_pairs, problems, start_lab_with, wait_clean};
+use ovl_tests::{Attached, Flow, SOON, attach, ping_all_pairs, start_lab_with, wait_clean};
 use serde_json::{Value, json};
 
 const V4: &[&str] = &["--subnet", "10.60.0.0/16"];
@@ -83,23 +80,17 @@ impl Flows {
     }
 }
 
-fn assert_judged(config: LabConfig, backend: &str, subnets: &[&str], [out, into]: [&str; 2]) {
-    let Pods { lab, a, b, c, .. } = &Pods::start(start_lab_with(config).unwrap(), backend, subnets).unwrap();
-    let [h1, h2] = [&lab["h1"], &lab["h2"]];
+fn assert_judged(config: LabConfig, backend: &str, subnets: &[&str], ways: [&str; 2]) {
+    let pods = &Pods::start(start_lab_with(config).unwrap(), backend, subnets).unwrap();
+    let Pods { lab, a, b, c, .. } = pods;
+    let h1 = &lab["h1"];
     let strangers = [("h1", "near"), ("h2", "far")]
         .map(|(host, name)| attach(&lab[host], name, "pods", &["--label", "app=other"]).unwrap());
     ping_all_pairs(&[strangers[0].clone(), a.clone(), c.clone()], SOON).unwrap();
     enforce(lab, &policy("inside", &web()).to_string());
-    wait_fast(h1, &["local"], || talk(a, b).and_then(|()| talk(b, a))).unwrap();
-    wait_fast(h1, &[out, into], || talk(a, c)).unwrap();
-    wait_fast(h2, &[out, into], || talk(c, b)).unwrap();
+    pods.wait_fast(ways).unwrap();
     assert!(counted(h1, "slow")["policy"] > 0);
-    for (from, to) in [(a, b), (a, c), (c, a)] {
-        ensure_sees_own_address(from, to).unwrap();
-        for address in to.addresses() {
-            transfer(&from.workload, &to.workload, address.parse().unwrap()).unwrap();
-        }
-    }
+    pods.ensure_transferred().unwrap();
     for stranger in &strangers {
         for (to, address) in [b, c].iter().flat_map(|to| to.addresses().into_iter().map(move |it| (to, it))) {
             assert!(is_refused(stranger, at(&address, PORT)), "{} reaches {}", stranger.name, to.name);
@@ -108,10 +99,7 @@ fn assert_judged(config: LabConfig, backend: &str, subnets: &[&str], [out, into]
     assert!(Connection::open(&strangers[0].workload, at(&b.address(), PORT)).unwrap().is_err());
     let drops = h1.ctl_ok(&["policy", "drops"]).unwrap();
     assert!(drops.contains("near") && drops.contains("far"), "{drops}");
-    wait_clean(lab.hosts(), SOON).unwrap();
-    for host in lab.hosts() {
-        assert_eq!(problems(host).unwrap(), Vec::<String>::new(), "on {}", host.name());
-    }
+    pods.ensure_well().unwrap();
 }
 
 #[test]

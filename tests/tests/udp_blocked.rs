@@ -8,7 +8,7 @@ use anyhow::{Result, ensure};
 use netns_lab::{Host, Lab, LabConfig, Underlay, wait_until};
 use ovl_tests::routed::create_routed_network;
 use ovl_tests::{
-    Attached, Connection, Flow, SOON, attach, create_network, peer, ping_all_pairs, start_lab_with,
+    Attached, Connection, Flow, SOON, Traffic, attach, create_network, peer, ping_all_pairs, start_lab_with,
     wait_clean,
 };
 use serde_json::Value;
@@ -83,40 +83,23 @@ fn udp_is_cut_and_let_through_again(underlay: Underlay) {
         ping_all_pairs(all, SOON).unwrap();
     }
     let (h1, h2) = (&lab["h1"], &lab["h2"]);
-    let mut connections = [&blue, &pods].map(|all| Connection::open(&all[0], &all[1], SOON).unwrap());
-    let mut all_carry = || {
-        for each in &mut connections {
-            each.echo(300 * 1024).unwrap();
-        }
-    };
-    all_carry();
-    let flows: Vec<Flow> = [&blue, &pods].map(|all| Flow::start(&all[0], &all[1]).unwrap()).into();
+    let mut traffic = Traffic::start(&[&blue, &pods]).unwrap();
 
     let block = Block::new(h1, h2);
     wait_path(h1, "h2", "tcp");
     wait_path(h2, "h1", "tcp");
-    all_carry();
-    for all in [&blue, &pods] {
-        ping_all_pairs(all, SOON).unwrap();
-    }
-    let gaps: Vec<Duration> = flows.into_iter().map(|flow| flow.finish().unwrap().longest_gap()).collect();
-    println!("no replies for {gaps:?} after UDP was cut");
-    assert!(gaps.iter().all(|gap| *gap < TURNED), "{gaps:?}");
+    traffic.ensure_turned("UDP was cut", TURNED).unwrap();
     let row = peer(h1, "h2").unwrap();
     assert!(row["why"].as_str().is_some_and(|why| why.contains("UDP")) && row["tcp_s"].is_u64(), "{row}");
     let problems = h1.ctl_json(&["status"]).unwrap()["problems"].to_string();
     assert!(problems.contains("OVL-E058") && problems.contains("h2"), "{problems}");
     assert!(h1.ctl_ok(&["peers"]).unwrap().contains("tcp"));
 
-    let flows: Vec<Flow> = [&blue, &pods].map(|all| Flow::start(&all[0], &all[1]).unwrap()).into();
+    traffic.watch().unwrap();
     block.lift();
     wait_path(h1, "h2", "");
     wait_path(h2, "h1", "");
-    all_carry();
-    for flow in flows {
-        let report = flow.finish().unwrap();
-        assert!(report.lost.is_empty(), "nothing is lost on the way back: {:?}", report.lost);
-    }
+    traffic.ensure_none_lost().unwrap();
     let problems = h1.ctl_json(&["status"]).unwrap()["problems"].to_string();
     assert!(!problems.contains("OVL-E058"), "{problems}");
     wait_clean(lab.hosts(), SOON).unwrap();
